@@ -1,0 +1,1 @@
+"""One module per engine: how a plan's settings are written in that engine's own configuration."""

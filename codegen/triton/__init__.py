@@ -1,0 +1,1 @@
+"""Triton kernels from small templates with three holes: load, epilogue, store."""

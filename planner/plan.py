@@ -1,0 +1,219 @@
+"""The plan: one typed, versioned, diffable JSON document. This file is its schema.
+
+Canonical form: keys sorted, floats rounded to nine significant digits, two-space indent, one
+trailing newline. The same request, profile and version give the same bytes, so wall-clock
+times are not part of a saved plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from planc.errors import FileMissing, InvalidBundle, NewerSchema
+from planc.version import SCHEMA_VERSION, __version__
+
+Provenance = Literal["measured", "fitted", "roofline", "assumed"]
+Role = Literal["aggregated", "prefill", "decode", "encoder"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Predicted(_Part):
+    """A number, its band, and where it comes from. `percentiles` keys are "p50", "p99", ..."""
+
+    value: float
+    low: float
+    high: float
+    source: Provenance
+    percentiles: dict[str, float] = Field(default_factory=dict)
+
+
+class Fingerprint(_Part):
+    request: str
+    model: str
+    profile: str
+    plan: str = ""
+
+
+class Solver(_Part):
+    """`seconds` is 0 in a saved plan (see the module docstring); the command line reports it."""
+
+    status: Literal["optimal", "feasible", "infeasible"]
+    objective: str
+    value: float
+    bound: float
+    gap: float
+    seconds: float = 0.0
+    candidates: int
+    pruned: dict[str, int]
+
+
+class Memory(_Part):
+    """Bytes on one GPU of a replica, GiB. `reserve` is what the engine leaves unused."""
+
+    weights_gib: float
+    kv_cache_gib: float
+    activations_gib: float
+    graphs_gib: float
+    overhead_gib: float
+    reserve_gib: float
+    total_gib: float
+    capacity_gib: float
+
+
+class Replica(_Part):
+    """One engine instance. `gpus` are "node/index", rank by rank (tp fastest, then pp, then dp)."""
+
+    engine: str
+    gpu: str
+    gpus: list[str]
+    tp: int
+    pp: int
+    dp: int
+    ep: int
+    cp: int
+    weights: str
+    activations: str
+    kv: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+    kv_blocks: int
+    cuda_graph_sizes: list[int]
+    gpu_memory_utilization: float
+    pipeline_layers: list[int]
+    chunked_prefill: bool = True
+    prefix_caching: bool = False
+    speculative: dict[str, Any] | None = None
+    traffic_share: float
+    memory: Memory
+
+
+class Pool(_Part):
+    role: Role
+    replicas: list[Replica]
+
+
+class LayerDecisions(_Part):
+    """What was decided for one layer class. `sharding` maps a site to "column", "row", ..."""
+
+    format: str
+    sharding: dict[str, str]
+    fusions: list[str]
+    kernel: dict[str, str]
+
+
+class LayerPlan(_Part):
+    layer_class: str = Field(alias="class")
+    count: int
+    decisions: LayerDecisions
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Rejected(_Part):
+    decision: str
+    reason: str
+    predicted: dict[str, float] = Field(default_factory=dict)
+
+
+class Coverage(_Part):
+    modelled: list[str]
+    not_modelled: list[str]
+
+
+class ModelSummary(_Part):
+    """What the plan is for. `source` is as in the request; `config` lies in the bundle too."""
+
+    name: str
+    source: str
+    architecture: str
+    kind: Literal["causal_lm", "encoder", "module"]
+    parameters: int
+    active_parameters: int
+    kv_bytes_per_token: int
+
+
+class Plan(_Part):
+    schema_version: int = SCHEMA_VERSION
+    planc_version: str = __version__
+    fingerprint: Fingerprint
+    model: ModelSummary
+    request: dict[str, Any]
+    solver: Solver
+    predicted: dict[str, Predicted]
+    pools: list[Pool]
+    layers: list[LayerPlan]
+    rejected: list[Rejected]
+    coverage: Coverage
+
+    def replicas(self) -> list[Replica]:
+        return [replica for pool in self.pools for replica in pool.replicas]
+
+    def canonical(self) -> str:
+        """The document as it is written to `plan.json`."""
+        raw = self.model_dump(mode="json", by_alias=True)
+        raw["solver"]["seconds"] = 0.0
+        return json.dumps(_rounded(raw), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def sealed(self) -> Plan:
+        """The plan with its own content hash filled in (taken with that field empty)."""
+        blank = self.model_copy(update={"fingerprint": self.fingerprint.model_copy(update={"plan": ""})})
+        digest = hashlib.sha256(blank.canonical().encode()).hexdigest()[:16]
+        return self.model_copy(update={"fingerprint": self.fingerprint.model_copy(update={"plan": digest})})
+
+    def save(self, bundle: str | Path) -> None:
+        """Writes the whole bundle folder (plan, kernels, engine configurations, report)."""
+        from importlib import import_module
+
+        import_module("planc.api").write_bundle(self, bundle)
+
+
+def load_plan(path: str | Path) -> Plan:
+    """Reads a bundle folder or a `plan.json`.
+
+    Raises FileMissing, InvalidBundle (not JSON, truncated, a key missing or unknown) or NewerSchema.
+    """
+    place = Path(path)
+    file = place / "plan.json" if place.is_dir() else place
+    if not file.is_file():
+        raise FileMissing(what="bundle", path=path, mend="Name a folder that `planc compile -o` wrote.")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidBundle(
+            path=path, reason=f"plan.json is not JSON ({error})", mend="It may be truncated; compile again."
+        ) from None
+    found = raw.get("schema_version") if isinstance(raw, dict) else None
+    if not isinstance(found, int):
+        raise InvalidBundle(
+            path=path, reason="plan.json has no schema_version", mend="This is not a plan of planc's."
+        )
+    if found > SCHEMA_VERSION:
+        raise NewerSchema(path=path, found=found, supported=SCHEMA_VERSION, version=__version__)
+    try:
+        return Plan.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidBundle(
+            path=path, reason=f"plan.json: {where}: {first['msg']}", mend="Compile the request again."
+        ) from None
+
+
+def _rounded(node: Any) -> Any:
+    if isinstance(node, float):
+        return float(f"{node:.9g}")
+    if isinstance(node, dict):
+        return {key: _rounded(item) for key, item in node.items()}
+    if isinstance(node, list):
+        return [_rounded(item) for item in node]
+    return node
