@@ -1,0 +1,1 @@
+"""One module per family of commands. Each loads what it needs when it runs, not before."""
