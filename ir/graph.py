@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch.fx import GraphModule
@@ -75,12 +75,29 @@ class Source:
     config: Mapping[str, object] = field(default_factory=dict)
 
 
+class WeightStep(Protocol):
+    """One change that a pass made to parameters, so that the source model's weights still bind.
+
+    reads   names it consumes; gone afterwards     makes   names it puts in their place
+    """
+
+    @property
+    def reads(self) -> tuple[str, ...]: ...
+
+    @property
+    def makes(self) -> tuple[str, ...]: ...
+
+    def apply(self, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """The tensors of `makes` from those of `reads`, in order."""
+
+
 @dataclass(frozen=True, slots=True)
 class Graph:
     """A stage of the model.
 
-    symbols   size symbol -> role: "batch", "seq" (traced), "T", "S" (phases), "blocks", "table"
-    history   names of the passes applied, in order
+    symbols        size symbol -> role: "batch", "seq" (traced), "T", "S" (phases), "blocks", "table"
+    history        names of the passes applied, in order
+    weight_steps   what the passes did to the parameters, in order (merged, quantized, divided)
     """
 
     module: GraphModule
@@ -89,6 +106,7 @@ class Graph:
     symbols: Mapping[str, str] = field(default_factory=dict)
     caches: tuple[CacheSpec, ...] = ()
     history: tuple[str, ...] = ()
+    weight_steps: tuple[WeightStep, ...] = ()
 
     def after(self, name: str, module: GraphModule, **changes: object) -> Graph:
         """The graph that a pass called `name` made."""
