@@ -73,6 +73,7 @@ class Source:
     architecture: str
     model_type: str = ""
     config: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what a user should know of how it was traced
 
 
 class WeightStep(Protocol):
