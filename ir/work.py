@@ -30,6 +30,7 @@ Family = Literal[
     "recurrence",  # linear attention / state space scan with a state per sequence
     "elementwise",  # pointwise, norms, rotary, copies that move memory
     "gather",  # embedding look-ups
+    "link",  # a collective: `reads` elements leave the rank, `writes` arrive; dims: ranks
     "view",  # free: changes no byte
     "generic",  # ATen that no op declares: bytes of its operands, FLOPs counted as zero
 ]
