@@ -17,8 +17,9 @@ from torch.fx import Node
 
 from planc.ir.work import NONE, Amount, Work
 
-#: How one tensor is held by the ranks of a group: a dimension that is divided, or
-#: "whole" (every rank has all of it), or "partial" (the sum over the ranks is the value).
+#: How one tensor is held by the ranks of a group: a dimension that is divided (negative: counted
+#: from the last), or "whole" (every rank has all of it), or "partial" (the sum over the ranks is the
+#: value), or "halves:d": dimension d holds two parts end to end (gate, then up), each divided.
 Held = int | str
 
 
@@ -29,11 +30,16 @@ class ShardRule:
     name      as in `planc.cost_model.table.Shard.kind`
     operands  argument name -> how it is held; an argument not named is "whole"
     results   how each result is held
+    when      whether the rule holds for a call at all (a layout flag, a head count); None: always
+    first     an int argument that tells the op the index of the first piece it holds (the rank's
+              first expert or vocabulary row; 0 before sharding); "" where it need not know
     """
 
     name: str
     operands: Mapping[str, Held]
     results: tuple[Held, ...]
+    when: Callable[[Call], bool] | None = None
+    first: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +94,19 @@ class OpDef:
     work         Work of one call
     shards       the ways it may be divided; the first that fits its inputs is taken
     quantizable  argument name -> role: "weight", "activation" or "kv"
+    pointwise    each element of a result depends only on the operands' elements at the same
+                 (broadcast) place, so any dimension may be divided, and chains may be fused
     """
 
     target: torch._ops.OpOverload
     work: Callable[[Call], Work]
     shards: tuple[ShardRule, ...] = ()
     quantizable: Mapping[str, str] = field(default_factory=dict)
+    pointwise: bool = False
 
     @property
     def name(self) -> str:
-        return self.target.name()
+        return str(self.target.name())
 
 
 _DECLARED: dict[Any, OpDef] = {}
@@ -128,7 +137,8 @@ def fake(node: object) -> torch.Tensor:
 def amount(size: int | torch.SymInt, symbols: Mapping[str, str]) -> Amount:
     """A size as a linear expression over step features.
 
-    In a traced graph the symbols "batch" and "seq" multiply to "T"; in a phase graph "T" and "S"
+    In a traced graph the symbols "batch" and "seq" multiply to "T" (and batch * seq * seq is what an
+    attention matrix written out in ATen holds, "P:both"); in a phase graph "T" and "S"
     stand for themselves. Terms in any other symbol (cache blocks) are dropped: what an op reads
     of a cache it states itself.
     """
@@ -138,7 +148,12 @@ def amount(size: int | torch.SymInt, symbols: Mapping[str, str]) -> Amount:
     terms: dict[str, float] = {}
     for term in sympy.Add.make_args(expression):
         coefficient, rest = term.as_coeff_Mul()
-        roles = sorted(symbols.get(str(s), "?") for s in rest.free_symbols)
+        roles = sorted(
+            symbols.get(str(symbol), "?")
+            for base, power in rest.as_powers_dict().items()
+            for symbol in base.free_symbols
+            for _ in range(int(power))
+        )
         match roles:
             case []:
                 name = "1"
@@ -146,6 +161,8 @@ def amount(size: int | torch.SymInt, symbols: Mapping[str, str]) -> Amount:
                 name = "T"
             case ["S"]:
                 name = "S"
+            case ["batch", "seq", "seq"] | ["seq", "seq"]:
+                name = "P:both"
             case _:
                 continue
         terms[name] = terms.get(name, 0.0) + float(coefficient)
