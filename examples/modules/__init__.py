@@ -1,0 +1,1 @@
+"""Plain PyTorch modules to compile, named as "examples.modules.<file>:<factory>"."""
