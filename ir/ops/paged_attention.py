@@ -46,6 +46,41 @@ def paged_attention(
     """
     store(k_cache, slots, k[0].transpose(0, 1), k_scale)
     store(v_cache, slots, v[0].transpose(0, 1), v_scale)
+    return attend_paged(
+        q,
+        k_cache,
+        v_cache,
+        query_starts,
+        context_lens,
+        block_table,
+        sinks,
+        indices,
+        scale,
+        window,
+        chunk,
+        softcap,
+        k_scale,
+        v_scale,
+    )
+
+
+def attend_paged(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    query_starts: Tensor,
+    context_lens: Tensor,
+    block_table: Tensor,
+    sinks: Tensor | None,
+    indices: Tensor | None,
+    scale: float,
+    window: int,
+    chunk: int,
+    softcap: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> Tensor:
+    """As `paged_attention`, over caches that hold this step's keys and values already."""
     picks = None if indices is None else indices[0]
     if one_token_each(query_starts, q.shape[2]):
         keys = load(k_cache, block_table, q.dtype, k_scale).transpose(1, 2)  # [S, Hkv, C, D]
