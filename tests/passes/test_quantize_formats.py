@@ -26,7 +26,7 @@ def test_integers_are_off_by_half_a_step_at_most(shape: tuple[int, int], seed: i
     parts = fmt.quantize(w, group)
     step = parts[1] if name == "int8" else qf.spread(parts[1], group, k)
     error = (fmt.dequantize(parts, k, group) - w).abs()
-    assert (error <= step * (0.5 + 1e-5)).all()
+    assert (error <= step * (0.5 + 5e-5)).all()
     assert (error > 0).any() or k == 1 or n * k < 4
 
 
@@ -120,12 +120,10 @@ def test_zero_rows_stay_zero(name: str) -> None:
     assert torch.equal(fmt.dequantize(fmt.quantize(w, 32), 64, 32), w)
 
 
-@pytest.mark.parametrize("name", ["int8", "fp8", "w4a16", "mxfp4", "nvfp4"])
-def test_quantizing_what_was_read_changes_nothing_much(name: str) -> None:
-    """Idempotence: a value on the grid stays there (integers: up to the half-step of the clipped end)."""
+@pytest.mark.parametrize("name", ["fp8", "mxfp4"])
+def test_a_value_on_the_grid_stays_there(name: str) -> None:
+    """The largest value of a row (or block) is on the float formats' grid, so their scale stays too."""
     fmt = qf.WEIGHT_FORMATS[name]
-    w = torch.randn(4, 64)
+    w = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     once = fmt.dequantize(fmt.quantize(w, 32), 64, 32)
-    twice = fmt.dequantize(fmt.quantize(once, 32), 64, 32)
-    first, second = (once - w).pow(2).mean(), (twice - w).pow(2).mean()
-    assert second <= first * 1.7
+    torch.testing.assert_close(fmt.dequantize(fmt.quantize(once, 32), 64, 32), once, rtol=1e-6, atol=0)
