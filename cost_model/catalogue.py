@@ -1,0 +1,209 @@
+"""What the catalogue knows: GPUs and engines, read from `cost_model/data`.
+
+Every entry says where its numbers come from and when they were read. Names that are not there
+raise `UnknownName` with the nearest ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from typing import Any, Literal, NoReturn
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from planc.errors import UnknownName
+
+Provenance = Literal["measured", "fitted", "roofline", "assumed"]
+Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4"]
+
+GIB = 1024.0**3
+
+
+class Entry(BaseModel):
+    """Base of all catalogue entries: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Gpu(Entry):
+    """One accelerator. Rates are vendor peaks, dense (no structured sparsity).
+
+    memory_gib          what a program sees as total device memory, GiB (not the label on the box)
+    nvlink_domain       GPUs joined by NVLink/xGMI; 1 means PCIe only
+    nvlink_gbytes_s     one direction, per GPU
+    fabric_gbit_s       typical network per GPU, one direction
+    """
+
+    name: str
+    label: str
+    vendor: Literal["nvidia", "amd", "cpu"]
+    arch: str
+    peak_tflops: Mapping[Precision, float]
+    memory_gib: float = Field(gt=0)
+    memory_gbytes_s: float = Field(gt=0)
+    l2_mib: float = Field(gt=0)
+    sm_count: int = Field(gt=0)
+    clock_mhz: float = Field(gt=0)
+    nvlink_domain: int = Field(ge=1)
+    nvlink_gbytes_s: float = Field(ge=0)
+    pcie_gbytes_s: float = Field(gt=0)
+    fabric_gbit_s: float = Field(gt=0)
+    tdp_w: float = Field(gt=0)
+    idle_w: float = Field(ge=0)
+    usd_per_hour: float = Field(ge=0)
+    price_source: str
+    source: str
+    date: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def memory_bytes(self) -> float:
+        return self.memory_gib * GIB
+
+    @property
+    def memory_bytes_s(self) -> float:
+        return self.memory_gbytes_s * 1e9
+
+    def peak_flops(self, precision: Precision) -> float:
+        """FLOP/s of a product in `precision`; a format without its own units runs on bf16 (or fp32) ones."""
+        found = self.peak_tflops.get(precision)
+        if found is None:
+            found = self.peak_tflops.get("bf16", self.peak_tflops.get("fp32", 0.0))
+        return found * 1e12
+
+
+class Support(Entry):
+    """What an engine runs on one architecture: [weights, activations] pairs, and KV formats."""
+
+    linear: tuple[tuple[str, str], ...]
+    kv: tuple[str, ...]
+
+
+class GraphRule(Entry):
+    """Which decode batch sizes get a CUDA graph: 1, 2, 4, then in steps up to `largest`.
+
+    memory   MiB that a capture takes per captured size and per 1,000 launches (assumed)
+    """
+
+    small: tuple[int, ...]
+    step: int
+    coarse_from: int
+    coarse_step: int
+    largest: int
+    mib_fixed: float
+    mib_per_size: float
+
+    def sizes(self, max_num_seqs: int) -> tuple[int, ...]:
+        """Captured sizes for an engine with this batch cap, ascending; () when graphs are off."""
+        top = min(self.largest, max_num_seqs)
+        grid = set(self.small)
+        grid |= set(range(self.step, min(self.coarse_from, self.largest + 1), self.step))
+        grid |= set(range(self.coarse_from, self.largest + 1, self.coarse_step))
+        kept = {size for size in grid if size <= top}
+        if max_num_seqs <= self.largest:
+            kept.add(top)
+        return tuple(sorted(kept))
+
+
+class EngineProfile(Entry):
+    """What an engine can load and run, its defaults, and what its steps cost besides kernels.
+
+    step_us              host time per step that no kernel hides, with CUDA graphs
+    step_eager_us        the same without graphs, besides `launch_eager_us` for each kernel
+    per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
+    ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
+    fusions              patterns of fusion names that the engine's own kernels always apply
+    """
+
+    name: str
+    version: str
+    block_size: int
+    block_sizes: tuple[int, ...]
+    gpu_memory_utilization: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    scheduling: Literal["mixed", "prefill_first"]
+    reserves_output: bool
+    parallel: tuple[Literal["tp", "pp", "dp", "ep", "cp"], ...]
+    ep_degrees: Literal["tp_dp", "free"]
+    cuda_graphs: GraphRule
+    framework_gib: float
+    communicator_gib: float
+    activation_factor: float
+    step_us: float
+    step_eager_us: float
+    launch_eager_us: float
+    per_sequence_us: float
+    overlaps_host: bool
+    prefill_factor: float
+    custom_all_reduce_max_mib: float
+    fusions: tuple[str, ...]
+    fused_activation_quant: tuple[str, ...]
+    archs: Mapping[str, Support]
+    source: str
+    date: str
+
+    def support(self, gpu: Gpu) -> Support | None:
+        """What runs on this GPU; None when the engine has no backend for it."""
+        return self.archs.get(gpu.arch)
+
+    def pairs(self, gpu: Gpu) -> tuple[tuple[str, str], ...]:
+        """(weights, activations) format pairs that run on this GPU."""
+        found = self.support(gpu)
+        return found.linear if found else ()
+
+    def kv_formats(self, gpu: Gpu) -> tuple[str, ...]:
+        found = self.support(gpu)
+        return found.kv if found else ()
+
+
+def read(name: str) -> Any:
+    """A YAML document under `cost_model/data`."""
+    text = resources.files("planc.cost_model.data").joinpath(name).read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+@cache
+def gpus() -> Mapping[str, Gpu]:
+    """All GPUs by name, in the file's order."""
+    return {name: Gpu(name=name, **entry) for name, entry in read("gpus.yaml")["gpus"].items()}
+
+
+@cache
+def engines() -> Mapping[str, EngineProfile]:
+    """All engine profiles by name."""
+    folder = resources.files("planc.cost_model.data").joinpath("engines")
+    names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".yaml"))
+    found = [EngineProfile(**read(f"engines/{name}")) for name in names]
+    return {profile.name: profile for profile in found}
+
+
+def gpu(name: str, field: str = "gpu") -> Gpu:
+    """A GPU by name or alias. Raises UnknownName."""
+    known = gpus()
+    if name in known:
+        return known[name]
+    for entry in known.values():
+        if name in entry.aliases:
+            return entry
+    unknown(field, name, "GPU", [*known, *(a for e in known.values() for a in e.aliases)])
+
+
+def engine(name: str, field: str = "engine") -> EngineProfile:
+    """An engine profile by name. Raises UnknownName."""
+    known = engines()
+    if name in known:
+        return known[name]
+    unknown(field, name, "engine", known)
+
+
+def unknown(field: str, value: str, kind: str, known: Iterable[str]) -> NoReturn:
+    """Raises UnknownName with the nearest known names (all of them when none is near)."""
+    names = list(known)
+    near = difflib.get_close_matches(value, names, n=3, cutoff=0.5)
+    mend = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names)}."
+    raise UnknownName(field=field, value=value, kind=kind, mend=mend)

@@ -1,0 +1,154 @@
+"""What collectives cost: alpha-beta over links, hierarchical across nodes.
+
+Formulas are those of ring and one-shot algorithms (Thakur et al. 2005; NCCL's bus bandwidth
+convention): a ring all-reduce of b bytes over n ranks moves 2 (n-1)/n b through each rank's
+link, an all-gather or reduce-scatter (n-1)/n b, an all-to-all (n-1)/n b of a rank's own send
+buffer. Constants live in `data/links.yaml`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+
+from planc.cost_model.catalogue import Gpu, Provenance, read, unknown
+from planc.cost_model.features import Array, ArrayLike
+
+Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p", "broadcast"]
+KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p", "broadcast")
+
+#: bytes through a rank's link per byte of the full tensor, as (ranks) -> factor
+_MOVED = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+    "broadcast": lambda n: 1.0,
+    "p2p": lambda n: 1.0,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A kind of wire: one direction, per GPU.
+
+    custom_up_to  messages up to so many bytes use the engine's own all-reduce kernel
+    """
+
+    name: str
+    bytes_s: float
+    library: tuple[float, float, float]
+    custom: tuple[float, float, float]
+    custom_up_to: float = 0.0
+    source: Provenance = "assumed"
+
+
+@dataclass(frozen=True, slots=True)
+class Fabric:
+    """The wires around a GPU: how many share a node, and the network between nodes.
+
+    inter_node_gbit_s   per GPU, one direction; None takes the GPU's typical one
+    """
+
+    gpus_per_node: int = 8
+    inter_node_gbit_s: float | None = None
+
+    def scale_up(self, gpu: Gpu) -> int:
+        """GPUs that reach each other without the network: a node's, or a rack's for rack-scale NVLink."""
+        return max(self.gpus_per_node, gpu.nvlink_domain if gpu.nvlink_domain > 8 else 1)
+
+    def inner(self, gpu: Gpu, ranks: int, custom_up_to: float = 0.0) -> Link:
+        """The link inside a node for a group of `ranks` neighbours: NVLink while they fit its domain."""
+        if gpu.vendor == "cpu":
+            return _link("shared_memory", gpu.memory_bytes_s, 0.0)
+        if ranks <= gpu.nvlink_domain and gpu.nvlink_gbytes_s > 0:
+            name = "xgmi" if gpu.vendor == "amd" else "nvlink"
+            return _link(name, gpu.nvlink_gbytes_s * 1e9, custom_up_to)
+        return _link("pcie", gpu.pcie_gbytes_s * 1e9, custom_up_to if ranks <= 2 else 0.0)
+
+    def outer(self, gpu: Gpu) -> Link:
+        """The network between nodes."""
+        gbit_s = gpu.fabric_gbit_s if self.inter_node_gbit_s is None else self.inter_node_gbit_s
+        return _link("fabric", gbit_s * 1e9 / 8, 0.0)
+
+
+@cache
+def _constants() -> Any:
+    return read("links.yaml")
+
+
+def _link(name: str, bytes_s: float, custom_up_to: float) -> Link:
+    raw = _constants()["links"][name]
+    of = lambda kind: (raw[kind]["alpha_us"], raw[kind]["per_step_us"], raw[kind]["share"])  # noqa: E731
+    return Link(name, bytes_s, of("library"), of("custom"), custom_up_to, raw["source_kind"])
+
+
+def seconds(kind: Kind, size: ArrayLike, ranks: int, link: Link) -> Array:
+    """Time of one collective inside one kind of link.
+
+    size   bytes of the full tensor: what every rank ends with (all_reduce, all_gather), what it
+           starts with (reduce_scatter, all_to_all: a rank's own send buffer), or what is sent (p2p)
+    Raises UnknownName for another kind. One rank, or nothing to move, costs nothing.
+    """
+    if kind not in _MOVED:
+        unknown("kind", kind, "collective", KINDS)
+    size = np.asarray(size, dtype=np.float64)
+    if ranks <= 1:
+        return np.zeros_like(size)
+    moved = _MOVED[kind](ranks)
+    hops = 1.0 if kind == "p2p" else math.log2(ranks)
+
+    def by(constants: tuple[float, float, float]) -> Array:
+        alpha, step, share = constants
+        time: Array = (alpha + step * hops) * 1e-6 + size * (moved / (link.bytes_s * share))
+        return time
+
+    time = by(link.library)
+    if kind == "all_reduce" and link.custom_up_to > 0:
+        time = np.where(size <= link.custom_up_to, np.minimum(by(link.custom), time), time)
+    return np.where(size > 0, time, 0.0)
+
+
+def group_seconds(
+    kind: Kind,
+    size: ArrayLike,
+    ranks: int,
+    gpu: Gpu,
+    fabric: Fabric,
+    *,
+    stride: int = 1,
+    custom_up_to: float = 0.0,
+) -> Array:
+    """Time of one collective over `ranks` GPUs that lie `stride` apart, hierarchical where they span nodes.
+
+    Across nodes an all-reduce is a reduce-scatter inside, an all-reduce of each rank's share over
+    the network, and an all-gather inside; an all-to-all sends the share that leaves the node over
+    the network at the same time as the rest inside.
+    """
+    size = np.asarray(size, dtype=np.float64)
+    island = fabric.scale_up(gpu)
+    near = max(1, min(ranks, island // max(stride, 1)))
+    far = math.ceil(ranks / near)
+    if far <= 1:
+        return seconds(kind, size, ranks, fabric.inner(gpu, ranks * stride, custom_up_to))
+    outer = fabric.outer(gpu)
+    if near == 1 or kind == "p2p":
+        return seconds(kind, size, ranks, outer)
+    inner = fabric.inner(gpu, near * stride)
+    if kind == "all_reduce":
+        inside = seconds("reduce_scatter", size, near, inner) + seconds("all_gather", size, near, inner)
+        return inside + seconds("all_reduce", size / near, far, outer)
+    if kind == "all_to_all":
+        leaving = size * (ranks - near) / (ranks - 1)
+        return np.maximum(seconds(kind, size - leaving, near, inner), seconds("p2p", leaving, 2, outer))
+    inside = seconds(kind, size, near, inner)
+    return inside + seconds(kind, size / near if kind != "broadcast" else size, far, outer)
+
+
+def transfer_seconds(size: ArrayLike, link: Link) -> Array:
+    """Point to point, e.g. a KV cache from a prefill to a decode instance."""
+    return seconds("p2p", size, 2, link)

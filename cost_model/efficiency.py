@@ -1,0 +1,51 @@
+"""Named efficiencies of the roofline, and the bands that go with a provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+from pydantic import Field
+
+from planc.cost_model.catalogue import Entry, Gpu, Precision, Provenance, read
+
+
+class Efficiency(Entry):
+    """One named number; `by_gpu` holds measured overrides per arithmetic."""
+
+    value: float
+    source: Provenance
+    note: str
+    by_gpu: Mapping[str, Mapping[Precision, float]] = Field(default_factory=dict)
+
+
+class Band(Entry):
+    """Factors on a predicted time within which a measured one is expected."""
+
+    low: float
+    high: float
+    source: str
+
+
+class Efficiencies(Entry):
+    """The whole of `data/efficiencies.yaml`."""
+
+    date: str
+    bands: Mapping[Provenance, Band]
+    values: Mapping[str, Efficiency]
+
+    def value(self, name: str) -> float:
+        return self.values[name].value
+
+    def on(self, name: str, gpu: Gpu, precision: Precision) -> float:
+        """The value for this GPU and arithmetic: measured where known, else the general one."""
+        entry = self.values[name]
+        return entry.by_gpu.get(gpu.name, {}).get(precision, entry.value)
+
+    def band(self, source: Provenance) -> tuple[float, float]:
+        return self.bands[source].low, self.bands[source].high
+
+
+@cache
+def efficiencies() -> Efficiencies:
+    return Efficiencies(**read("efficiencies.yaml"))

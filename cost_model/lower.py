@@ -1,0 +1,330 @@
+"""From rows of a table to the kernels and collectives of one rank: sharded, fused, deduplicated.
+
+Every number here is linear in step features, so a kernel is a spec and a few coefficient
+vectors; `planc.cost_model.step` evaluates all of them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from planc.cost_model.catalogue import EngineProfile
+from planc.cost_model.formats import fmt
+from planc.cost_model.kernels import Attention, Gemm, GroupedGemm
+from planc.cost_model.local import activation_format, factors, unquantized, weight_format
+from planc.cost_model.shape import EngineShape
+from planc.cost_model.table import CostTable, FusionOffer, Phase, Row
+from planc.ir.work import NONE, Amount, Family
+
+#: which tokens of a mixed step a kernel sees: all of them, or one part's
+Part = Literal["step", "prefill", "decode"]
+
+_BY_PART: tuple[Family, ...] = ("attention", "recurrence")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel of one rank: what it does per call, in elements, as amounts over features.
+
+    spec       what the family's cost function needs besides amounts
+    rows       m of a GEMM; routed tokens of a grouped one
+    launches   kernels per call; 0 when another kernel does this work
+    """
+
+    layer_class: str
+    sites: tuple[str, ...]
+    op: str
+    family: Family
+    part: Part
+    calls: float
+    launches: float
+    spec: Gemm | GroupedGemm | Attention | None
+    rows: Amount
+    flops: Amount
+    nbytes: Amount
+    kv: Amount
+    reads: Amount
+    writes: Amount
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One collective after an op: `size` in bytes, as `collectives.seconds` wants it."""
+
+    layer_class: str
+    site: str
+    part: Part
+    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    calls: float
+    ranks: int
+    size: Amount
+
+
+def kernels(
+    table: CostTable, shape: EngineShape, profile: EngineProfile, fusions: frozenset[str] | None
+) -> list[Kernel]:
+    """All kernels of a layer of each class. `fusions` None: those the engine's own kernels apply."""
+    found = []
+    offers = chosen(table, profile, fusions)
+    for part, row in parts(table):
+        found.extend(_kernels_of(row, part, shape, profile))
+    fused: list[Kernel] = []
+    for name in dict.fromkeys(kernel.layer_class for kernel in found):
+        for part in ("step", "prefill", "decode"):
+            mine = [k for k in found if k.layer_class == name and k.part == part]
+            fused.extend(_fuse(mine, [offer for offer in offers if offer.layer_class == name], shape))
+    return fused
+
+
+def chosen(
+    table: CostTable, profile: EngineProfile, fusions: frozenset[str] | None
+) -> tuple[FusionOffer, ...]:
+    """The offers that are in force."""
+    if fusions is not None:
+        return tuple(offer for offer in table.fusions if offer.name in fusions)
+    return tuple(offer for offer in table.fusions if any(fnmatchcase(offer.name, p) for p in profile.fusions))
+
+
+def parts(table: CostTable) -> list[tuple[Part, Row]]:
+    """Each row once, with the tokens it sees in a step that mixes phases.
+
+    Ops that both phases have run once over all tokens; attention and what only one phase has
+    (an absorbed projection, say) run over that phase's tokens.
+    """
+    phases: Sequence[Phase] = ("prefill", "decode")
+    keys = {phase: {_key(row) for row in table.rows.get(phase, ())} for phase in phases}
+    shared = keys["prefill"] & keys["decode"]
+    found: list[tuple[Part, Row]] = []
+    for phase in phases:
+        for row in table.rows.get(phase, ()):
+            if row.work.family == "view":
+                continue
+            if _key(row) in shared and row.work.family not in _BY_PART:
+                if phase == "prefill":
+                    found.append(("step", row))
+            else:
+                found.append((phase, row))
+    return found
+
+
+def _key(row: Row) -> tuple[str, str, str, int]:
+    return row.layer_class, row.site, row.op, row.calls
+
+
+def _kernels_of(row: Row, part: Part, shape: EngineShape, profile: EngineProfile) -> list[Kernel]:
+    work, divided = row.work, factors(row, shape)
+    weights, acts = weight_format(row, shape), activation_format(row, shape)
+    wide = fmt(unquantized(shape)).bytes
+    base = Kernel(
+        layer_class=row.layer_class,
+        sites=(row.site,),
+        op=row.op,
+        family=work.family,
+        part=part,
+        calls=float(row.calls),
+        launches=1.0,
+        spec=None,
+        rows=NONE,
+        flops=work.flops * divided.flops,
+        nbytes=NONE,
+        kv=(work.kv_reads + work.kv_writes) * divided.kv,
+        reads=work.reads * divided.reads,
+        writes=work.writes * divided.writes,
+    )
+    if work.family == "gemm":
+        k, n = work.dims["k"], work.dims["n"]
+        rows = work.flops * (1.0 / (2.0 * k * n))
+        spec = Gemm(n * divided.n, k * divided.k, weights, acts, wide)
+        gemm = replace(base, spec=spec, rows=rows)
+        return [*_quantize(base, acts, shape, profile), gemm]
+    if work.family == "grouped_gemm":
+        return [*_quantize(base, acts, shape, profile), _grouped(row, base, shape, weights, acts)]
+    if work.family in ("attention", "recurrence"):
+        recurrent = work.family == "recurrence"
+        kv_bytes = 4.0 if recurrent else fmt(shape.kv).bytes
+        if recurrent and not base.kv:
+            base = replace(base, kv=Amount({"S": 2.0 * work.dims.get("state_elements", 0) * divided.heads}))
+        return [replace(base, spec=Attention(part, kv_bytes, wide, recurrent))]
+    moved = base.reads + base.writes + base.kv
+    if work.family != "gather":  # a look-up reads the rows it is asked for, not the table
+        moved = moved + Amount({"1": work.weights * divided.weights} if work.weights else {})
+    return [replace(base, nbytes=moved * wide)]
+
+
+def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str) -> Kernel:
+    work, ranks = row.work, shape.tp * shape.dp
+    experts, top_k = work.dims["experts"], work.dims["top_k"]
+    per_token = lambda amount: amount.terms.get("T", 0.0)  # noqa: E731
+    spec = GroupedGemm(
+        experts=experts / (shape.ep if shape.ep > 1 else 1),
+        total_experts=experts,
+        top_k=top_k,
+        elements=work.weights / ranks,
+        flops_per_token=per_token(work.flops) / ranks,
+        reads=per_token(work.reads) / ranks,
+        writes=per_token(work.writes) / ranks,
+        weights=weights,
+        activations=acts,
+        ranks=shape.ep,
+    )
+    return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))
+
+
+def _quantize(base: Kernel, acts: str, shape: EngineShape, profile: EngineProfile) -> list[Kernel]:
+    """The kernel that quantizes a product's input, where the engine does not fuse it away."""
+    if acts == unquantized(shape) or acts in profile.fused_activation_quant:
+        return []
+    wide = fmt(unquantized(shape)).bytes
+    return [
+        replace(
+            base,
+            op=f"quantize to {acts}",
+            family="elementwise",
+            nbytes=base.reads * (wide + fmt(acts).bytes),
+            flops=NONE,
+            kv=NONE,
+        )
+    ]
+
+
+def _fuse(mine: list[Kernel], offers: Sequence[FusionOffer], shape: EngineShape) -> list[Kernel]:
+    """Kernels of one class and part with the offers applied: groups of sites become one kernel each."""
+    group: dict[str, int] = {}
+    saved: dict[int, list[FusionOffer]] = {}
+    sites = {site for kernel in mine for site in kernel.sites}
+    for number, offer in enumerate(offers):
+        wanted = [site for site in offer.sites if site in sites]
+        if len(wanted) < len(offer.sites):
+            continue
+        joined = {group[site] for site in wanted if site in group}
+        saved[number] = [offer, *(o for old in joined for o in saved.pop(old))]
+        for site, old in list(group.items()):
+            if old in joined:
+                group[site] = number
+        group.update(dict.fromkeys(wanted, number))
+    out = [kernel for kernel in mine if kernel.sites[0] not in group]
+    for number, applied in saved.items():
+        out.extend(_one_group([k for k in mine if group.get(k.sites[0]) == number], applied))
+    return out
+
+
+def _one_group(members: list[Kernel], applied: Sequence[FusionOffer]) -> list[Kernel]:
+    """GEMMs of equal inner width become one; pointwise kernels share launches and lose saved traffic."""
+    gemms = [k for k in members if isinstance(k.spec, Gemm)]
+    points = [k for k in members if k.spec is None]
+    others = [k for k in members if k.spec is not None and not isinstance(k.spec, Gemm)]
+    launches = float(sum(offer.launches for offer in applied))
+    out = list(others)
+    if len(gemms) > 1 and len({_left(k) for k in gemms}) == 1:
+        launches -= sum(k.calls for k in gemms) - gemms[0].calls
+        gemms = [_merged(gemms)]
+    out.extend(gemms)
+    if points:
+        before = sum(k.calls * k.launches for k in points)
+        floor = 0.0 if gemms or others else 1.0
+        after = max(before - max(launches, 0.0), floor)
+        kept = _kept(points, applied)
+        out.extend(
+            replace(k, launches=k.launches * after / before if before else 0.0, nbytes=k.nbytes * kept)
+            for k in points
+        )
+    return out
+
+
+def _left(kernel: Kernel) -> object:
+    """What products must share to be merged along their outputs."""
+    assert isinstance(kernel.spec, Gemm)
+    return _terms(kernel.rows), kernel.spec.k, kernel.spec.weights, kernel.spec.activations
+
+
+def _merged(gemms: list[Kernel]) -> Kernel:
+    first = gemms[0]
+    assert isinstance(first.spec, Gemm)
+    width = sum(k.calls * k.spec.n for k in gemms if isinstance(k.spec, Gemm)) / first.calls
+    return replace(
+        first,
+        sites=tuple(site for k in gemms for site in k.sites),
+        spec=replace(first.spec, n=width),
+        flops=_sum(k.flops * (k.calls / first.calls) for k in gemms),
+        writes=_sum(k.writes * (k.calls / first.calls) for k in gemms),
+    )
+
+
+def _kept(points: Sequence[Kernel], applied: Sequence[FusionOffer]) -> float:
+    """Share of the pointwise kernels' traffic that stays."""
+    elements = sum(_per_token(k.reads + k.writes) * k.calls for k in points)
+    gone = sum(_per_token(offer.reads + offer.writes) for offer in applied)
+    return max(1.0 - gone / elements, 0.1) if elements else 1.0
+
+
+def _per_token(amount: Amount) -> float:
+    return sum(value for name, value in amount.terms.items() if name in ("T", "S"))
+
+
+def _sum(amounts: Sequence[Amount] | object) -> Amount:
+    out = NONE
+    for amount in amounts:  # type: ignore[attr-defined]
+        out = out + amount
+    return out
+
+
+def collectives(table: CostTable, shape: EngineShape) -> list[Collective]:
+    """All collectives of a layer of each class, besides the hand-over between pipeline stages."""
+    found: list[Collective] = []
+    wide = fmt(unquantized(shape)).bytes
+    for part, row in parts(table):
+        if row.shard.kind == "experts" and shape.dp > 1:
+            found.extend(_exchange(row, part, shape, wide))
+        elif row.shard.collective and shape.tp > 1:
+            size = row.shard.moved * wide
+            found.append(
+                Collective(
+                    row.layer_class, row.site, part, row.shard.collective, float(row.calls), shape.tp, size
+                )
+            )
+    return found
+
+
+def _exchange(row: Row, part: Part, shape: EngineShape, wide: float) -> list[Collective]:
+    """Tokens to experts and back. EP: all-to-all of top_k copies; else gather all tokens, scatter sums."""
+    ranks, calls = shape.tp * shape.dp, float(row.calls)
+    hidden = Amount({"T": row.shard.moved.terms.get("T", 0.0)})
+    make = lambda kind, size: Collective(row.layer_class, row.site, part, kind, calls, ranks, size)  # noqa: E731
+    if shape.ep > 1:
+        copies = min(row.work.dims["top_k"], ranks) / shape.tp
+        sent = fmt(activation_format(row, shape)).bytes
+        return [make("all_to_all", hidden * (copies * sent)), make("all_to_all", hidden * (copies * wide))]
+    whole = hidden * (shape.dp * wide)
+    return [make("all_gather", whole), make("reduce_scatter", whole)]
+
+
+def unique(items: Sequence[Kernel]) -> tuple[list[Kernel], list[int]]:
+    """Kernels that differ in cost, and for each input the index of the one that stands for it."""
+    kept: list[Kernel] = []
+    seen: dict[object, int] = {}
+    index = []
+    for item in items:
+        key = (item.family, item.part, item.spec, item.launches, *_frozen(item))
+        if key not in seen:
+            seen[key] = len(kept)
+            kept.append(item)
+        index.append(seen[key])
+    return kept, index
+
+
+def _frozen(item: Kernel) -> list[tuple[tuple[str, float], ...]]:
+    amounts: Sequence[Amount] = (item.rows, item.flops, item.nbytes, item.kv, item.reads, item.writes)
+    return [_terms(amount) for amount in amounts]
+
+
+def _terms(amount: Amount) -> tuple[tuple[str, float], ...]:
+    return tuple(sorted(amount.terms.items()))
+
+
+def feature_names(amounts: Sequence[Amount]) -> list[str]:
+    """All features that the amounts are written in, besides the constant."""
+    names: Mapping[str, None] = {name: None for amount in amounts for name in sorted(amount.features())}
+    return list(names)

@@ -1,0 +1,114 @@
+"""The shape of one engine: what runs where, and in which number formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from planc.cost_model.catalogue import EngineProfile, Gpu
+from planc.cost_model.table import CostTable
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """One engine instance, before batch limits.
+
+    dp        attention data parallel inside the engine: each of the dp ranks schedules its own batch
+    ep        1, or tp*dp: whole experts are spread over all ranks of a stage. With ep = 1 the routed
+              experts' width is divided over tp*dp instead
+    cp        context parallel: the tokens of a prompt and the cache are spread over cp ranks
+    class_weights     (layer class, format) pairs that differ from `weights`
+    pipeline_layers   layers of each stage; () is the engine's even split
+    eager     True: no CUDA graphs
+    """
+
+    engine: str
+    gpu: str
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+    weights: str = "bf16"
+    activations: str = "bf16"
+    kv: str = "bf16"
+    class_weights: tuple[tuple[str, str], ...] = ()
+    pipeline_layers: tuple[int, ...] = ()
+    eager: bool = False
+
+    @property
+    def world(self) -> int:
+        """GPUs of the instance."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    def weight_format(self, layer_class: str) -> str:
+        return dict(self.class_weights).get(layer_class, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a shape cannot run: the field at fault and a sentence."""
+
+    field: str
+    reason: str
+
+
+def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProfile) -> list[Refusal]:
+    """Every reason why this engine cannot run this model in this shape; [] when it can.
+
+    Looks at degrees against the model's indivisible units, at the engine's parallel forms and at the
+    formats it has kernels for on this GPU. Memory is `memory_map`'s question.
+    """
+    found: list[Refusal] = []
+    say = lambda field, reason: found.append(Refusal(field, reason))  # noqa: E731
+    degrees: dict[str, Any] = {name: getattr(shape, name) for name in ("tp", "pp", "dp", "ep", "cp")}
+    for name, degree in degrees.items():
+        if degree < 1:
+            say(name, f"{name} must be at least 1")
+        elif degree > 1 and name not in profile.parallel:
+            say(name, f"{profile.name} has no {name} in its profile")
+    if found:
+        return found
+    experts = table.model.experts
+    if shape.ep > 1:
+        if not experts:
+            say("ep", "the model has no routed experts")
+        elif shape.ep != shape.tp * shape.dp and profile.ep_degrees == "tp_dp":
+            say(
+                "ep", f"{profile.name} spreads experts over tp*dp = {shape.tp * shape.dp} ranks or not at all"
+            )
+        elif experts % shape.ep:
+            say("ep", f"{experts} experts do not divide by {shape.ep}")
+    if shape.pp > table.model.layers:
+        say("pp", f"{shape.pp} stages for {table.model.layers} layers")
+    if shape.pipeline_layers and (
+        len(shape.pipeline_layers) != shape.pp or sum(shape.pipeline_layers) != table.model.layers
+    ):
+        say("pipeline_layers", f"must be {shape.pp} numbers that sum to {table.model.layers}")
+    for row in {row for rows in table.rows.values() for row in _divided(rows)}:
+        degree = shape.tp
+        if row[1] == "experts":
+            degree = shape.ep if shape.ep > 1 else 1
+        if row[2] and row[2] % degree:
+            say("tp", f"{row[0]}: {row[2]} units do not divide by {degree}")
+    for cls in table.classes:
+        if cls.kv_units and cls.kv_units % shape.tp and shape.tp % cls.kv_units:
+            say("tp", f"{cls.name}: {cls.kv_units} KV heads neither divide by nor into {shape.tp}")
+    support = profile.support(gpu)
+    if support is None:
+        say("gpu", f"{profile.name} does not run on {gpu.arch}")
+        return found
+    for weights in {shape.weights, *dict(shape.class_weights).values()}:
+        if (weights, shape.activations) not in support.linear:
+            say("weights", f"{profile.name} has no {weights} x {shape.activations} kernels on {gpu.arch}")
+    if shape.kv not in support.kv:
+        say("kv", f"{profile.name} has no {shape.kv} cache on {gpu.arch}")
+    return found
+
+
+def _divided(rows: Any) -> list[tuple[str, str, int]]:
+    return [
+        (f"{r.layer_class}.{r.site}", r.shard.kind, r.shard.units)
+        for r in rows
+        if r.shard.kind != "replicated"
+    ]

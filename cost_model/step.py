@@ -1,0 +1,300 @@
+"""Seconds of one engine step, for a whole grid of loads in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from planc.cost_model import lower
+from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance
+from planc.cost_model.collectives import Fabric, group_seconds
+from planc.cost_model.efficiency import efficiencies
+from planc.cost_model.features import Array, Load, StepLoad
+from planc.cost_model.formats import fmt
+from planc.cost_model.kernels import BOUNDS, LINK, KernelCosts, Roofline, Times
+from planc.cost_model.local import stages, unquantized
+from planc.cost_model.lower import Collective, Kernel
+from planc.cost_model.quantity import Quantity, worst
+from planc.cost_model.shape import EngineShape
+from planc.cost_model.table import CostTable
+from planc.ir.work import Amount
+
+__all__ = ["StepLoad", "StepModel", "StepPart"]
+
+#: loads evaluated at once; keeps temporaries within a core's cache
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """One line of a breakdown: all calls of an op over the layers of one class in one stage."""
+
+    layer_class: str
+    site: str
+    op: str
+    seconds: float
+    bound: str
+    source: Provenance
+
+
+class StepModel:
+    """One engine shape on one GPU type, ready to price steps.
+
+    A step of a pipeline is the time its slowest stage needs for one micro-batch: in the steady state a
+    new step starts every so often. `latency` is the time until a micro-batch has passed all stages.
+
+    With attention data parallel (dp > 1) a load is that of one of the dp ranks, and all ranks are
+    taken to carry the same.
+    """
+
+    def __init__(
+        self,
+        table: CostTable,
+        shape: EngineShape,
+        gpu: Gpu,
+        fabric: Fabric,
+        profile: EngineProfile,
+        fusions: frozenset[str] | None = None,
+        *,
+        costs: KernelCosts | None = None,
+        max_num_seqs: int | None = None,
+    ) -> None:
+        self.table, self.shape, self.gpu, self.fabric, self.profile = table, shape, gpu, fabric, profile
+        self.costs: KernelCosts = costs or Roofline(gpu)
+        all_kernels = lower.kernels(table, shape, profile, fusions)
+        self.kernels = all_kernels
+        self._unique, self._index = lower.unique(all_kernels)
+        self._collectives = lower.collectives(table, shape)
+        self._stages = stages(table, shape)
+        count = {c.name: i for i, c in enumerate(table.classes)}
+        self._kernel_calls = _calls(all_kernels, self._stages, count, self._index, len(self._unique))
+        self._collective_calls = _calls(
+            self._collectives, self._stages, count, range(len(self._collectives)), len(self._collectives)
+        )
+        self._launches = np.array(
+            [
+                sum(k.calls * k.launches * s.counts[count[k.layer_class]] for k in all_kernels)
+                for s in self._stages
+            ]
+        )
+        self._groups = _groups(self._unique)
+        amounts = [a for k in self._unique for a in (k.rows, k.flops, k.nbytes, k.kv, k.reads, k.writes)]
+        self._names = lower.feature_names([*amounts, *(c.size for c in self._collectives)])
+        no_graphs = shape.eager or gpu.vendor == "cpu"
+        self._graphs = np.array(
+            () if no_graphs else profile.cuda_graphs.sizes(max_num_seqs or profile.cuda_graphs.largest),
+            dtype=np.float64,
+        )
+
+    @property
+    def source(self) -> Provenance:
+        """The least well founded of what the seconds are made of."""
+        return worst([self.costs.source])
+
+    @property
+    def band(self) -> tuple[float, float]:
+        """(low, high) factors on the seconds."""
+        return efficiencies().band(self.source)
+
+    def quantity(self, seconds: float) -> Quantity:
+        """Seconds with this model's band and provenance."""
+        return Quantity.within(seconds, self.band, self.source)
+
+    def seconds(self, load: StepLoad) -> Array:
+        """One engine step, s, in the common shape of the load's fields; 0 for an empty step."""
+        return self._fold(load, slowest=True)
+
+    def latency(self, load: StepLoad) -> Array:
+        """The same micro-batch through all pipeline stages, s."""
+        return self._fold(load, slowest=False)
+
+    def breakdown(self, load: StepLoad, stage: int = 0) -> list[StepPart]:
+        """Where the time of a single load goes on one stage, in the table's order.
+
+        The parts sum to the stage's device time; host overhead and the hand-over between stages are
+        parts of layer class "step".
+        """
+        flat = load.arrays()
+        if flat.size != 1:
+            raise ValueError(f"breakdown takes one load, not {flat.size}")
+        times, links = self._times(flat)
+        order = {c.name: i for i, c in enumerate(self.table.classes)}
+        counts = self._stages[stage].counts
+        found = []
+        for kernel, index in zip(self.kernels, self._index, strict=True):
+            total = times.seconds[index, 0] * kernel.calls * counts[order[kernel.layer_class]]
+            bound = BOUNDS[int(times.bound[index, 0])]
+            if total > 0:
+                site = "+".join(kernel.sites)
+                found.append(
+                    StepPart(kernel.layer_class, site, kernel.op, float(total), bound, self.costs.source)
+                )
+        for item, row in zip(self._collectives, links, strict=True):
+            total = row[0] * item.calls * counts[order[item.layer_class]]
+            if total > 0:
+                found.append(
+                    StepPart(
+                        item.layer_class, item.site, item.kind, float(total), BOUNDS[LINK], self.costs.source
+                    )
+                )
+        device = sum(part.seconds for part in found)
+        whole = float(self._stage_seconds(flat)[stage, 0])
+        found.append(StepPart("step", "", "host and hand-over", whole - device, "launch", "assumed"))
+        return found
+
+    # -- evaluation ----------------------------------------------------------------------
+
+    def _fold(self, load: StepLoad, *, slowest: bool) -> Array:
+        flat = load.arrays()
+        out = np.empty(flat.size)
+        for start in range(0, flat.size, _BLOCK):
+            block = _slice(flat, start, start + _BLOCK)
+            per_stage = self._stage_seconds(block)
+            out[start : start + _BLOCK] = per_stage.max(axis=0) if slowest else per_stage.sum(axis=0)
+        return out.reshape(flat.shape)
+
+    def _stage_seconds(self, load: Load) -> Array:
+        """[stages, N]: device time, host time and hand-over of each stage."""
+        device = self._device(load)
+        extra = self.profile.prefill_factor - 1.0
+        if extra and bool(np.any(load.tokens > 0)):
+            alone = Load(
+                load.seqs, load.context, np.zeros_like(load.tokens), np.zeros_like(load.tokens), load.cached
+            )
+            device = device + extra * np.maximum(device - self._device(alone), 0.0)
+        rows = load.seqs + load.tokens
+        graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
+        per_launch = np.where(graphed, 0.0, self.profile.launch_eager_us * 1e-6)
+        if self.gpu.vendor != "cpu":
+            device = np.maximum(device, self._launches[:, None] * per_launch)
+        host = np.where(
+            graphed,
+            self.profile.step_us,
+            self.profile.step_eager_us if self.shape.eager else self.profile.step_us,
+        )
+        host = (host + self.profile.per_sequence_us * (load.seqs + load.chunks)) * 1e-6
+        hop = self._hand_over(rows)
+        total = device + hop + host
+        return cast(Array, np.where(rows > 0, total, 0.0))
+
+    def _device(self, load: Load) -> Array:
+        times, links = self._times(load)
+        total = self._kernel_calls @ times.seconds
+        if self._collectives:
+            total = total + self._collective_calls @ links
+        return cast(Array, total)
+
+    def _hand_over(self, tokens: Array) -> Array:
+        """Activations to the next stage, [stages, N]; the last one hands over nothing."""
+        if self.shape.pp == 1:
+            return np.zeros((1, tokens.size))
+        size = tokens * self.table.model.hidden * fmt(unquantized(self.shape)).bytes / self.shape.tp
+        stride = self.shape.tp * self.shape.dp * self.shape.cp
+        once = group_seconds("p2p", size, 2, self.gpu, self.fabric, stride=stride)
+        return np.array([[1.0]] * (self.shape.pp - 1) + [[0.0]]) * once
+
+    def _times(self, load: Load) -> tuple[Times, Array]:
+        features = self._features(load)
+        seconds = np.zeros((len(self._unique), load.size))
+        bound = np.zeros_like(seconds, dtype=np.int8)
+        for group in self._groups:
+            x = features[group.part]
+            mine = [self._unique[i] for i in group.index]
+            found = self._price(group, mine, x)
+            seconds[group.index], bound[group.index] = found.seconds, found.bound
+        links = np.zeros((len(self._collectives), load.size))
+        for row, item in enumerate(self._collectives):
+            size = _amount(item.size, features[item.part], self._names)
+            links[row] = group_seconds(
+                item.kind,
+                size,
+                item.ranks,
+                self.gpu,
+                self.fabric,
+                custom_up_to=self.profile.custom_all_reduce_max_mib * 1024**2,
+            )
+        return Times(seconds, bound), links
+
+    def _features(self, load: Load) -> dict[str, Array]:
+        """[features, N] for each part; the whole step's tokens are padded to a captured graph size."""
+        padded = load
+        if self._graphs.size:
+            slot = np.searchsorted(self._graphs, load.seqs)
+            up = self._graphs[np.minimum(slot, self._graphs.size - 1)]
+            fits = (load.tokens == 0) & (load.seqs > 0) & (slot < self._graphs.size)
+            padded = Load(np.where(fits, up, load.seqs), load.context, load.tokens, load.chunks, load.cached)
+        names = ["1", *self._names]
+        found = {
+            "step": padded.merged(self._names),
+            "decode": load.decode(self._names),
+            "prefill": load.prefill(self._names),
+        }
+        return {part: np.stack([values[name] for name in names]) for part, values in found.items()}
+
+    def _price(self, group: _Group, mine: Sequence[Kernel], x: Array) -> Times:
+        of = lambda field: _matrix([getattr(k, field) for k in mine], self._names) @ x  # noqa: E731
+        specs = [k.spec for k in mine]
+        if group.family == "gemm":
+            return self.costs.gemm(specs, of("rows"))  # type: ignore[arg-type]
+        if group.family == "grouped_gemm":
+            return self.costs.grouped_gemm(specs, of("rows"))  # type: ignore[arg-type]
+        if group.family in ("attention", "recurrence"):
+            acts = of("reads") + of("writes")
+            return self.costs.attention(specs, of("flops"), of("kv"), acts)  # type: ignore[arg-type]
+        launches = np.array([[k.launches] for k in mine])
+        return self.costs.elementwise(launches, of("nbytes"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Unique kernels of one family that see the same tokens."""
+
+    family: str
+    part: lower.Part
+    index: npt.NDArray[np.intp]
+
+
+def _groups(kernels: Sequence[Kernel]) -> list[_Group]:
+    kind = {
+        "gemm": "gemm",
+        "grouped_gemm": "grouped_gemm",
+        "attention": "attention",
+        "recurrence": "attention",
+    }
+    found: dict[tuple[str, lower.Part], list[int]] = {}
+    for i, kernel in enumerate(kernels):
+        found.setdefault((kind.get(kernel.family, "elementwise"), kernel.part), []).append(i)
+    return [_Group(family, part, np.array(index)) for (family, part), index in found.items()]
+
+
+def _calls(
+    items: Sequence[Kernel] | Sequence[Collective],
+    held: Sequence[object],
+    order: dict[str, int],
+    index: Sequence[int],
+    width: int,
+) -> Array:
+    """[stages, unique]: calls of each unique item over a stage's layers."""
+    out = np.zeros((len(held), width))
+    for item, column in zip(items, index, strict=True):
+        for row, stage in enumerate(held):
+            out[row, column] += item.calls * stage.counts[order[item.layer_class]]  # type: ignore[attr-defined]
+    return out
+
+
+def _matrix(amounts: Sequence[Amount], names: Sequence[str]) -> Array:
+    """[R, 1 + features] coefficients."""
+    return np.array([[a.terms.get(name, 0.0) for name in ("1", *names)] for a in amounts])
+
+
+def _amount(amount: Amount, x: Array, names: Sequence[str]) -> Array:
+    return cast(Array, (_matrix([amount], names) @ x)[0])
+
+
+def _slice(load: Load, start: int, stop: int) -> Load:
+    part = slice(start, stop)
+    return Load(load.seqs[part], load.context[part], load.tokens[part], load.chunks[part], load.cached[part])
