@@ -114,7 +114,7 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
     batch, heads, queries, _ = q.shape
     groups = heads // k.shape[1]
-    grouped = q.float().view(batch, k.shape[1], groups * queries, q.shape[3])
+    grouped = q.float().reshape(batch, k.shape[1], groups * queries, q.shape[3])
     scores = (grouped @ k.float().transpose(-1, -2)).view(batch, heads, queries, -1) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
@@ -123,7 +123,7 @@ def attend(
         column = sinks.float().view(1, heads, 1, 1).expand(batch, heads, queries, 1)
         scores = torch.cat([scores, column], -1)
     weights = torch.softmax(scores, -1)[..., : k.shape[2]]
-    mixed = weights.view(batch, k.shape[1], groups * queries, -1) @ v.float()
+    mixed = weights.reshape(batch, k.shape[1], groups * queries, -1) @ v.float()
     return mixed.view(batch, heads, queries, v.shape[3]).to(q.dtype)
 
 
