@@ -1,0 +1,73 @@
+"""The Python API: what `import planc` offers, and what the commands call.
+
+Everything heavy (torch, transformers, OR-Tools) is imported inside the function that needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from planc.cost_model.table import CostTable
+from planc.planner.diff import PlanDiff
+from planc.planner.diff import diff as diff_plans
+from planc.planner.estimate import Estimate
+from planc.planner.plan import Plan, load_plan
+from planc.planner.request import Request, load_request
+
+__all__ = ["compile", "cost_table", "diff", "estimate", "load_plan", "load_request", "write_bundle"]
+
+
+def cost_table(
+    request: Request, *, trust_remote_code: bool = False, progress: Callable[[str], None] | None = None
+) -> CostTable:
+    """The model's cost table: from the cache, or traced now (then torch is loaded)."""
+    from planc.passes.tabulate import load_table
+
+    if progress:
+        progress(f"tracing {request.model}")
+    return load_table(request.model_path(), trust_remote_code=trust_remote_code)
+
+
+def compile(
+    request: Request | str | Path,
+    *,
+    time_limit: float | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Compiles a request to a plan.
+
+    Raises the errors of `planc.errors`: bad input (exit code 2) or Infeasible (3), which carries
+    the smallest single relaxations that would make the request feasible.
+    """
+    from planc.planner.compile import plan
+
+    if not isinstance(request, Request):
+        request = load_request(request)
+    table = cost_table(request, trust_remote_code=trust_remote_code, progress=progress)
+    return plan(request, table, time_limit=time_limit, progress=progress)
+
+
+def estimate(request: Request | str | Path, **settings: Any) -> Estimate:
+    """Evaluates one fixed configuration, without search: `estimate(request, tp=4, weights="fp8")`."""
+    from planc.planner.estimate import estimate as evaluate
+
+    if not isinstance(request, Request):
+        request = load_request(request)
+    return evaluate(request, cost_table(request), **settings)
+
+
+def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:
+    """What changed from one plan to the other, by meaning."""
+    return diff_plans(
+        old if isinstance(old, Plan) else load_plan(old), new if isinstance(new, Plan) else load_plan(new)
+    )
+
+
+def write_bundle(plan: Plan, folder: str | Path, *, config: Mapping[str, Any] | None = None) -> None:
+    """Writes a plan's bundle folder, whole or not at all."""
+    from planc.codegen.bundle import write
+
+    write(plan, folder, config=config)

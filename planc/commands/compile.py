@@ -1,0 +1,56 @@
+"""`planc compile`: the main job. Trace, optimise, write the bundle, print a summary."""
+
+from __future__ import annotations
+
+import time
+
+import click
+
+from planc.commands import show
+from planc.commands.common import emit_json, json_option, out, progress, set_option, trust_option
+
+
+@click.command("compile")
+@click.argument("request_file", metavar="REQUEST", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to write.")
+@set_option
+@click.option("--engine", help="Plan for this engine only (as constraints.engines).")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds the solver may take.")
+@click.option("--check-kernels", is_flag=True, help="Also compile the kernels ahead of time and check them.")
+@trust_option
+@json_option
+def compile_command(
+    request_file: str,
+    output: str,
+    settings: tuple[str, ...],
+    engine: str | None,
+    time_limit: float | None,
+    check_kernels: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Compile REQUEST (YAML) to a plan and write its bundle."""
+    from planc import api
+    from planc.codegen import bundle
+
+    start = time.perf_counter()
+    overrides = [*settings, *([f"constraints.engines=[{engine}]"] if engine else [])]
+    request = api.load_request(request_file, overrides)
+    bundle.refuse_foreign(output)
+    with progress() as say:
+        plan = api.compile(
+            request, time_limit=time_limit, trust_remote_code=trust_remote_code, progress=say
+        )
+        say("writing the bundle")
+        api.write_bundle(plan, output, request=request)
+        if check_kernels:
+            from planc.commands.verify import check_kernels as check
+
+            check(output, say)
+    seconds = time.perf_counter() - start
+    if as_json:
+        emit_json({"bundle": output, "seconds": round(seconds, 3), "plan": plan.model_dump(mode="json", by_alias=True)})
+        return
+    console = out()
+    show.summary(plan, console)
+    console.print(f"\nbundle {plan.fingerprint.plan} written to [bold]{output}[/] in {seconds:.1f} s")

@@ -1,0 +1,38 @@
+"""`planc estimate`: evaluate one fixed configuration, without search."""
+
+from __future__ import annotations
+
+import click
+
+from planc.commands import show
+from planc.commands.common import emit_json, json_option, out, pairs, progress, set_option, trust_option
+
+
+@click.command("estimate")
+@click.argument("request_file", metavar="REQUEST", type=click.Path())
+@set_option
+@trust_option
+@json_option
+def estimate_command(
+    request_file: str, settings: tuple[str, ...], trust_remote_code: bool, as_json: bool
+) -> None:
+    """Evaluate the configuration that --set names (tp, pp, dp, ep, weights, kv, max_num_seqs, ...) under
+    REQUEST's workload. A dotted name changes the request itself, e.g. --set workload.isl=2000."""
+    from planc import api
+
+    given = pairs(settings)
+    overrides = [f"{name}={text}" for name, text in given.items() if "." in name]
+    fixed = {name: text for name, text in given.items() if "." not in name}
+    with progress() as say:
+        request = api.load_request(request_file, overrides)
+        say("evaluating")
+        found = api.estimate(request, trust_remote_code=trust_remote_code, **fixed)
+    if as_json:
+        emit_json(found.to_json())
+        return
+    console = out()
+    console.print(f"[bold]{show.parallel(found.replica)}[/] on {found.replica.gpu}, {found.replica.engine}, "
+                  f"{show.formats(found.replica)}, up to {found.replica.max_num_seqs} sequences")
+    show.predictions(found.predicted, console)
+    for note in found.notes:
+        console.print(f"! {note}", style="yellow", markup=False)

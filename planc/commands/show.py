@@ -1,0 +1,141 @@
+"""How a plan and its parts look in a terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from planc.commands.common import UNITS, grid, number
+from planc.planner.plan import Plan, Predicted, Replica
+
+
+def summary(plan: Plan, console: Console) -> None:
+    """What was decided and what it will do: the page that `planc compile` and `inspect` print."""
+    replicas = plan.replicas()
+    gpus = sum(len(r.gpus) for r in replicas)
+    model = plan.model
+    console.print(
+        f"[bold]{model.name}[/] ({model.architecture}, {_billions(model.parameters)} parameters, "
+        f"{_billions(model.active_parameters)} active, {model.kv_bytes_per_token:,} KV bytes/token)"
+    )
+    solver = plan.solver
+    console.print(
+        f"{len(replicas)} replica{'s' * (len(replicas) != 1)} on {gpus} GPU{'s' * (gpus != 1)}; "
+        f"{solver.objective} {solver.status}, gap {100 * solver.gap:.2g} %, "
+        f"{solver.candidates:,} candidates ({sum(solver.pruned.values()):,} pruned)\n"
+    )
+    pools(plan, console)
+    console.print()
+    predictions(plan.predicted, console)
+
+
+def pools(plan: Plan, console: Console) -> None:
+    rows = []
+    for pool in plan.pools:
+        for replica, count in _grouped(pool.replicas):
+            rows.append(
+                (
+                    pool.role,
+                    f"{count} x",
+                    replica.engine,
+                    f"{len(replica.gpus)} {replica.gpu}",
+                    parallel(replica),
+                    formats(replica),
+                    replica.max_num_seqs,
+                    replica.max_num_batched_tokens,
+                    f"{replica.kv_blocks:,} x {replica.block_size}",
+                    f"{replica.memory.total_gib:.1f} / {replica.memory.capacity_gib:.1f}",
+                )
+            )
+    columns = ("pool", "", "engine", "GPUs", "layout", "weights/act/KV", "seqs", "tokens", "KV blocks", "GiB")
+    console.print(grid(columns, rows))
+
+
+def parallel(replica: Replica) -> str:
+    degrees = [("TP", replica.tp), ("PP", replica.pp), ("DP", replica.dp), ("EP", replica.ep)]
+    return " ".join(f"{name}{degree}" for name, degree in degrees if degree > 1) or "one GPU"
+
+
+def formats(replica: Replica) -> str:
+    return f"{replica.weights}/{replica.activations}/{replica.kv}"
+
+
+def predictions(predicted: dict[str, Predicted], console: Console) -> None:
+    rows = []
+    for key, found in predicted.items():
+        label, unit = UNITS.get(key, (key, ""))
+        rows.append(
+            (
+                label,
+                number(found.value),
+                f"{number(found.low)} .. {number(found.high)}",
+                ", ".join(f"{name} {number(value)}" for name, value in sorted(found.percentiles.items())),
+                unit,
+                found.source,
+            )
+        )
+    console.print(grid(("predicted", "value", "band", "percentiles", "unit", "from"), rows))
+
+
+def memory(plan: Plan, console: Console) -> None:
+    """The memory map of one GPU of each distinct replica."""
+    for pool in plan.pools:
+        for replica, count in _grouped(pool.replicas):
+            title = f"{pool.role}: {count} x {parallel(replica)} on {replica.gpu}, one GPU"
+            parts = replica.memory.model_dump()
+            capacity = parts.pop("capacity_gib")
+            rows = [
+                (name.removesuffix("_gib"), f"{size:.2f}", _bar(size / capacity))
+                for name, size in parts.items()
+                if name != "total_gib"
+            ]
+            rows.append(("of", f"{capacity:.2f}", ""))
+            table = grid(("part", "GiB", "share"), rows, title=title)
+            table.columns[2].justify = "left"
+            console.print(table)
+
+
+def layers(plan: Plan, console: Console) -> None:
+    rows = [
+        (
+            layer.layer_class,
+            layer.count,
+            layer.decisions.format,
+            ", ".join(layer.decisions.fusions) or "-",
+            ", ".join(f"{site}: {how}" for site, how in layer.decisions.sharding.items()) or "-",
+        )
+        for layer in plan.layers
+    ]
+    table = grid(("layer class", "count", "format", "fusions", "sharding"), rows)
+    for column in table.columns[2:]:
+        column.justify = "left"
+    console.print(table)
+
+
+def rejected(plan: Plan, console: Console, limit: int = 12) -> None:
+    rows = [
+        (item.decision, item.reason, ", ".join(f"{k} {number(v)}" for k, v in item.predicted.items()))
+        for item in plan.rejected[:limit]
+    ]
+    table = grid(("rejected", "because", "it would give"), rows)
+    for column in table.columns:
+        column.justify = "left"
+    console.print(table)
+    if len(plan.rejected) > limit:
+        console.print(f"and {len(plan.rejected) - limit} more in plan.json", style="dim")
+
+
+def _grouped(replicas: list[Replica]) -> list[tuple[Replica, int]]:
+    """Replicas that differ in nothing but their GPUs and share of traffic, with their number."""
+    kinds: dict[str, list[Replica]] = {}
+    for replica in replicas:
+        key = replica.model_dump_json(exclude={"gpus", "traffic_share"})
+        kinds.setdefault(key, []).append(replica)
+    return [(found[0], len(found)) for found in kinds.values()]
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _bar(share: float, width: int = 30) -> str:
+    return "█" * max(0, min(width, round(share * width)))
