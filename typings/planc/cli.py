@@ -1,0 +1,1 @@
+../../planc/cli.py

@@ -1,0 +1,1 @@
+../../planc/version.py
