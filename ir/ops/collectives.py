@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from planc.errors import InvalidField
-from planc.ir.opdef import Call, OpDef, ShardRule, declare
+from planc.ir.opdef import Call, OpDef, declare
 from planc.ir.work import Work
 
 _GROUPS: ContextVar[Mapping[str, dist.ProcessGroup] | None] = ContextVar("planc_groups", default=None)
@@ -156,21 +156,21 @@ def _(like: Tensor, sender: int, group: str) -> Tensor:
 
 
 @torch.library.custom_op("planc::vocab_embedding", mutates_args=())
-def vocab_embedding(ids: Tensor, weight: Tensor, first: int) -> Tensor:
-    """One rank's share of an embedding divided by rows of the vocabulary: [*ids, hidden].
+def vocab_embedding(weight: Tensor, indices: Tensor, first: int) -> Tensor:
+    """One rank's share of an embedding divided by rows of the vocabulary: [*indices, hidden].
 
-    `weight` holds rows first .. first + len(weight) of the table. Ids outside give zeros, so the
+    `weight` holds rows first .. first + len(weight) of the table. Indices outside give zeros, so the
     sum over the ranks is the embedding (Shoeybi et al. 2019, Megatron-LM, section 3).
     """
-    local = ids - first
+    local = indices - first
     held = (local >= 0) & (local < weight.shape[0])
     found = torch.nn.functional.embedding(local.clamp(0, weight.shape[0] - 1), weight)
     return found * held.unsqueeze(-1).to(found.dtype)
 
 
 @vocab_embedding.register_fake
-def _(ids: Tensor, weight: Tensor, first: int) -> Tensor:
-    return weight.new_empty((*ids.shape, weight.shape[1]))
+def _(weight: Tensor, indices: Tensor, first: int) -> Tensor:
+    return weight.new_empty((*indices.shape, weight.shape[1]))
 
 
 def _link(call: Call) -> Work:
@@ -183,7 +183,7 @@ def _link(call: Call) -> Work:
 
 
 def _vocab_embedding_work(call: Call) -> Work:
-    return Work("gather", reads=call.out(), writes=call.out())
+    return Work("gather", reads=call.out() + call.elements("indices"), writes=call.out())
 
 
 for _name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "recv"):
@@ -193,7 +193,9 @@ declare(
     OpDef(
         torch.ops.planc.vocab_embedding.default,
         work=_vocab_embedding_work,
-        shards=(ShardRule("replicated", {}, ("whole",)),),
-        quantizable={"weight": "weight"},
     )
 )
+
+#: Ops of torch that cannot be told which piece they hold -> the op that can, and how many leading
+#: arguments the two share; the first index held follows them.
+TWINS = {torch.ops.aten.embedding.default: (torch.ops.planc.vocab_embedding.default, 2)}

@@ -50,14 +50,15 @@ def experts(
         if gate_up_bias is not None:
             hidden = hidden + gate_up_bias[at]
         gate, up = (hidden[:, ::2], hidden[:, 1::2]) if interleaved else hidden.chunk(2, -1)
-        result = _gated(gate, up, act, alpha, limit) @ (down[at] if transposed else down[at].T)
+        result = gated(gate, up, act, alpha, limit) @ (down[at] if transposed else down[at].T)
         if down_bias is not None:
             result = result + down_bias[at]
         out.index_add_(0, token, (result if scale_input else result * share).float())
     return out.to(x.dtype)
 
 
-def _gated(gate: Tensor, up: Tensor, act: str, alpha: float, limit: float) -> Tensor:
+def gated(gate: Tensor, up: Tensor, act: str, alpha: float, limit: float) -> Tensor:
+    """The middle of an expert: gate, up [..., I] -> [..., I]; see `experts` for the names."""
     if act == "swigluoai":
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
         return (up + 1) * gate * torch.sigmoid(gate * alpha)
@@ -121,7 +122,10 @@ def _layout(transposed: bool, interleaved: bool) -> ShardRule:
 
 #: Whole experts per rank (expert parallel); `first` is the rank's own.
 EXPERT_PARALLEL = ShardRule(
-    "experts", {"gate_up": 0, "gate_up_bias": 0, "down": 0, "down_bias": 0}, ("partial",)
+    "experts",
+    {"gate_up": 0, "gate_up_bias": 0, "down": 0, "down_bias": 0},
+    ("partial",),
+    first="first",
 )
 
 declare(
