@@ -190,7 +190,7 @@ def gpu(name: str, field: str = "gpu") -> Gpu:
     for entry in known.values():
         if name in entry.aliases:
             return entry
-    unknown(field, name, "GPU", [*known, *(a for e in known.values() for a in e.aliases)])
+    return unknown(field, name, "GPU", [*known, *(a for e in known.values() for a in e.aliases)])
 
 
 def engine(name: str, field: str = "engine") -> EngineProfile:
@@ -198,7 +198,7 @@ def engine(name: str, field: str = "engine") -> EngineProfile:
     known = engines()
     if name in known:
         return known[name]
-    unknown(field, name, "engine", known)
+    return unknown(field, name, "engine", known)
 
 
 def unknown(field: str, value: str, kind: str, known: Iterable[str]) -> NoReturn:

@@ -6,8 +6,6 @@ hard they press (mu-Serve, DynamoLLM use this form). The exponent is in `data/ef
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 
 from planc.cost_model.catalogue import Gpu
@@ -18,11 +16,12 @@ from planc.cost_model.features import Array, ArrayLike
 def watts(gpu: Gpu, utilisation: ArrayLike) -> Array:
     """Mean power of one GPU at `utilisation` in [0, 1] (clipped), W."""
     share = np.clip(np.asarray(utilisation, dtype=np.float64), 0.0, 1.0)
-    power = gpu.idle_w + (gpu.tdp_w - gpu.idle_w) * share ** efficiencies().value("power_exponent")
-    return cast(Array, power)
+    power: Array = gpu.idle_w + (gpu.tdp_w - gpu.idle_w) * share ** efficiencies().value("power_exponent")
+    return power
 
 
 def joules_per_token(gpu: Gpu, gpus: int, utilisation: ArrayLike, tokens_s: ArrayLike) -> Array:
     """Energy of `gpus` GPUs per token at a rate; infinite at a rate of zero."""
     with np.errstate(divide="ignore"):
-        return cast(Array, gpus * watts(gpu, utilisation) / np.asarray(tokens_s, dtype=np.float64))
+        energy: Array = gpus * watts(gpu, utilisation) / np.asarray(tokens_s, dtype=np.float64)
+    return energy

@@ -140,13 +140,15 @@ def _pairs(span: str, cached: Array, new: Array) -> Array:
 def _window_sum(x: Array, reach: float) -> Array:
     """Sum of min(t, reach) over t = 1..x."""
     inside = np.minimum(x, reach)
-    return inside * (inside + 1) / 2 + (x - inside) * reach
+    found: Array = inside * (inside + 1) / 2 + (x - inside) * reach
+    return found
 
 
 def _chunk_sum(x: Array, chunk: float) -> Array:
     """Sum of ((t - 1) mod chunk) + 1 over t = 1..x."""
     whole, rest = np.divmod(x, chunk)
-    return whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
+    found: Array = whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
+    return found
 
 
 def _keys_read(span: str, cached: Array, new: Array) -> Array:

@@ -61,11 +61,17 @@ class GroupedGemm:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Softmax attention, or a recurrence: `kv_bytes` per cache element, `phase` picks the kernel."""
+    """Softmax attention, a recurrence, or a product of activations: work besides dense weights.
+
+    phase         "prefill", "decode" or "step": which kernel an engine would take
+    kv_bytes      per cache element
+    weight_bytes  weights read per call (projections inside the kernel, as in MLA)
+    """
 
     phase: str
     kv_bytes: float
     act_bytes: float = 2.0
+    weight_bytes: float = 0.0
     recurrent: bool = False
 
 
@@ -80,7 +86,10 @@ class Times:
 class KernelCosts(Protocol):
     """Seconds of kernels on one GPU. Amount arrays are [R, N], one row per spec."""
 
-    source: Provenance
+    @property
+    def source(self) -> Provenance:
+        """The least well founded of the costs."""
+        ...
 
     def gemm(self, specs: Sequence[Gemm], m: Array) -> Times:
         """m: rows of the left operand."""
@@ -153,7 +162,8 @@ class Roofline:
             peaks.append(self.gpu.peak_flops("bf16") * self.named.on(part, self.gpu, "bf16"))
             widths.append(self._bandwidth(f"{name}_memory" if spec.recurrent else "attention_decode_memory"))
         compute = flops / _column(peaks)
-        memory = (kv_elements * kv + act_elements * act) / _column(widths)
+        fixed = _column(s.weight_bytes for s in specs)
+        memory = (kv_elements * kv + act_elements * act + fixed) / _column(widths)
         return self._after(self._us("attention_launch_us"), compute, memory, act_elements > 0)
 
     def elementwise(self, launches: Array, nbytes: Array) -> Times:
@@ -164,7 +174,7 @@ class Roofline:
         return Times(seconds, np.where(memory >= floor, MEMORY, LAUNCH).astype(np.int8))
 
     def _tiled(self, m: Array, n: Array, k: Array, peak: Array) -> Array:
-        """Compute time of the best tile: whole waves of tiles over the SMs, inner dimension split when idle."""
+        """Compute time of the best tile: whole waves over the SMs, the inner dimension split if some idle."""
         sms = float(self.gpu.sm_count)
         best = np.full(np.broadcast_shapes(m.shape, n.shape), np.inf)
         for rows, columns, alone in self.TILES:

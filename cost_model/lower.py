@@ -17,7 +17,7 @@ from planc.cost_model.kernels import Attention, Gemm, GroupedGemm
 from planc.cost_model.local import activation_format, factors, unquantized, weight_format
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, FusionOffer, Phase, Row
-from planc.ir.work import NONE, Amount, Family
+from planc.ir.work import NONE, Amount, Family, total
 
 #: which tokens of a mixed step a kernel sees: all of them, or one part's
 Part = Literal["step", "prefill", "decode"]
@@ -100,7 +100,7 @@ def parts(table: CostTable) -> list[tuple[Part, Row]]:
     found: list[tuple[Part, Row]] = []
     for phase in phases:
         for row in table.rows.get(phase, ()):
-            if row.work.family == "view":
+            if row.work.family in ("view", "link"):
                 continue
             if _key(row) in shared and row.work.family not in _BY_PART:
                 if phase == "prefill":
@@ -134,6 +134,9 @@ def _kernels_of(row: Row, part: Part, shape: EngineShape, profile: EngineProfile
         reads=work.reads * divided.reads,
         writes=work.writes * divided.writes,
     )
+    weight_bytes = work.weights * divided.weights * fmt(weights).bytes
+    if work.family == "gemm" and not (work.weights and {"k", "n"} <= work.dims.keys()):
+        return [replace(base, spec=Attention(part, wide, wide, weight_bytes))]
     if work.family == "gemm":
         k, n = work.dims["k"], work.dims["n"]
         rows = work.flops * (1.0 / (2.0 * k * n))
@@ -147,8 +150,8 @@ def _kernels_of(row: Row, part: Part, shape: EngineShape, profile: EngineProfile
         kv_bytes = 4.0 if recurrent else fmt(shape.kv).bytes
         if recurrent and not base.kv:
             base = replace(base, kv=Amount({"S": 2.0 * work.dims.get("state_elements", 0) * divided.heads}))
-        return [replace(base, spec=Attention(part, kv_bytes, wide, recurrent))]
-    moved = base.reads + base.writes + base.kv
+        return [replace(base, spec=Attention(part, kv_bytes, wide, weight_bytes, recurrent))]
+    moved = base.reads + base.writes + base.kv * (fmt(shape.kv).bytes / wide)
     if work.family != "gather":  # a look-up reads the rows it is asked for, not the table
         moved = moved + Amount({"1": work.weights * divided.weights} if work.weights else {})
     return [replace(base, nbytes=moved * wide)]
@@ -158,6 +161,8 @@ def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str
     work, ranks = row.work, shape.tp * shape.dp
     experts, top_k = work.dims["experts"], work.dims["top_k"]
     per_token = lambda amount: amount.terms.get("T", 0.0)  # noqa: E731
+    if work.dims["matrices"] == 1:  # a bare grouped product: its rows are (token, expert) pairs already
+        top_k = max(round(per_token(work.flops) / (2 * work.dims["k"] * work.dims["n"])), 1)
     spec = GroupedGemm(
         experts=experts / (shape.ep if shape.ep > 1 else 1),
         total_experts=experts,
@@ -248,8 +253,8 @@ def _merged(gemms: list[Kernel]) -> Kernel:
         first,
         sites=tuple(site for k in gemms for site in k.sites),
         spec=replace(first.spec, n=width),
-        flops=_sum(k.flops * (k.calls / first.calls) for k in gemms),
-        writes=_sum(k.writes * (k.calls / first.calls) for k in gemms),
+        flops=total(k.flops * (k.calls / first.calls) for k in gemms),
+        writes=total(k.writes * (k.calls / first.calls) for k in gemms),
     )
 
 
@@ -262,13 +267,6 @@ def _kept(points: Sequence[Kernel], applied: Sequence[FusionOffer]) -> float:
 
 def _per_token(amount: Amount) -> float:
     return sum(value for name, value in amount.terms.items() if name in ("T", "S"))
-
-
-def _sum(amounts: Sequence[Amount] | object) -> Amount:
-    out = NONE
-    for amount in amounts:  # type: ignore[attr-defined]
-        out = out + amount
-    return out
 
 
 def collectives(table: CostTable, shape: EngineShape) -> list[Collective]:

@@ -40,7 +40,8 @@ class Quantity:
     @staticmethod
     def within(value: float, band: tuple[float, float], source: Provenance) -> Quantity:
         """`band` are factors, e.g. (0.75, 1.35)."""
-        return Quantity(value, *sorted((value * band[0], value * band[1])), source)
+        ends = value * band[0], value * band[1]
+        return Quantity(value, min(ends), max(ends), source)
 
     def __add__(self, other: Quantity) -> Quantity:
         return Quantity(

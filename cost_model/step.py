@@ -64,7 +64,7 @@ class StepModel:
         max_num_seqs: int | None = None,
     ) -> None:
         self.table, self.shape, self.gpu, self.fabric, self.profile = table, shape, gpu, fabric, profile
-        self.costs: KernelCosts = costs or Roofline(gpu)
+        self.costs: KernelCosts = Roofline(gpu) if costs is None else costs
         all_kernels = lower.kernels(table, shape, profile, fusions)
         self.kernels = all_kernels
         self._unique, self._index = lower.unique(all_kernels)
@@ -179,14 +179,15 @@ class StepModel:
         host = (host + self.profile.per_sequence_us * (load.seqs + load.chunks)) * 1e-6
         hop = self._hand_over(rows)
         total = device + hop + host
-        return cast(Array, np.where(rows > 0, total, 0.0))
+        found: Array = np.where(rows > 0, total, 0.0)
+        return found
 
     def _device(self, load: Load) -> Array:
         times, links = self._times(load)
         total = self._kernel_calls @ times.seconds
         if self._collectives:
             total = total + self._collective_calls @ links
-        return cast(Array, total)
+        return total
 
     def _hand_over(self, tokens: Array) -> Array:
         """Activations to the next stage, [stages, N]; the last one hands over nothing."""
