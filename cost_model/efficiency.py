@@ -27,12 +27,26 @@ class Band(Entry):
     source: str
 
 
+class Tile(Entry):
+    """An output tile of a GEMM kernel, and the share of the achievable peak that it reaches."""
+
+    rows: float
+    columns: float
+    share: float
+
+
 class Efficiencies(Entry):
     """The whole of `data/efficiencies.yaml`."""
 
     date: str
     bands: Mapping[Provenance, Band]
     values: Mapping[str, Efficiency]
+    gemm_tiles: tuple[Tile, ...]
+
+    @property
+    def tiles(self) -> tuple[tuple[float, float, float], ...]:
+        """Output tiles of GEMM kernels: rows, columns, share of the achievable peak when all SMs run it."""
+        return tuple((tile.rows, tile.columns, tile.share) for tile in self.gemm_tiles)
 
     def value(self, name: str) -> float:
         return self.values[name].value

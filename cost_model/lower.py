@@ -13,14 +13,11 @@ from typing import Literal
 
 from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.formats import fmt
-from planc.cost_model.kernels import Attention, Gemm, GroupedGemm
+from planc.cost_model.kernels import Attention, Gemm, GroupedGemm, Part
 from planc.cost_model.local import activation_format, factors, unquantized, weight_format
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, FusionOffer, Phase, Row
 from planc.ir.work import NONE, Amount, Family, total
-
-#: which tokens of a mixed step a kernel sees: all of them, or one part's
-Part = Literal["step", "prefill", "decode"]
 
 _BY_PART: tuple[Family, ...] = ("attention", "recurrence")
 
@@ -136,7 +133,7 @@ def _kernels_of(row: Row, part: Part, shape: EngineShape, profile: EngineProfile
     )
     weight_bytes = work.weights * divided.weights * fmt(weights).bytes
     if work.family == "gemm" and not (work.weights and {"k", "n"} <= work.dims.keys()):
-        return [replace(base, spec=Attention(part, wide, wide, weight_bytes))]
+        return [replace(base, spec=Attention("products", part, wide, wide, weight_bytes))]
     if work.family == "gemm":
         k, n = work.dims["k"], work.dims["n"]
         rows = work.flops * (1.0 / (2.0 * k * n))
@@ -146,15 +143,36 @@ def _kernels_of(row: Row, part: Part, shape: EngineShape, profile: EngineProfile
     if work.family == "grouped_gemm":
         return [*_quantize(base, acts, shape, profile), _grouped(row, base, shape, weights, acts)]
     if work.family in ("attention", "recurrence"):
-        recurrent = work.family == "recurrence"
-        kv_bytes = 4.0 if recurrent else fmt(shape.kv).bytes
-        if recurrent and not base.kv:
-            base = replace(base, kv=Amount({"S": 2.0 * work.dims.get("state_elements", 0) * divided.heads}))
-        return [replace(base, spec=Attention(part, kv_bytes, wide, weight_bytes, recurrent))]
+        return [_attention(row, base, shape, wide, weight_bytes)]
     moved = base.reads + base.writes + base.kv * (fmt(shape.kv).bytes / wide)
     if work.family != "gather":  # a look-up reads the rows it is asked for, not the table
         moved = moved + Amount({"1": work.weights * divided.weights} if work.weights else {})
     return [replace(base, nbytes=moved * wide)]
+
+
+def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_bytes: float) -> Kernel:
+    dims, divided = row.work.dims, factors(row, shape)
+    if row.work.family == "recurrence":
+        state = Amount({"S": 2.0 * dims.get("state_elements", 0) * divided.heads})
+        spec = Attention(
+            "recurrence", base.part, 4.0, wide, weight_bytes, dims.get("heads", 0) * divided.heads
+        )
+        return replace(base, spec=spec, kv=base.kv or state)
+    spans = sorted(name[2:] for name in row.work.kv_reads.terms if name.startswith("K:"))
+    spec = Attention(
+        kind="attention",
+        part=base.part,
+        kv_bytes=fmt(shape.kv).bytes,
+        act_bytes=wide,
+        weight_bytes=weight_bytes,
+        q_heads=dims.get("q_heads", 0) * divided.heads,
+        kv_heads=dims.get("kv_heads", 0) * divided.kv,
+        qk_dim=dims.get("qk_dim", 0),
+        v_dim=dims.get("v_dim", 0),
+        latent=bool(dims.get("latent", 0)),
+        span=spans[0] if spans else "",
+    )
+    return replace(base, spec=spec)
 
 
 def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str) -> Kernel:

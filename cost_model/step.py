@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +14,21 @@ from planc.cost_model.collectives import Fabric, group_seconds
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array, Load, StepLoad
 from planc.cost_model.formats import fmt
-from planc.cost_model.kernels import BOUNDS, LINK, KernelCosts, Roofline, Times
+from planc.cost_model.kernels import (
+    BOUNDS,
+    LINK,
+    Attention,
+    AttentionLoad,
+    Gemm,
+    GroupedGemm,
+    KernelCosts,
+    Part,
+    Times,
+)
 from planc.cost_model.local import stages, unquantized
 from planc.cost_model.lower import Collective, Kernel
 from planc.cost_model.quantity import Quantity, worst
+from planc.cost_model.roofline import Roofline
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
 from planc.ir.work import Amount
@@ -27,6 +37,9 @@ __all__ = ["StepLoad", "StepModel", "StepPart"]
 
 #: loads evaluated at once; keeps temporaries within a core's cache
 _BLOCK = 4096
+
+#: where the tokens and sequences stand among the features
+_T, _S = 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +94,11 @@ class StepModel:
                 for s in self._stages
             ]
         )
-        self._groups = _groups(self._unique)
         amounts = [a for k in self._unique for a in (k.rows, k.flops, k.nbytes, k.kv, k.reads, k.writes)]
-        self._names = lower.feature_names([*amounts, *(c.size for c in self._collectives)])
+        sizes = [c.size for c in self._collectives]
+        self._names = ["1", "T", "S", *(n for n in lower.feature_names([*amounts, *sizes]) if n not in "TS")]
+        self._groups = _groups(self._unique, self._names, self.costs)
+        self._sizes = _matrix(sizes, self._names)
         no_graphs = shape.eager or gpu.vendor == "cpu"
         self._graphs = np.array(
             () if no_graphs else profile.cuda_graphs.sizes(max_num_seqs or profile.cuda_graphs.largest),
@@ -203,13 +218,11 @@ class StepModel:
         seconds = np.zeros((len(self._unique), load.size))
         bound = np.zeros_like(seconds, dtype=np.int8)
         for group in self._groups:
-            x = features[group.part]
-            mine = [self._unique[i] for i in group.index]
-            found = self._price(group, mine, x)
+            found = group.price(features[group.part])
             seconds[group.index], bound[group.index] = found.seconds, found.bound
         links = np.zeros((len(self._collectives), load.size))
         for row, item in enumerate(self._collectives):
-            size = _amount(item.size, features[item.part], self._names)
+            size = self._sizes[row] @ features[item.part]
             links[row] = group_seconds(
                 item.kind,
                 size,
@@ -228,48 +241,51 @@ class StepModel:
             up = self._graphs[np.minimum(slot, self._graphs.size - 1)]
             fits = (load.tokens == 0) & (load.seqs > 0) & (slot < self._graphs.size)
             padded = Load(np.where(fits, up, load.seqs), load.context, load.tokens, load.chunks, load.cached)
-        names = ["1", *self._names]
         found = {
             "step": padded.merged(self._names),
             "decode": load.decode(self._names),
             "prefill": load.prefill(self._names),
         }
-        return {part: np.stack([values[name] for name in names]) for part, values in found.items()}
-
-    def _price(self, group: _Group, mine: Sequence[Kernel], x: Array) -> Times:
-        of = lambda field: _matrix([getattr(k, field) for k in mine], self._names) @ x  # noqa: E731
-        specs = [k.spec for k in mine]
-        if group.family == "gemm":
-            return self.costs.gemm(specs, of("rows"))  # type: ignore[arg-type]
-        if group.family == "grouped_gemm":
-            return self.costs.grouped_gemm(specs, of("rows"))  # type: ignore[arg-type]
-        if group.family in ("attention", "recurrence"):
-            acts = of("reads") + of("writes")
-            return self.costs.attention(specs, of("flops"), of("kv"), acts)  # type: ignore[arg-type]
-        launches = np.array([[k.launches] for k in mine])
-        return self.costs.elementwise(launches, of("nbytes"))
+        return {part: np.stack([values[name] for name in self._names]) for part, values in found.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Unique kernels of one family that see the same tokens."""
+    """Unique kernels of one family that see the same tokens, ready to be priced."""
 
-    family: str
-    part: lower.Part
+    part: Part
     index: npt.NDArray[np.intp]
+    price: Callable[[Array], Times]
 
 
-def _groups(kernels: Sequence[Kernel]) -> list[_Group]:
-    kind = {
-        "gemm": "gemm",
-        "grouped_gemm": "grouped_gemm",
-        "attention": "attention",
-        "recurrence": "attention",
-    }
-    found: dict[tuple[str, lower.Part], list[int]] = {}
+def _groups(kernels: Sequence[Kernel], names: Sequence[str], costs: KernelCosts) -> list[_Group]:
+    """Stacks kernels by family and part; `price` takes the part's features [1 + features, N]."""
+    found: dict[tuple[str, Part], list[int]] = {}
     for i, kernel in enumerate(kernels):
-        found.setdefault((kind.get(kernel.family, "elementwise"), kernel.part), []).append(i)
-    return [_Group(family, part, np.array(index)) for (family, part), index in found.items()]
+        family = kernel.family if isinstance(kernel.spec, Gemm | GroupedGemm) else ""
+        family = "attention" if isinstance(kernel.spec, Attention) else family
+        found.setdefault((family, kernel.part), []).append(i)
+    return [
+        _Group(part, np.array(index), _pricer(family, [kernels[i] for i in index], names, costs))
+        for (family, part), index in found.items()
+    ]
+
+
+def _pricer(
+    family: str, mine: Sequence[Kernel], names: Sequence[str], costs: KernelCosts
+) -> Callable[[Array], Times]:
+    of = lambda field: _matrix([getattr(k, field) for k in mine], names)  # noqa: E731
+    if family in ("gemm", "grouped_gemm"):
+        rows, specs = of("rows"), [k.spec for k in mine]
+        price = costs.gemm(specs) if family == "gemm" else costs.grouped_gemm(specs)  # type: ignore[arg-type]
+        return lambda x: price(rows @ x)
+    if family == "attention":
+        attend = costs.attention([k.spec for k in mine])  # type: ignore[misc]
+        flops, kv, acts = of("flops"), of("kv"), of("reads") + of("writes")
+        return lambda x: attend(AttentionLoad(flops @ x, kv @ x, acts @ x, x[_T], x[_S]))
+    touch = costs.elementwise(np.array([[k.launches] for k in mine]))
+    nbytes = of("nbytes")
+    return lambda x: touch(nbytes @ x)
 
 
 def _calls(
@@ -288,12 +304,8 @@ def _calls(
 
 
 def _matrix(amounts: Sequence[Amount], names: Sequence[str]) -> Array:
-    """[R, 1 + features] coefficients."""
-    return np.array([[a.terms.get(name, 0.0) for name in ("1", *names)] for a in amounts])
-
-
-def _amount(amount: Amount, x: Array, names: Sequence[str]) -> Array:
-    return cast(Array, (_matrix([amount], names) @ x)[0])
+    """[R, features] coefficients."""
+    return np.array([[a.terms.get(name, 0.0) for name in names] for a in amounts])
 
 
 def _slice(load: Load, start: int, stop: int) -> Load:

@@ -1,0 +1,164 @@
+"""The roofline with named efficiencies: what kernels cost where nothing was measured.
+
+`launch + max(compute, memory)` for matrix products and attention, `max(launch, memory)` for
+pointwise kernels (Williams et al. 2009), with tile and wave quantization of the compute part.
+All efficiencies are named in `data/efficiencies.yaml`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from planc.cost_model.catalogue import Gpu, Precision, Provenance
+from planc.cost_model.efficiency import Efficiencies, efficiencies
+from planc.cost_model.features import Array
+from planc.cost_model.formats import fmt, product_precision
+from planc.cost_model.kernels import (
+    COMPUTE,
+    LAUNCH,
+    MEMORY,
+    Attention,
+    AttentionLoad,
+    Gemm,
+    GroupedGemm,
+    Times,
+    column,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Implements `KernelCosts` for any GPU of the catalogue."""
+
+    gpu: Gpu
+    named: Efficiencies = field(default_factory=efficiencies)
+
+    @property
+    def source(self) -> Provenance:
+        return "roofline"
+
+    def gemm(self, specs: Sequence[Gemm]) -> Callable[[Array], Times]:
+        n, k = column([s.n for s in specs]), column([s.k for s in specs])
+        bandwidth = self._bandwidth("gemm_memory")
+        fixed = n * k * column([fmt(s.weights).bytes for s in specs]) / bandwidth
+        acts = k * column([fmt(s.activations).bytes for s in specs])
+        per_row = (acts + n * column([s.out_bytes for s in specs])) / bandwidth
+        tiled = self._tiled(n, k, self._peaks(specs))
+        launch = self._us("gemm_launch_us")
+
+        def price(m: Array) -> Times:
+            return _after(launch, tiled(m), fixed + m * per_row, m > 0)
+
+        return price
+
+    def grouped_gemm(self, specs: Sequence[GroupedGemm]) -> Callable[[Array], Times]:
+        """Experts that T tokens touch: E (1 - (1 - k/E)^T) under uniform routing. Where experts lie on
+        several ranks the fullest one counts: mean times (1 + skew + the spread that chance gives).
+        """
+        bandwidth = self._bandwidth("grouped_gemm_memory")
+        experts = column([s.experts for s in specs])
+        share = column([min(s.top_k / s.total_experts, 1.0) for s in specs])
+        ranks = column([float(s.ranks) for s in specs])
+        missed = np.log1p(-np.minimum(share, 1 - 1e-9))
+        weights = column([s.elements * fmt(s.weights).bytes for s in specs]) / experts / bandwidth
+        per_token = column([s.reads * fmt(s.activations).bytes + 2.0 * s.writes for s in specs]) / bandwidth
+        per_pair = column([s.flops_per_token for s in specs]) / (share * experts)
+        per_pair = per_pair / (self._peaks(specs) * self.named.value("grouped_gemm_peak"))
+        half_tile = self.named.value("expert_tile") / 2
+        skew, spread = self.named.value("expert_skew"), np.sqrt(2 * np.log(ranks))
+        launch = self._us("grouped_gemm_launch_us")
+
+        def price(tokens: Array) -> Times:
+            touched = experts * -np.expm1(tokens * missed)
+            mean = tokens * share * experts  # (token, expert) pairs on this rank
+            fullest = np.minimum(1 + skew + spread / np.sqrt(np.maximum(mean, 1.0)), ranks)
+            fullest = np.where(ranks > 1, fullest, 1.0)
+            compute = (mean * fullest + touched * half_tile) * per_pair
+            memory = touched * weights + tokens * per_token * fullest
+            return _after(launch, compute, memory, tokens > 0)
+
+        return price
+
+    def attention(self, specs: Sequence[Attention]) -> Callable[[AttentionLoad], Times]:
+        name = {
+            "attention": ("attention_prefill_peak", "attention_decode_memory"),
+            "recurrence": ("recurrence_peak", "recurrence_memory"),
+            "products": ("gemm_peak", "gemm_memory"),
+        }
+        precision = self._known("bf16")
+        peak = self.gpu.peak_flops(precision)
+        peaks = column([peak * self.named.on(name[s.kind][0], self.gpu, precision) for s in specs])
+        widths = column([self._bandwidth(name[s.kind][1]) for s in specs])
+        kv = column([s.kv_bytes for s in specs]) / widths
+        acts = column([s.act_bytes for s in specs]) / widths
+        fixed = column([s.weight_bytes for s in specs]) / widths
+        launch = self._us("attention_launch_us")
+
+        def price(load: AttentionLoad) -> Times:
+            memory = load.kv * kv + load.acts * acts + fixed
+            return _after(launch, load.flops / peaks, memory, load.acts > 0)
+
+        return price
+
+    def elementwise(self, launches: Array) -> Callable[[Array], Times]:
+        floor = launches * self._us("elementwise_launch_us")
+        bandwidth = self._bandwidth("elementwise_memory")
+
+        def price(nbytes: Array) -> Times:
+            memory = nbytes / bandwidth
+            seconds = np.where(nbytes > 0, np.maximum(memory, floor), 0.0)
+            return Times(seconds, np.where(memory >= floor, MEMORY, LAUNCH).astype(np.int8))
+
+        return price
+
+    def _tiled(self, n: Array, k: Array, peak: Array) -> Callable[[Array], Array]:
+        """Compute time of the best tile: whole waves over the SMs, the inner dimension split if some idle."""
+        sms = float(self.gpu.sm_count)
+        split = np.maximum(k // self.named.value("split_k_depth"), 1.0)
+        plans = []
+        for rows, columns, alone in self.named.tiles:
+            per_wave = 2.0 * rows * columns * k / (peak / sms * alone)
+            plans.append((rows, np.ceil(n / columns), per_wave))
+
+        def seconds(m: Array) -> Array:
+            best: Array | None = None
+            for rows, across, per_wave in plans:
+                tiles = np.maximum(np.ceil(m / rows), 1.0) * across
+                idle = np.clip(np.floor(sms / tiles), 1.0, split)
+                found: Array = np.ceil(tiles / sms) * per_wave / idle
+                best = found if best is None else np.minimum(best, found)
+            assert best is not None
+            return best
+
+        return seconds
+
+    def _peaks(self, specs: Sequence[Gemm] | Sequence[GroupedGemm]) -> Array:
+        found = []
+        for spec in specs:
+            precision = self._known(product_precision(spec.weights, spec.activations))
+            found.append(self.gpu.peak_flops(precision) * self.named.on("gemm_peak", self.gpu, precision))
+        return column(found)
+
+    def _known(self, precision: Precision) -> Precision:
+        """The arithmetic itself, or what a GPU without units for it runs instead."""
+        if precision in self.gpu.peak_tflops:
+            return precision
+        return "bf16" if "bf16" in self.gpu.peak_tflops else "fp32"
+
+    def _bandwidth(self, name: str) -> float:
+        return self.gpu.memory_bytes_s * self.named.value(name)
+
+    def _us(self, name: str) -> float:
+        return self.named.value(name) * 1e-6
+
+
+def _after(launch: float, compute: Array, memory: Array, active: npt.NDArray[np.bool_]) -> Times:
+    """launch + max(compute, memory) where there is work."""
+    work = np.maximum(compute, memory)
+    bound = np.where(compute > memory, COMPUTE, MEMORY)
+    bound = np.where(work < launch, LAUNCH, bound).astype(np.int8)
+    return Times(np.where(active, launch + work, 0.0), bound)
