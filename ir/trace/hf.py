@@ -1,0 +1,113 @@
+"""The Hugging Face door: a `config.json` becomes a traced graph, with nothing allocated.
+
+The model is built on meta, its parts are raised to the dialect (`planc.ir.trace.raising`), and
+`torch.export` records its forward with symbolic batch and sequence at full depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.fx import GraphModule
+
+import planc.ir.ops  # noqa: F401  (registers the dialect)
+from planc.errors import TraceFailed
+from planc.ir.graph import Graph, Source
+from planc.ir.trace.hf_build import build, derived_buffers, from_config
+from planc.ir.trace.hf_config import read_config, text_part, transformers_config
+from planc.ir.trace.module import TraceRefused, export
+from planc.ir.trace.program import graph_of, tied_names
+from planc.ir.trace.raising import raised
+
+__all__ = ["build", "trace_config", "trace_path"]
+
+
+def trace_path(path: Path, *, trust_remote_code: bool = False) -> Graph:
+    """The traced graph of a `config.json` or of a model folder, named after the file or folder.
+
+    Raises FileMissing, FileUnreadable, UnsupportedModel, UntrustedCode or TraceFailed.
+    """
+    folder = path if path.is_dir() else path.parent
+    name = path.name if path.is_dir() else path.stem
+    if name == "config":
+        name = folder.name
+    return trace_config(read_config(path), name, trust_remote_code=trust_remote_code, folder=folder)
+
+
+def trace_config(
+    config: Mapping[str, Any],
+    name: str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    trust_remote_code: bool = False,
+    folder: Path | None = None,
+) -> Graph:
+    """The traced graph of a configuration: forward(input_ids, position_ids [B, S]) -> logits [B, S, V].
+
+    Parameters and saved buffers are on meta under the transformers model's own names; buffers that
+    follow from the configuration (rotary frequencies) hold their values. No token mixes with others
+    except in attention, recurrence, convolution and indexer ops, and positions come from
+    `position_ids` alone, so several sequences may be laid end to end in one row once those ops know
+    where each begins.
+
+    Raises UnsupportedModel, UntrustedCode or TraceFailed.
+    """
+    settings = transformers_config(config, name, trust_remote_code=trust_remote_code, folder=folder)
+    model = from_config(settings, dtype, "meta", None, name)
+    constants = derived_buffers(model)
+    # two tensors: one passed twice would be taken for a single input
+    tokens, positions = (torch.zeros(2, 16, dtype=torch.long, device="meta") for _ in range(2))
+    dims = {0: Dim("batch", min=1), 1: Dim("seq", min=2)}
+    with raised(model) as raising:
+        try:
+            program = export(model, (tokens, positions), {}, (dims, dims))
+        except TraceRefused as error:
+            raise TraceFailed(
+                model=name,
+                reason=f"torch.export refuses it ({error})",
+                mend="docs/models.md lists the architectures that are known to work.",
+            ) from error
+    source = Source(
+        name=name,
+        kind="causal_lm",
+        architecture=type(model).__name__,
+        model_type=str(text_part(config)["model_type"]),
+        config=dict(config),
+        notes=tuple(f"{part} stays ATen: no op of the dialect computes it" for part in sorted(raising.left)),
+    )
+    graph = graph_of(program, source, tied=tied_names(model))
+    _forget_device(graph.module)
+    _bind(graph.module, constants)
+    return graph
+
+
+def _forget_device(module: GraphModule) -> None:
+    """The graph runs where its weights lie, so moves to the device it was traced on are dropped:
+
+    x.to("meta", dtype)  ->  x.to(dtype), or x where that is its type already
+    """
+    moves = (torch.ops.aten.to.device, torch.ops.aten.to.dtype_layout)
+    for node in list(module.graph.nodes):
+        if node.target not in moves:
+            continue
+        source, dtype = node.args[0], node.meta["val"].dtype
+        if source.meta["val"].dtype == dtype:
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
+        else:
+            node.target, node.args, node.kwargs = torch.ops.aten.to.dtype, (source, dtype), {}
+    module.recompile()
+
+
+def _bind(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Gives buffers of the graph that follow from the configuration their values."""
+    held = dict(module.named_buffers())
+    for name, value in values.items():
+        if name in held:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = value

@@ -1,0 +1,122 @@
+"""Raising rotary embeddings: the module-level functions that apply them, and two kinds of tables."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planc.ir.ops.rotary import STYLES, rotate
+from planc.ir.trace.raising import Raising, attempt, equal
+
+
+def raise_rotary(raising: Raising, model: nn.Module) -> None:
+    """`apply_rotary...` functions of the model's own file become `planc.rope` or `planc.rope_single`."""
+    modeling = sys.modules[type(model).__module__]
+    for name, function in list(vars(modeling).items()):
+        if not name.startswith("apply_rotary") or name.endswith("_vision") or not callable(function):
+            continue
+        parameters = list(inspect.signature(function).parameters)
+        if parameters[:4] == ["q", "k", "cos", "sin"]:
+            style = _style(lambda x, c, s, d, f=function: f(x, x, c, s, unsqueeze_dim=d)[0])
+            replacement: Callable[..., Any] | None = style and _pair(style)  # type: ignore[assignment]
+        elif parameters[:3] == ["x", "cos", "sin"]:
+            style = _style(lambda x, c, s, d, f=function: f(x, c, s, unsqueeze_dim=d))
+            replacement = style and _single(style)  # type: ignore[assignment]
+        elif parameters == ["xq", "xk", "freqs_cis"]:
+            style, replacement = _complex_style(function), _complex
+        else:
+            continue
+        if style is None or replacement is None:
+            raising.left.add(name)
+            continue
+        raising.set(modeling, name, replacement)
+        if replacement is _complex:
+            _raise_tables(raising, model, "freqs")
+    if any(hasattr(module, "mrope_section") for module in model.modules()):
+        _raise_tables(raising, model, "mrope")
+
+
+def _style(apply: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> str | None:
+    """The style of `planc.rope` that a function computes: all probes it accepts must agree."""
+    head, probes = 8, []
+    x = torch.randn(2, 3, 5, head, device="cpu")
+    for heads_dim, tokens in ((1, 5), (2, 3)):
+        for width in (head, head // 2):
+            angles = torch.randn(2, tokens, width // 2, device="cpu")
+            for table in (torch.cat([angles, angles], -1), torch.randn(2, tokens, width, device="cpu")):
+                cos, sin = table.cos(), table.sin()
+                given = attempt(lambda c=cos, s=sin, d=heads_dim: apply(x, c, s, d))
+                if isinstance(given, Tensor):
+                    probes.append((cos, sin, heads_dim, given))
+    for style in STYLES:
+        found = [
+            attempt(lambda c=cos, s=sin, d=dim, st=style: rotate(x, c, s, d, st))
+            for cos, sin, dim, _ in probes
+        ]
+        if probes and all(
+            isinstance(f, Tensor) and equal(f, given) for f, (*_, given) in zip(found, probes, strict=True)
+        ):
+            return style
+    return None
+
+
+def _complex_style(function: Callable[..., Any]) -> str | None:
+    """Llama 4's: complex tables [B, S, D / 2], heads in dimension 2."""
+    x = torch.randn(2, 3, 5, 8, device="cpu")
+    angles = torch.randn(2, 3, 4, device="cpu")
+    given = attempt(lambda: function(x, x, torch.polar(torch.ones_like(angles), angles)))
+    mine = rotate(x, angles.cos(), angles.sin(), 2, "pairs")
+    return "pairs" if given is not None and equal(given[0], mine, 1e-5) else None
+
+
+def _pair(style: str) -> Callable[..., Any]:
+    def rope(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *_: Any, unsqueeze_dim: int = 1, **__: Any
+    ) -> Any:
+        return torch.ops.planc.rope(q, k, cos, sin, unsqueeze_dim, style)
+
+    return rope
+
+
+def _single(style: str) -> Callable[..., Any]:
+    def rope(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+        return torch.ops.planc.rope_single(x, cos, sin, unsqueeze_dim, style)
+
+    return rope
+
+
+class Tables(tuple[Tensor, Tensor]):
+    """(cos, sin) where transformers expects one complex tensor; `.to(device)` is all it asks of it."""
+
+    def to(self, _device: Any) -> Tables:
+        return self
+
+
+def _complex(xq: Tensor, xk: Tensor, freqs_cis: Tables) -> Any:
+    cos, sin = freqs_cis
+    return torch.ops.planc.rope(xq, xk, cos, sin, 2, "pairs")
+
+
+def _raise_tables(raising: Raising, model: nn.Module, kind: str) -> None:
+    """Tables of real numbers from text positions: for complex ones, and for three-axis (mrope) ones whose
+    axes all count the same in text (Qwen2-VL, arXiv 2409.12191, section 2.1)."""
+    for module in model.modules():
+        if not hasattr(module, "inv_freq") or "RotaryEmbedding" not in type(module).__name__:
+            continue
+
+        def forward(x: Tensor, position_ids: Tensor, module: Any = module) -> tuple[Tensor, Tensor]:
+            positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+            angles = positions[..., None].float() * module.inv_freq.float()
+            if kind == "freqs":
+                scale = module.attention_scaling
+                return Tables((angles.cos() * scale, angles.sin() * scale))
+            both = torch.cat((angles, angles), -1)
+            cos, sin = both.cos() * module.attention_scaling, both.sin() * module.attention_scaling
+            return cos.to(x.dtype), sin.to(x.dtype)
+
+        raising.set(module, "forward", forward)
