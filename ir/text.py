@@ -75,7 +75,7 @@ def show_target(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target.name().replace("::", ".")
         return name.removesuffix(".default")
-    return str(getattr(node.target, "__name__", node.target))
+    return getattr(node.target, "__name__", None) or str(node.target)
 
 
 def show_value(value: Any, layer: str | None = None) -> str:
