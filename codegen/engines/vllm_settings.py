@@ -1,0 +1,121 @@
+"""A replica's settings in vLLM's words: exactly the ones that were evaluated.
+
+Keys are vLLM's command-line options without the dashes, as `vllm serve --config` reads them. Checked
+against vLLM 0.32 (`make test-engines`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planc.codegen.engines.checkpoint import multimodal, native_format, plain_cache
+from planc.errors import CheckFailed
+from planc.planner.plan import Plan, Replica
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_KV = {"bf16": "auto", "fp16": "auto", "fp32": "auto", "fp8": "fp8"}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """How vLLM comes to a plan's weight format.
+
+    setting   value of `quantization`, None where the checkpoint itself says it
+    exported  the weights must first be written in that format (`planc export --weights`)
+    """
+
+    setting: str | None
+    exported: bool
+
+
+def weights(replica: Replica, config: Mapping[str, Any] | None) -> Weights:
+    """vLLM quantizes bf16 checkpoints to fp8 while loading, and reads what a checkpoint already is."""
+    native = native_format(config)
+    if replica.weights == native or (replica.weights in _DTYPES and native in _DTYPES):
+        return Weights(None, exported=False)
+    if replica.weights == "fp8" and native in _DTYPES:
+        return Weights("fp8", exported=False)
+    return Weights(None, exported=True)
+
+
+def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Everything that goes into `config.yaml`. Raises CheckFailed for what vLLM has no setting for."""
+    on_cpu = replica.gpu == "cpu"
+    _expressible(replica, on_cpu)
+    world = replica.tp * replica.pp * replica.cp
+    out: dict[str, Any] = {
+        "served-model-name": plan.model.name.lstrip("-") or "model",  # a leading dash would be an option
+        "dtype": _DTYPES.get(replica.weights) or _DTYPES.get(replica.activations, "bfloat16"),
+        "tensor-parallel-size": replica.tp,
+        "pipeline-parallel-size": replica.pp,
+        "data-parallel-size": replica.dp,
+    }
+    if replica.cp > 1:
+        out["prefill-context-parallel-size"] = replica.cp
+    if replica.ep > 1:
+        out["enable-expert-parallel"] = True
+    if world > 1:
+        out["distributed-executor-backend"] = "mp"
+    out |= {
+        "max-num-seqs": replica.max_num_seqs,
+        "max-num-batched-tokens": replica.max_num_batched_tokens,
+        "max-model-len": replica.max_model_len,
+        "block-size": replica.block_size,
+        "kv-cache-dtype": _KV[replica.kv],
+        "enable-chunked-prefill": replica.chunked_prefill,
+        "enable-prefix-caching": replica.prefix_caching,
+    }
+    if (method := weights(replica, config).setting) is not None:
+        out["quantization"] = method
+    if replica.weights == "fp8" and replica.activations in _DTYPES:
+        out |= {"linear-backend": "marlin", "moe-backend": "marlin"}  # fp8 weights, wider products
+    if plain_cache(config):
+        out["num-gpu-blocks-override"] = replica.kv_blocks
+    if not on_cpu:
+        out["gpu-memory-utilization"] = replica.gpu_memory_utilization
+        sizes = sorted(replica.cuda_graph_sizes)
+        out["compilation-config"] = (
+            {"cudagraph_capture_sizes": sizes} if sizes else {"cudagraph_mode": "NONE"}
+        )
+    if replica.speculative:
+        out["speculative-config"] = replica.speculative
+    if multimodal(config):
+        out["language-model-only"] = True  # the plan is for text; the towers would take memory
+    if plan.model.kind == "encoder":
+        out["runner"] = "pooling"
+    return out
+
+
+def environment(replica: Replica) -> dict[str, str]:
+    """Variables that vLLM reads no option for."""
+    out: dict[str, str] = {}
+    if replica.pp > 1 and replica.pipeline_layers:
+        out["VLLM_PP_LAYER_PARTITION"] = ",".join(str(layers) for layers in replica.pipeline_layers)
+    if replica.gpu == "cpu":
+        # whole GiB only; num-gpu-blocks-override then takes what the plan says of it
+        out["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, math.ceil(replica.memory.kv_cache_gib)))
+        if replica.tp * replica.pp * replica.dp > 1:
+            out["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node per process
+    return out
+
+
+def _expressible(replica: Replica, on_cpu: bool) -> None:
+    """Raises for what vLLM, or its CPU build, cannot be told or does not survive."""
+    reason = None
+    if replica.kv not in _KV:
+        reason = f"vLLM has no KV cache format for kv={replica.kv}"
+    elif replica.ep not in (1, replica.tp * replica.dp):
+        reason = (
+            f"vLLM spreads experts over all tp * dp = {replica.tp * replica.dp} ranks, not ep={replica.ep}"
+        )
+    elif on_cpu and replica.weights == "fp8":
+        reason = "vLLM's CPU build has no fp8 weights"
+    elif on_cpu and replica.ep > 1:
+        reason = "vLLM's CPU build cannot run experts in parallel (it dies at the first request)"
+    if reason is not None:
+        raise CheckFailed(
+            what="vLLM configuration", reason=reason, mend="Take that out of the request's `constraints`."
+        )
