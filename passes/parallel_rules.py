@@ -1,0 +1,393 @@
+"""What each op does to the way its operands are held: one `Outcome` per call.
+
+Three sources of rules, in this order: the op's declared `ShardRule`s; views and ops along some
+dimensions (`parallel_views`); pointwise ops, which carry any axis. Anything else: whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from planc.ir.opdef import Call, Held, OpDef, ShardRule, declaration
+from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Groups, Section, State
+from planc.passes.parallel_views import ALONG, LINEAR_VIEWS, Followed, Resize
+
+_aten = torch.ops.aten
+
+NOUNS = {
+    "column": "columns",
+    "row": "rows",
+    "heads": "heads",
+    "experts": "columns of each expert",
+    "vocab": "vocabulary rows",
+}
+
+#: Pointwise ops that keep sums in each operand (product: in one operand at a time).
+_SUMS = frozenset({_aten.add.Tensor, _aten.sub.Tensor, _aten.neg.default})
+_PRODUCTS = frozenset({_aten.mul.Tensor, _aten.mul.Scalar})
+_QUOTIENTS = frozenset({_aten.div.Tensor, _aten.div.Scalar})
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One tensor operand of a call: where it stands in the arguments, its name in the schema."""
+
+    path: tuple[str | int, ...]
+    name: str
+    node: Node
+    state: State
+
+    @property
+    def shape(self) -> torch.Size:
+        found = self.node.meta["val"]
+        assert isinstance(found, torch.Tensor)
+        return found.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """wants: one state per operand. results: one state per result. seed: the axis begins here."""
+
+    wants: tuple[State, ...]
+    results: tuple[State, ...]
+    resizes: tuple[Resize, ...] = ()
+    rule: ShardRule | None = None
+    seed: bool = False
+    refine: tuple[int, ...] = ()
+
+
+def operands(node: Node, state: Callable[[Node], State]) -> list[Operand]:
+    """The tensor operands of a call or of the output, lists opened."""
+    names: list[str] = []
+    if isinstance(node.target, torch._ops.OpOverload):
+        names = [argument.name for argument in node.target._schema.arguments]
+    out: list[Operand] = []
+
+    def walk(value: object, path: tuple[str | int, ...], name: str) -> None:
+        if isinstance(value, Node):
+            if isinstance(value.meta.get("val"), torch.Tensor):
+                out.append(Operand(path, name, value, state(value)))
+        elif isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                walk(item, (*path, i), name)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                walk(item, (*path, key), name)
+
+    for i, value in enumerate(node.args):
+        walk(value, (i,), names[i] if i < len(names) else str(i))
+    for key, value in node.kwargs.items():
+        walk(value, (key,), key)
+    return out
+
+
+def results(node: Node) -> list[torch.Tensor]:
+    """The tensors a call gives; sizes and other scalars are not among them."""
+    val = node.meta.get("val")
+    found = val if isinstance(val, list | tuple) else [val]
+    return [v for v in found if isinstance(v, torch.Tensor)]
+
+
+class Rulebook:
+    """Applies rules within one propagation; `ep` prefers whole experts to slices of each."""
+
+    def __init__(self, groups: Groups, ep: bool) -> None:
+        self.groups = groups
+        self.ep = ep
+
+    def outcome(
+        self, node: Node, given: list[Operand], *, divide: bool, sections: tuple[int, ...] | None
+    ) -> Outcome:
+        """How a call runs. divide: it may begin an axis. sections: how to lay out the one it begins."""
+        if not results(node):  # sizes: read off any piece, since only whole dimensions are symbolic
+            return Outcome(tuple(o.state for o in given), ())
+        declared = declaration(node)
+        if declared is not None and declared.shards:
+            found = self._declared(node, declared, given, divide, sections)
+        elif node.target in LINEAR_VIEWS or node.target in ALONG:
+            found = self._view(node, given)
+        elif _pointwise(node, declared):
+            found = self._pointwise(node, given)
+        elif node.target is _aten.cat.default:
+            found = self._cat(node, given)
+        else:
+            found = None
+        return found or self._whole(node, given)
+
+    # -- ops without a rule --------------------------------------------------------------
+
+    def _whole(self, node: Node, given: list[Operand]) -> Outcome:
+        return Outcome((WHOLE,) * len(given), (WHOLE,) * len(results(node)))
+
+    # -- views, copies, reductions ---------------------------------------------------------
+
+    def _view(self, node: Node, given: list[Operand]) -> Outcome | None:
+        follow = LINEAR_VIEWS.get(node.target) or ALONG[node.target]
+        source, count = given[0], len(results(node))
+        if len(given) > 1:
+            return None
+        match source.state:
+            case Axis() as axis:
+                found: Followed | None = follow(node, axis)
+                if found is None:
+                    return None
+                if found.refine:
+                    return Outcome((WHOLE,), (WHOLE,) * count, refine=found.refine)
+                return Outcome((axis,), found.results, found.resizes)
+            case "free" if count == 1 and node.target in LINEAR_VIEWS:
+                return Outcome((FREE,), (FREE,))
+            case "partial" if node.target in LINEAR_VIEWS:
+                return Outcome((PARTIAL,), (PARTIAL,) * count)
+        return None
+
+    # -- pointwise -------------------------------------------------------------------------
+
+    def _pointwise(self, node: Node, given: list[Operand]) -> Outcome | None:
+        if not given:
+            return None
+        out = results(node)[0].dim()
+        axes = [_shifted(o.state, out - len(o.shape)) for o in given if isinstance(o.state, Axis)]
+        if axes:
+            axis = axes[0]
+            wants = tuple(self._aligned(o, axis, out - len(o.shape)) for o in given)
+            return Outcome(wants, (axis,))
+        if len(given) == 1 and given[0].state == FREE:
+            return Outcome((FREE,), (FREE,))
+        partial = [o.state == PARTIAL for o in given]
+        if any(partial) and _keeps_sums(node, partial):
+            return Outcome(tuple(PARTIAL if p else WHOLE for p in partial), (PARTIAL,))
+        return None
+
+    def _aligned(self, operand: Operand, axis: Axis, shift: int) -> State:
+        """How an operand must be held beside an axis of the result: cut alike, unless it is broadcast."""
+        dim = axis.dim - shift
+        if dim < 0 or operand.shape[dim] == 1:
+            return WHOLE
+        want = axis.moved(dim)
+        if isinstance(operand.state, Axis):
+            self.unite(operand.state, want)
+        return want
+
+    def unite(self, one: Axis, other: Axis) -> None:
+        """Divides two axes in step from now on, if they are laid out alike."""
+        if one.dim == other.dim and [s.size for s in one.sections] == [s.size for s in other.sections]:
+            for a, b in zip(one.sections, other.sections, strict=True):
+                self.groups.unite(a.group, b.group)
+
+    def _cat(self, node: Node, given: list[Operand]) -> Outcome | None:
+        tensors = list(given)
+        along = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # type: ignore[arg-type]
+        along %= len(tensors[0].shape)
+        axes = [o.state for o in tensors if isinstance(o.state, Axis)]
+        if not axes:
+            return None
+        if axes[0].dim != along:
+            return Outcome(tuple(self._aligned(o, axes[0], 0) for o in tensors), (axes[0],))
+        if len(axes) != len(tensors) or any(axis.dim != along for axis in axes):
+            return None
+        joined = tuple(section for axis in axes for section in axis.sections)
+        return Outcome(tuple(axes), (Axis(along, joined),))
+
+    # -- declared rules ----------------------------------------------------------------------
+
+    def _declared(
+        self,
+        node: Node,
+        declared: OpDef,
+        given: list[Operand],
+        divide: bool,
+        sections: tuple[int, ...] | None,
+    ) -> Outcome | None:
+        rule = self._choose(node, declared, given, divide)
+        if rule is None:
+            return self._pointwise(node, given) if declared.pointwise else None
+        begins = not any(isinstance(o.state, Axis) for o in given)
+        cut = _Cut(self.groups, node, rule, given, sections if begins else None)
+        wants = tuple(cut.want(o) for o in given)
+        for operand, want in zip(given, wants, strict=True):
+            if isinstance(operand.state, Axis) and isinstance(want, Axis):
+                self.unite(operand.state, want)
+        return Outcome(wants, cut.results(), rule=rule, seed=begins)
+
+    def _choose(self, node: Node, declared: OpDef, given: list[Operand], divide: bool) -> ShardRule | None:
+        """The first rule that takes the operands as they are; none where that needs a gather."""
+        call = Call(node, {})
+        active = any(isinstance(o.state, Axis) for o in given)
+        for rule in declared.shards:
+            if (rule.when is not None and not rule.when(call)) or self._unwanted(rule):
+                continue
+            fit = [_fit(o, rule.operands.get(o.name, WHOLE)) for o in given]
+            if "no" in fit or not self._divisible(rule, given):
+                continue
+            if active and "match" in fit:
+                return rule
+            if active or not divide or rule.name == "replicated":
+                continue
+            if "slice" not in fit and "free" in fit:
+                return rule
+        return None
+
+    def _unwanted(self, rule: ShardRule) -> bool:
+        """Of the two ways to divide experts, the one that was not asked for."""
+        return rule.name == "experts" and bool(rule.first) != self.ep
+
+    @staticmethod
+    def _divisible(rule: ShardRule, given: Iterable[Operand]) -> bool:
+        """Only static sizes of more than one can be divided."""
+        sizes = [o.shape[dim] for o in given if (dim := held_dim(rule.operands.get(o.name), o)) is not None]
+        return all(isinstance(size, int) for size in sizes) and any(size > 1 for size in sizes)
+
+
+def held_dim(held: Held | None, operand: Operand) -> int | None:
+    """The dimension a rule divides an operand along, counted from the front."""
+    if isinstance(held, str) and held.startswith("halves:"):
+        held = int(held.removeprefix("halves:"))
+    return held % len(operand.shape) if isinstance(held, int) and operand.shape else None
+
+
+def _fit(operand: Operand, held: Held) -> str:
+    """match: as it is. free: nothing to do. slice: ranks drop what they hold too much of. no: a gather."""
+    dim = held_dim(held, operand)
+    if dim is not None and operand.shape[dim] == 1:
+        dim = None
+        held = WHOLE
+    match operand.state:
+        case Axis() as axis:
+            return "match" if axis.dim == dim else "no"
+        case "free":
+            return "free" if held != WHOLE else "same"
+        case "partial" if held == PARTIAL:
+            return "match"
+        case _:
+            return "no" if held == PARTIAL else ("slice" if dim is not None else "same")
+
+
+class _Cut:
+    """One application of a rule: which sections every named dimension gets.
+
+    Dimensions of one size are cut alike. In a rule by heads, activations with fewer heads than the
+    most (keys and values of grouped-query attention) get a group of their own, shared by the large
+    one; weights and caches follow whichever their size fits.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        node: Node,
+        rule: ShardRule,
+        given: list[Operand],
+        sections: tuple[int, ...] | None,
+    ) -> None:
+        self.groups, self.node, self.rule = groups, node, rule
+        self._sections: dict[int, tuple[Section, ...]] = {}
+        for operand in given:
+            if (
+                isinstance(operand.state, Axis)
+                and held_dim(rule.operands.get(operand.name), operand) is not None
+            ):
+                self._sections.setdefault(operand.state.size, operand.state.sections)
+        self._base = self._base_size(given)
+        self._noun = NOUNS.get(rule.name, "pieces")
+        if self._base not in self._sections:
+            cut = sections if sections and sum(sections) == self._base else (self._base,)
+            group = groups.new(self._base, self._noun)
+            self._sections[self._base] = tuple(Section(size, group) for size in cut)
+        if rule.name == "heads":
+            self._share(given)
+
+    def _base_size(self, given: list[Operand]) -> int:
+        active, weights = [], []
+        for operand, dim in self._named(given):
+            (weights if _is_weight(operand) else active).append(int(operand.shape[dim]))
+        active += [int(out.shape[held % out.dim()]) for held, out in self._divided_results()]
+        return max(active or weights)
+
+    def _named(self, given: list[Operand]) -> Iterator[tuple[Operand, int]]:
+        for operand in given:
+            dim = held_dim(self.rule.operands.get(operand.name), operand)
+            if dim is not None and not self._in_halves(operand):
+                yield operand, dim
+
+    def _divided_results(self) -> Iterator[tuple[int, torch.Tensor]]:
+        for held, out in zip(self.rule.results, results(self.node), strict=True):
+            if isinstance(held, int):
+                yield held, out
+
+    def _share(self, given: list[Operand]) -> None:
+        base = self._sections[self._base]
+        for section in base:
+            self.groups.limit(section.group, section.size, self._noun if len(base) == 1 else "")
+        for operand, dim in self._named(given):
+            size = int(operand.shape[dim])
+            if _is_weight(operand) or size == 1 or size >= self._base:
+                continue
+            if size not in self._sections:
+                self._sections[size] = (Section(size, self.groups.new(size, "KV heads")),)
+            if len(base) == len(self._sections[size]) == 1:
+                small = self._sections[size][0].group
+                self.groups.share(small, by=base[0].group)
+                self.groups.limit(small, size, "KV heads")
+
+    def _in_halves(self, operand: Operand) -> bool:
+        held = self.rule.operands.get(operand.name)
+        return isinstance(held, str) and held.startswith("halves:")
+
+    def want(self, operand: Operand) -> State:
+        held = self.rule.operands.get(operand.name, WHOLE)
+        dim = held_dim(held, operand)
+        if dim is None:
+            return PARTIAL if held == PARTIAL else WHOLE
+        size = int(operand.shape[dim])
+        if self._in_halves(operand):
+            half = self._at(size // 2)
+            return Axis(dim, half + half)
+        return Axis(dim, self._at(size)) if size > 1 else WHOLE
+
+    def results(self) -> tuple[State, ...]:
+        out: list[State] = []
+        for held, tensor in zip(self.rule.results, results(self.node), strict=True):
+            if not isinstance(held, int):
+                out.append(PARTIAL if held == PARTIAL else WHOLE)
+                continue
+            dim = held % tensor.dim()
+            size = int(tensor.shape[dim])
+            out.append(Axis(dim, self._at(size)) if size > 1 else WHOLE)
+        return tuple(out)
+
+    def _at(self, size: int) -> tuple[Section, ...]:
+        if size in self._sections:
+            return self._sections[size]
+        base = self._sections[self._base]
+        assert len(base) == 1 or size % self._base == 0, f"{self.node}: {size} in step with {self._base}"
+        if len(base) == 1:
+            return (Section(size, base[0].group),)
+        return tuple(Section(s.size * size // self._base, s.group) for s in base)
+
+
+def _is_weight(operand: Operand) -> bool:
+    """FREE and without a symbolic size: a parameter, or what was made of one; caches have blocks."""
+    return operand.state == FREE and all(isinstance(size, int) for size in operand.shape)
+
+
+def _shifted(axis: Axis, by: int) -> Axis:
+    return axis.moved(axis.dim + by)
+
+
+def _pointwise(node: Node, declared: OpDef | None) -> bool:
+    if declared is not None and declared.pointwise:
+        return True
+    tags: Iterable[Any] = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags
+
+
+def _keeps_sums(node: Node, partial: list[bool]) -> bool:
+    if node.target in _SUMS:
+        return all(partial)
+    if node.target in _PRODUCTS:
+        return sum(partial) == 1
+    return node.target in _QUOTIENTS and partial == [True, *[False] * (len(partial) - 1)]
