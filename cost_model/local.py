@@ -43,7 +43,9 @@ def factors(row: Row, shape: EngineShape) -> Factors:
         return Factors(1.0 / tp, 1.0 / ranks, 1.0 / tp, 1.0 / tp, 1.0, n=width, tokens=float(shape.dp))
     if kind == "replicated" or tp == 1:
         return Factors(1.0, 1.0, 1.0, 1.0, 1.0)
-    one = 1.0 / tp
+    # shared KV heads: beyond their number ranks hold copies
+    pieces = row.shard.units
+    one = 1.0 / (pieces if 0 < pieces < tp and tp % pieces == 0 else tp)
     if kind in ("column", "vocab") and gemm:
         return Factors(one, one, 1.0, one, 1.0, n=one)
     if kind == "row" and gemm:

@@ -64,16 +64,13 @@ def kernels(
     table: CostTable, shape: EngineShape, profile: EngineProfile, fusions: frozenset[str] | None
 ) -> list[Kernel]:
     """All kernels of a layer of each class. `fusions` None: those the engine's own kernels apply."""
-    found = []
+    found = [_kernel_of(row, part, shape) for part, row in parts(table)]
     offers = chosen(table, profile, fusions)
-    for part, row in parts(table):
-        found.extend(_kernels_of(row, part, shape, profile))
     fused: list[Kernel] = []
     for name in dict.fromkeys(kernel.layer_class for kernel in found):
-        for part in ("step", "prefill", "decode"):
-            mine = [k for k in found if k.layer_class == name and k.part == part]
-            fused.extend(_fuse(mine, [offer for offer in offers if offer.layer_class == name], shape))
-    return fused
+        mine = [kernel for kernel in found if kernel.layer_class == name]
+        fused.extend(_fuse(mine, [offer for offer in offers if offer.layer_class == name]))
+    return [made for kernel in fused for made in _with_quantization(kernel, shape, profile)]
 
 
 def chosen(
@@ -111,7 +108,7 @@ def _key(row: Row) -> tuple[str, str, str, int]:
     return row.layer_class, row.site, row.op, row.calls
 
 
-def _kernels_of(row: Row, part: Part, shape: EngineShape, profile: EngineProfile) -> list[Kernel]:
+def _kernel_of(row: Row, part: Part, shape: EngineShape) -> Kernel:
     work, divided = row.work, factors(row, shape)
     weights, acts = weight_format(row, shape), activation_format(row, shape)
     wide = fmt(unquantized(shape)).bytes
@@ -133,21 +130,20 @@ def _kernels_of(row: Row, part: Part, shape: EngineShape, profile: EngineProfile
     )
     weight_bytes = work.weights * divided.weights * fmt(weights).bytes
     if work.family == "gemm" and not (work.weights and {"k", "n"} <= work.dims.keys()):
-        return [replace(base, spec=Attention("products", part, wide, wide, weight_bytes))]
+        return replace(base, spec=Attention("products", part, wide, wide, weight_bytes))
     if work.family == "gemm":
         k, n = work.dims["k"], work.dims["n"]
         rows = work.flops * (1.0 / (2.0 * k * n))
         spec = Gemm(n * divided.n, k * divided.k, weights, acts, wide)
-        gemm = replace(base, spec=spec, rows=rows)
-        return [*_quantize(base, acts, shape, profile), gemm]
+        return replace(base, spec=spec, rows=rows)
     if work.family == "grouped_gemm":
-        return [*_quantize(base, acts, shape, profile), _grouped(row, base, shape, weights, acts)]
+        return _grouped(row, base, shape, weights, acts)
     if work.family in ("attention", "recurrence"):
-        return [_attention(row, base, shape, wide, weight_bytes)]
+        return _attention(row, base, shape, wide, weight_bytes)
     moved = base.reads + base.writes + base.kv * (fmt(shape.kv).bytes / wide)
     if work.family != "gather":  # a look-up reads the rows it is asked for, not the table
         moved = moved + Amount({"1": work.weights * divided.weights} if work.weights else {})
-    return [replace(base, nbytes=moved * wide)]
+    return replace(base, nbytes=moved * wide)
 
 
 def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_bytes: float) -> Kernel:
@@ -196,25 +192,25 @@ def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str
     return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))
 
 
-def _quantize(base: Kernel, acts: str, shape: EngineShape, profile: EngineProfile) -> list[Kernel]:
-    """The kernel that quantizes a product's input, where the engine does not fuse it away."""
+def _with_quantization(kernel: Kernel, shape: EngineShape, profile: EngineProfile) -> list[Kernel]:
+    """A product and the kernel that quantizes its input, where the engine does not fuse that away."""
+    if not isinstance(kernel.spec, Gemm | GroupedGemm):
+        return [kernel]
+    acts = kernel.spec.activations
     if acts == unquantized(shape) or acts in profile.fused_activation_quant:
-        return []
-    wide = fmt(unquantized(shape)).bytes
-    return [
-        replace(
-            base,
-            op=f"quantize to {acts}",
-            family="elementwise",
-            nbytes=base.reads * (wide + fmt(acts).bytes),
-            flops=NONE,
-            kv=NONE,
-        )
-    ]
+        return [kernel]
+    both = fmt(unquantized(shape)).bytes + fmt(acts).bytes
+    inputs = kernel.reads
+    if isinstance(kernel.spec, GroupedGemm):  # tokens are quantized once, before they are copied to experts
+        inputs = inputs * (1.0 / kernel.spec.top_k)
+    quantize = replace(
+        kernel, op=f"quantize to {acts}", family="elementwise", spec=None, nbytes=inputs * both, launches=1.0
+    )
+    return [replace(quantize, rows=NONE, flops=NONE, kv=NONE), kernel]
 
 
-def _fuse(mine: list[Kernel], offers: Sequence[FusionOffer], shape: EngineShape) -> list[Kernel]:
-    """Kernels of one class and part with the offers applied: groups of sites become one kernel each."""
+def _fuse(mine: list[Kernel], offers: Sequence[FusionOffer]) -> list[Kernel]:
+    """Kernels of one class with the offers applied: groups of sites become one kernel each."""
     group: dict[str, int] = {}
     saved: dict[int, list[FusionOffer]] = {}
     sites = {site for kernel in mine for site in kernel.sites}
@@ -260,7 +256,7 @@ def _one_group(members: list[Kernel], applied: Sequence[FusionOffer]) -> list[Ke
 def _left(kernel: Kernel) -> object:
     """What products must share to be merged along their outputs."""
     assert isinstance(kernel.spec, Gemm)
-    return _terms(kernel.rows), kernel.spec.k, kernel.spec.weights, kernel.spec.activations
+    return kernel.part, _terms(kernel.rows), kernel.spec.k, kernel.spec.weights, kernel.spec.activations
 
 
 def _merged(gemms: list[Kernel]) -> Kernel:
@@ -293,7 +289,7 @@ def collectives(table: CostTable, shape: EngineShape) -> list[Collective]:
     wide = fmt(unquantized(shape)).bytes
     for part, row in parts(table):
         if row.shard.kind == "experts" and shape.dp > 1:
-            found.extend(_exchange(row, part, shape, wide))
+            found.extend(_exchange(row, part, shape, table.model.hidden, wide))
         elif row.shard.collective and shape.tp > 1:
             size = row.shard.moved * wide
             found.append(
@@ -304,10 +300,10 @@ def collectives(table: CostTable, shape: EngineShape) -> list[Collective]:
     return found
 
 
-def _exchange(row: Row, part: Part, shape: EngineShape, wide: float) -> list[Collective]:
+def _exchange(row: Row, part: Part, shape: EngineShape, width: int, wide: float) -> list[Collective]:
     """Tokens to experts and back. EP: all-to-all of top_k copies; else gather all tokens, scatter sums."""
     ranks, calls = shape.tp * shape.dp, float(row.calls)
-    hidden = Amount({"T": row.shard.moved.terms.get("T", 0.0)})
+    hidden = Amount({"T": float(width)})
     make = lambda kind, size: Collective(row.layer_class, row.site, part, kind, calls, ranks, size)  # noqa: E731
     if shape.ep > 1:
         copies = min(row.work.dims["top_k"], ranks) / shape.tp

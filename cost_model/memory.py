@@ -5,20 +5,37 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from planc.cost_model.catalogue import GIB, EngineProfile, Gpu
+from planc.cost_model.features import Array, ArrayLike
 from planc.cost_model.formats import fmt
-from planc.cost_model.local import factors, stages, unquantized, weight_format
+from planc.cost_model.local import Stage, factors, stages, unquantized, weight_format
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, LayerClass, Row
+
+MIB = 1024.0**2
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Cache of some layers on one GPU: bytes per token, of which at most `limit` tokens are kept."""
+
+    bytes_per_token: float
+    limit: float
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryMap:
-    """Bytes on the fullest GPU. `kv_cache` is what the blocks take; `reserve` is left unused.
+    """Bytes on the GPU of a replica that has the least room for cache.
 
-    kv_bytes_per_token   on that GPU, over its layers, when every layer keeps every token
-    kv_tokens            kv_blocks * block_size: tokens that one scheduler's cache holds
-    kv_blocks            of the stage with the least room; 0 when weights and the rest do not fit
+    states               recurrent states of `max_num_seqs` sequences
+    kv_cache             kv_blocks * block_size * kv_bytes_per_token
+    reserve              what remains of `capacity`: left to others by the engine's setting, or rounding
+    kv_bytes_per_token   exact, over the GPU's layers, when every layer keeps every token
+    kv_blocks            0 when weights and the rest leave no room for one sequence of `max_model_len`
+    kept                 per kind of layer, for models whose layers forget (sliding windows, chunks)
+    graph_sizes          decode batches that get a CUDA graph
     """
 
     capacity: float
@@ -32,20 +49,33 @@ class MemoryMap:
     kv_bytes_per_token: float
     block_size: int
     kv_blocks: int
+    kept: tuple[Kept, ...]
     graph_sizes: tuple[int, ...]
 
     @property
     def kv_tokens(self) -> int:
+        """Tokens that the cache holds when every layer keeps every token."""
         return self.kv_blocks * self.block_size
 
     @property
     def total(self) -> float:
-        """Everything that is taken; `reserve` is what remains of `capacity`."""
-        return self.weights + self.activations + self.graphs + self.overhead + self.states + self.kv_cache
+        """Everything that is taken."""
+        return self.capacity - self.reserve
 
     @property
     def fits(self) -> bool:
-        return self.kv_blocks > 0
+        """Whether the engine would start: room for one sequence at least."""
+        return self.kv_blocks > 0 or (not self.kept and self.reserve >= 0)
+
+    def sequence_bytes(self, context: ArrayLike) -> Array:
+        """Cache bytes of one sequence with `context` tokens, whole blocks, forgetting layers capped."""
+        return _sequence_bytes(self.kept, context, self.block_size)
+
+    def sequences(self, context: ArrayLike) -> Array:
+        """Sequences of `context` tokens that the cache holds; infinite without a cache."""
+        with np.errstate(divide="ignore"):
+            found: Array = np.where(self.kept != (), self.kv_cache / self.sequence_bytes(context), np.inf)
+        return found
 
 
 def memory_map(
@@ -60,82 +90,96 @@ def memory_map(
     block_size: int | None = None,
     utilization: float | None = None,
 ) -> MemoryMap:
-    """The memory of the GPU that has the least room for cache, over the pipeline stages.
+    """The memory of the GPU with the least room for cache, over the pipeline stages.
 
     Blocks are counted as the engines do: what `utilization` allows, less weights, the activation
-    peak of a full step, graphs and overhead, divided by the bytes of one block. A cache needs a block
-    for one sequence of `max_model_len` at least, or the engine would refuse to start: then
-    `kv_blocks` is 0.
+    peak of a full step, graphs, states and overhead, divided by the bytes of one block.
     """
     size = block_size or profile.block_size
     share = profile.gpu_memory_utilization if utilization is None else utilization
-    rows = tuple(row for row in table.rows.get("prefill", ()))
-    held = [weight_bytes(table, shape, stage.counts) for stage in stages(table, shape)]
-    maps = []
-    for stage, weights in zip(stages(table, shape), held, strict=True):
-        per_token = kv_bytes_per_token(table, shape, stage.counts)
-        state = state_bytes(table, shape, stage.counts) * max_num_seqs
-        activations = activation_bytes(
-            table, rows, shape, profile, max_num_batched_tokens, max_num_seqs if stage.last else 0
-        )
-        sizes = () if shape.eager or gpu.vendor == "cpu" else profile.cuda_graphs.sizes(max_num_seqs)
-        rule = profile.cuda_graphs
-        graphs = (rule.mib_fixed + rule.mib_per_size * len(sizes)) * 1024**2 if sizes else 0.0
-        overhead = (profile.framework_gib + (profile.communicator_gib if shape.world > 1 else 0.0)) * GIB
-        room = gpu.memory_bytes * share - weights - activations - graphs - overhead - state
+    sizes = () if shape.eager or gpu.vendor == "cpu" else profile.cuda_graphs.sizes(max_num_seqs)
+    rule = profile.cuda_graphs
+    graphs = (rule.mib_fixed + rule.mib_per_size * len(sizes)) * MIB if sizes else 0.0
+    overhead = (profile.framework_gib + (profile.communicator_gib if shape.world > 1 else 0.0)) * GIB
+
+    def of(stage: Stage) -> MemoryMap:
+        kept = kept_by(table, shape, stage.counts)
+        per_token = sum(k.bytes_per_token for k in kept)
+        weights = weight_bytes(table, shape, stage.counts)
+        states = state_bytes(table, shape, stage.counts) * max_num_seqs
+        logits = max_num_seqs if stage.last else 0
+        activations = activation_bytes(table, shape, profile, max_num_batched_tokens, logits)
+        fixed = weights + activations + graphs + overhead + states
+        room = gpu.memory_bytes * share - fixed
         blocks = math.floor(room / (per_token * size)) if per_token and room > 0 else 0
-        if per_token and blocks * size * shape.cp < max_model_len and not _bounded(table):
+        one = float(_sequence_bytes(kept, max_model_len / shape.cp, size))
+        if blocks * per_token * size < one:
             blocks = 0
         cache = blocks * per_token * size
-        taken = weights + activations + graphs + overhead + state + cache
-        maps.append(
-            MemoryMap(
-                capacity=gpu.memory_bytes,
-                weights=weights,
-                activations=activations,
-                graphs=graphs,
-                overhead=overhead,
-                states=state,
-                kv_cache=cache,
-                reserve=gpu.memory_bytes - taken,
-                kv_bytes_per_token=per_token,
-                block_size=size,
-                kv_blocks=blocks,
-                graph_sizes=sizes,
-            )
+        return MemoryMap(
+            capacity=gpu.memory_bytes,
+            weights=weights,
+            activations=activations,
+            graphs=graphs,
+            overhead=overhead,
+            states=states,
+            kv_cache=cache,
+            reserve=gpu.memory_bytes - fixed - cache,
+            kv_bytes_per_token=per_token,
+            block_size=size,
+            kv_blocks=blocks,
+            kept=kept,
+            graph_sizes=sizes,
         )
-    return min(maps, key=lambda found: (found.kv_blocks, found.reserve))
+
+    return min(map(of, stages(table, shape)), key=_room)
+
+
+def _room(found: MemoryMap) -> tuple[float, float]:
+    """Stages without any cache (no attention in them) don't bound the sequences."""
+    return (found.kv_blocks if found.kept else math.inf), found.reserve
+
+
+def _sequence_bytes(kept: tuple[Kept, ...], context: ArrayLike, block: int) -> Array:
+    tokens = np.ceil(np.asarray(context, dtype=np.float64) / block) * block
+    total = np.zeros_like(tokens)
+    for part in kept:
+        total = total + part.bytes_per_token * np.minimum(tokens, part.limit + block)
+    return total
 
 
 def weight_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -> float:
     """Weights of one rank that holds `counts` layers of each class.
 
-    Rows say which parameters divide and which take another format; parameters that no row reads
-    (a class's remainder) are kept whole and unquantized.
+    Rows say which parameters divide and which take another format. Parameters of a class that no row
+    reads stay whole and unquantized; where rows read more than the class owns (an embedding that is
+    tied to the head on the same rank, a projection read twice) they are held once.
     """
     total, wide = 0.0, fmt(unquantized(shape)).bytes
     for cls, count in zip(table.classes, counts, strict=True):
         if not count:
             continue
         seen, held = 0.0, 0.0
-        for row in _once(table, cls):
+        for row in _with_weights(table, cls):
             elements = float(row.work.weights * row.calls)
             seen += elements
             held += elements * factors(row, shape).weights * fmt(weight_format(row, shape)).bytes
-        rest = max(cls.parameters - seen, 0.0)
-        held = held * (cls.parameters / seen if seen > cls.parameters else 1.0)
-        total += count * (held + rest * wide)
+        if seen > cls.parameters:
+            held *= cls.parameters / seen
+        total += count * (held + max(cls.parameters - seen, 0.0) * wide)
     return total
 
 
-def kv_bytes_per_token(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -> float:
-    """Cache bytes per token on one rank; KV heads are replicated where tp exceeds them."""
+def kept_by(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -> tuple[Kept, ...]:
+    """Cache of one rank, by how many tokens its layers keep; KV heads are copied where tp exceeds them."""
     per_element = fmt(shape.kv).bytes
-    total = 0.0
+    found: dict[float, float] = {}
     for cls, count in zip(table.classes, counts, strict=True):
-        divided = min(shape.tp, cls.kv_units) if cls.kv_units else 1
-        total += count * cls.kv_elements * per_element / divided
-    return total
+        if count and cls.kv_elements:
+            limit = float(cls.kv_span[1:]) if cls.kv_span[:1] in ("w", "c") else math.inf
+            divided = min(shape.tp, cls.kv_units) if cls.kv_units else 1
+            found[limit] = found.get(limit, 0.0) + count * cls.kv_elements * per_element / divided
+    return tuple(Kept(size, limit) for limit, size in sorted(found.items()))
 
 
 def state_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -> float:
@@ -146,40 +190,35 @@ def state_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -
 
 
 def activation_bytes(
-    table: CostTable,
-    rows: tuple[Row, ...],
-    shape: EngineShape,
-    profile: EngineProfile,
-    tokens: int,
-    logits_rows: int,
+    table: CostTable, shape: EngineShape, profile: EngineProfile, tokens: int, logits_rows: int
 ) -> float:
-    """Peak of live activations in a step of `tokens`: the residual and the widest op's operands.
+    """Peak of live activations in a step of `tokens`: two residuals and the widest op's operands.
 
-    `activation_factor` covers what an allocator keeps beside them. Logits are fp32 for sampling, of
-    one row per sequence.
+    `activation_factor` covers what an allocator keeps beside them. Logits are fp32 for sampling, one
+    row per sequence, besides the head's own result.
     """
     wide = fmt(unquantized(shape)).bytes
-    widest = 0.0
-    for row in rows:
-        part = factors(row, shape)
-        reads, writes = row.work.reads.terms, row.work.writes.terms
-        live = reads.get("T", 0.0) * part.reads + writes.get("T", 0.0) * part.writes
-        widest = max(widest, live * part.tokens)
-    hidden = table.model.hidden
-    logits = logits_rows * table.model.vocab * (4.0 + wide) if table.model.vocab else 0.0
-    return profile.activation_factor * ((widest + 2 * hidden) * tokens * wide / shape.cp + logits)
+    phase = table.rows.get("prefill", ())
+    widest = max((_live(row, shape) for row in phase), default=0.0)
+    per_token = (widest + 2 * table.model.hidden) * tokens / shape.cp
+    logits = logits_rows * table.model.vocab * (4.0 + wide)
+    return profile.activation_factor * (per_token * wide + logits)
 
 
-def _once(table: CostTable, cls: LayerClass) -> list[Row]:
-    """Rows of a class with weights, each site once over both phases."""
+def _live(row: Row, shape: EngineShape) -> float:
+    """Elements per token that an op holds at once."""
+    part, work = factors(row, shape), row.work
+    if work.family == "grouped_gemm":  # the first product's rows, then the second's in their place
+        width = work.dims["n"] * part.n / (shape.ep if shape.ep > 1 else 1) * shape.dp
+        return work.dims["top_k"] * (max(width, work.dims["k"] / shape.ep) + width / 2)
+    return work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes
+
+
+def _with_weights(table: CostTable, cls: LayerClass) -> list[Row]:
+    """Rows of a class that read weights, each site once over both phases."""
     found: dict[tuple[str, str], Row] = {}
     for rows in table.rows.values():
         for row in rows:
             if row.layer_class == cls.name and row.work.weights:
                 found.setdefault((row.site, row.op), row)
     return list(found.values())
-
-
-def _bounded(table: CostTable) -> bool:
-    """No layer keeps every token (windows and states only)."""
-    return all(cls.kv_span[:1] in ("", "w", "c") for cls in table.classes)

@@ -85,12 +85,12 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
         len(shape.pipeline_layers) != shape.pp or sum(shape.pipeline_layers) != table.model.layers
     ):
         say("pipeline_layers", f"must be {shape.pp} numbers that sum to {table.model.layers}")
-    for row in {row for rows in table.rows.values() for row in _divided(rows)}:
-        degree = shape.tp
-        if row[1] == "experts":
-            degree = shape.ep if shape.ep > 1 else 1
-        if row[2] and row[2] % degree:
-            say("tp", f"{row[0]}: {row[2]} units do not divide by {degree}")
+    for site, kind, units, degree in sorted(_divisions(table, shape)):
+        if degree > 1 and units % degree and not _replicates(table, units, degree):
+            say(
+                "ep" if kind == "experts" and shape.ep > 1 else "tp",
+                f"{site}: {units} units do not divide by {degree}",
+            )
     for cls in table.classes:
         if cls.kv_units and cls.kv_units % shape.tp and shape.tp % cls.kv_units:
             say("tp", f"{cls.name}: {cls.kv_units} KV heads neither divide by nor into {shape.tp}")
@@ -106,9 +106,21 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
     return found
 
 
-def _divided(rows: Any) -> list[tuple[str, str, int]]:
-    return [
-        (f"{r.layer_class}.{r.site}", r.shard.kind, r.shard.units)
-        for r in rows
-        if r.shard.kind != "replicated"
-    ]
+def _divisions(table: CostTable, shape: EngineShape) -> set[tuple[str, str, int, int]]:
+    """(site, kind, units, degree) of every divided row; experts under EP are counted whole."""
+    found: set[tuple[str, str, int, int]] = set()
+    for rows in table.rows.values():
+        for row in rows:
+            kind, units, degree = row.shard.kind, row.shard.units, shape.tp
+            if kind == "experts" and shape.ep > 1:
+                continue
+            if kind == "experts":
+                degree = shape.tp * shape.dp
+            if kind != "replicated" and units:
+                found.add((f"{row.layer_class}.{row.site}", kind, units, degree))
+    return found
+
+
+def _replicates(table: CostTable, units: int, degree: int) -> bool:
+    """KV heads are held by several ranks where the degree is a multiple of their number."""
+    return degree % units == 0 and any(cls.kv_units == units for cls in table.classes)

@@ -221,7 +221,13 @@ class StepModel:
             found = group.price(features[group.part])
             seconds[group.index], bound[group.index] = found.seconds, found.bound
         links = np.zeros((len(self._collectives), load.size))
+        done: dict[object, int] = {}
         for row, item in enumerate(self._collectives):
+            key = (item.kind, item.ranks, item.part, self._sizes[row].tobytes())
+            if key in done:  # most layers end in the same all-reduce
+                links[row] = links[done[key]]
+                continue
+            done[key] = row
             size = self._sizes[row] @ features[item.part]
             links[row] = group_seconds(
                 item.kind,

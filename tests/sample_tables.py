@@ -7,9 +7,12 @@ generic mixture of experts (Mixtral, Qwen3-MoE), and DeepSeek-V3's multi-head la
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from planc.cost_model.table import CostTable, FusionOffer, LayerClass, ModelFacts, Row, Shard
 from planc.ir.work import NONE, Amount, Work
 
+#: logits are of one row per sequence
 HEAD_ROWS = "S"
 
 
@@ -93,7 +96,7 @@ def _experts(layer: str, hidden: int, width: int, experts: int, top_k: int) -> l
     )
     shard = Shard("experts", experts, 0, "all_reduce", Amount({"T": float(hidden)}))
     return [
-        linear("mlp.gate", layer, hidden, experts, kind="replicated", units=0),
+        replace(linear("mlp.gate", layer, hidden, experts, kind="replicated", units=0), quantizable=()),
         Row(layer, "mlp.experts", "planc::moe", 1, work, shard, ("weight", "activation")),
         pointwise("mlp_residual", layer, 2 * hidden, hidden, "aten::add"),
     ]
@@ -253,6 +256,69 @@ def moe_table(
     return _table(
         name, classes, rows, hidden, vocab, heads, kv_heads, parameters - idle, experts=experts, top_k=top_k
     )
+
+
+def _latent_attention(layer: str) -> list[Row]:
+    hidden, heads, nope, rope, v_dim, q_rank, rank = 7168, 128, 128, 64, 128, 1536, 512
+    query = heads * (nope + rope)
+    kv_b = heads * (nope + v_dim) * rank
+
+    def attend(flops: dict[str, float]) -> Row:
+        entry = float(rank + rope)
+        work = Work(
+            family="attention",
+            flops=Amount(flops),
+            weights=kv_b,
+            reads=Amount({"T": query + entry}),
+            writes=Amount({"T": float(heads * v_dim)}),
+            kv_reads=Amount({"K:full": entry}),
+            kv_writes=Amount({"T": entry}),
+            dims={"q_heads": heads, "kv_heads": 1, "qk_dim": nope + rope, "v_dim": v_dim, "latent": 1},
+        )
+        shard = Shard("heads", heads, 0)
+        return Row(layer, "self_attn", "planc::paged_mla", 1, work, shard, ("kv",))
+
+    expanded = attend({"P:full": 2.0 * heads * (nope + rope + v_dim), "K:full": 2.0 * kv_b})
+    absorbed = attend({"P:full": 2.0 * heads * (2 * rank + rope), "T": 2.0 * kv_b})
+    around = [
+        pointwise("input_layernorm", layer, hidden, hidden, "planc::rms_norm"),
+        linear("self_attn.q_a_proj", layer, hidden, q_rank, kind="replicated", units=0),
+        linear("self_attn.q_b_proj", layer, q_rank, query, kind="column", units=heads),
+        linear("self_attn.kv_a_proj", layer, hidden, rank + rope, kind="replicated", units=0),
+        linear("self_attn.o_proj", layer, heads * v_dim, hidden, kind="row", units=heads, after="all_reduce"),
+        pointwise("attn_residual", layer, 2 * hidden, hidden, "aten::add"),
+        pointwise("post_attention_layernorm", layer, hidden, hidden, "planc::rms_norm"),
+    ]
+    return [*around, expanded, absorbed]
+
+
+def deepseek_v3() -> CostTable:
+    """DeepSeek-V3/R1: 3 dense layers and 58 of 256 + 1 experts, latent attention in all 61."""
+    hidden, vocab = 7168, 129280
+    first, last = _ends(hidden, vocab)
+    blocks = []
+    for layer, tail in (
+        ("dense", _mlp("dense", hidden, 18432)),
+        ("sparse", [*_experts("sparse", hidden, 2048, 256, 8), *_mlp("sparse", hidden, 2048, "mlp.shared")]),
+    ):
+        blocks += [*_latent_attention(layer), *tail]
+    rows = [*first, *blocks, *last]
+    prefill = [r for r in rows if r.op != "planc::paged_mla" or "K:full" in r.work.flops.terms]
+    decode = [r for r in rows if r.op != "planc::paged_mla" or "T" in r.work.flops.terms]
+    kv: dict[str, object] = {"kv_elements": 576, "kv_span": "full"}
+    norms = 2 * hidden + 1536 + 512
+    classes = [
+        _class("embedding", range(0), prefill, 0),
+        _class("dense", range(3), prefill, norms, **kv),
+        _class("sparse", range(3, 61), prefill, norms + 256, **kv),
+        _class("head", range(0), prefill, hidden),
+    ]
+    idle = 58 * 3 * hidden * 2048 * (256 - 8)
+    active = sum(c.count * c.parameters for c in classes) - idle
+    table = _table(
+        "deepseek-r1", classes, prefill, hidden, vocab, 128, 128, active, native="fp8", experts=256, top_k=8
+    )
+    return replace(table, rows={"prefill": tuple(prefill), "decode": tuple(decode)})
 
 
 def qwen235b() -> CostTable:
