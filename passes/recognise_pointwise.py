@@ -189,9 +189,8 @@ def _is_half(found: Anything, x: Node, start: bool) -> bool:
     if found.target is operator.getitem and isinstance(found.args[0], Node):
         source, by = found.args[0], found.args[1]
         whole = source.target in (aten.chunk.default, aten.split.Tensor) and source.args[0] is x
-        place = 0 if start else 1
         even = same_size(tensor(found).shape[-1], width // 2)
-        return bool(whole) and by == place and even
+        return bool(whole and even and by == (0 if start else 1))
     return False
 
 

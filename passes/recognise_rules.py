@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph as Nodes
 from torch.fx import Node
 
+import planc.ir.ops  # noqa: F401  (rules name its ops)
 from planc.ir.fakes import compute
 from planc.passes.patterns import Caught, Pattern
 
