@@ -1,0 +1,105 @@
+"""Binding weights to graphs, by the source model's own names.
+
+A graph's parameters are `get_attr` nodes whose tensors lie on meta. Passes that merge, quantize or
+divide parameters leave `weight_steps` behind; binding replays them on the real tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from planc.errors import WeightsMismatch
+from planc.ir.graph import Graph
+
+
+def parameters(graph: Graph) -> dict[str, Tensor]:
+    """Every tensor attribute a graph reads, by name: on meta (to be bound) or real (its own constants)."""
+    found: dict[str, Tensor] = {}
+    for node in graph.module.graph.nodes:
+        if node.op == "get_attr" and node.target not in found:
+            value: object = graph.module
+            for part in node.target.split("."):
+                value = getattr(value, part)
+            if isinstance(value, Tensor):
+                found[node.target] = value
+    return found
+
+
+def stepped(graph: Graph, weights: Mapping[str, Tensor], origin: str = "weights") -> dict[str, Tensor]:
+    """The source model's tensors after all that the graph's passes did to them."""
+    tensors = dict(weights)
+    for step in graph.weight_steps:
+        missing = [name for name in step.reads if name not in tensors]
+        if missing:
+            raise WeightsMismatch(
+                path=origin,
+                reason=f"'{missing[0]}' is missing",
+                mend="Give the weights of the model that was compiled.",
+            )
+        made = step.apply(tuple(tensors[name] for name in step.reads))
+        for name in step.reads:
+            tensors.pop(name, None)
+        tensors.update(zip(step.makes, made, strict=True))
+    return tensors
+
+
+def check(graph: Graph, weights: Mapping[str, Tensor], origin: str = "weights") -> None:
+    """Raises WeightsMismatch unless every parameter of the graph has a tensor of its shape and dtype."""
+    wanted = {name: value for name, value in parameters(graph).items() if value.is_meta}
+    missing = [name for name in wanted if name not in weights]
+    if missing:
+        raise WeightsMismatch(
+            path=origin,
+            reason=f"{len(missing)} of {len(wanted)} parameters are missing, the first is '{missing[0]}'",
+            mend="Give the weights of the model that was compiled.",
+        )
+    for name, value in wanted.items():
+        given = weights[name]
+        if given.shape != value.shape or given.dtype != value.dtype:
+            raise WeightsMismatch(
+                path=origin,
+                reason=f"'{name}' is {_kind(given)}, the model has {_kind(value)}",
+                mend="Give the weights of the model that was compiled.",
+            )
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def bind(
+    graphs: Sequence[Graph],
+    weights: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    origin: str = "weights",
+) -> tuple[GraphModule, ...]:
+    """Runnable modules of graphs that share one set of weights; the graphs themselves stay on meta.
+
+    Graphs with the same weight steps share the tensors too. Raises WeightsMismatch.
+    """
+    placed: dict[tuple[str, int], Tensor] = {}
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        key = (name, id(tensor))
+        if key not in placed:
+            placed[key] = tensor.detach().to(device)
+        return placed[key]
+
+    modules = []
+    made: list[tuple[object, dict[str, Tensor]]] = []
+    for graph in graphs:
+        tensors = next((found for steps, found in made if steps == graph.weight_steps), None)
+        if tensors is None:
+            tensors = stepped(graph, weights, origin)
+            made.append((graph.weight_steps, tensors))
+        check(graph, tensors, origin)
+        attributes = {
+            name: place(name, tensors.get(name, value)) for name, value in parameters(graph).items()
+        }
+        modules.append(GraphModule(attributes, copy.deepcopy(graph.module.graph)))
+    return tuple(modules)
