@@ -29,6 +29,7 @@ from planc.passes.parallel_pipeline import PipelineCut
 from planc.passes.parallel_rank import RankGraph, check_rank
 from planc.passes.parallel_rules import operands
 from planc.passes.parallel_state import PARTIAL, WHOLE, Axis
+from planc.passes.parallel_views import LINEAR_VIEWS
 
 __all__ = ["PipelineCut", "TensorParallel", "shard_rows", "shard_weights"]
 
@@ -110,10 +111,20 @@ def _collectives(graph: Graph, layout: Layout) -> dict[Node, Literal["all_reduce
         for operand in operands(node, layout.state):
             want = layout.wants[node][operand.path]
             if operand.state == PARTIAL and want != PARTIAL and operand.node.op == "call_function":
-                out[operand.node] = "all_reduce"
+                out[_maker(operand.node)] = "all_reduce"
             elif isinstance(operand.state, Axis) and want == WHOLE and operand.node.op == "call_function":
-                out[operand.node] = "all_gather"
+                out[_maker(operand.node)] = "all_gather"
     return out
+
+
+def _maker(node: Node) -> Node:
+    """The op that computed a value, behind views that only show it in another shape."""
+    while node.target in LINEAR_VIEWS:
+        (source,) = (o.node for o in operands(node, lambda _: WHOLE))
+        if source.op != "call_function" or source.meta["val"].numel() != node.meta["val"].numel():
+            break
+        node = source
+    return node
 
 
 def _shard(

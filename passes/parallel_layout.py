@@ -27,8 +27,8 @@ from torch.fx import Node
 
 from planc.ir.graph import Graph
 from planc.ir.opdef import ShardRule
-from planc.passes.parallel_rules import Operand, Outcome, Rulebook, operands
-from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Groups, State
+from planc.passes.parallel_rules import Operand, Outcome, Rulebook, alike, operands
+from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Groups, State
 from planc.passes.parallel_views import LINEAR_VIEWS, Resize
 
 Path = tuple[str | int, ...]
@@ -110,6 +110,8 @@ class _Round:
                 case "output":
                     ends = operands(node, self._state)
                     self.layout.wants[node] = {end.path: WHOLE for end in ends}
+                    merged = (e.node for e in ends if isinstance(e.state, Axis) and e.state.outer != Count())
+                    self.gathers.extend((value, node) for value in merged)
                 case _:
                     self._call(node)
         for value, consumer in self.gathers:
@@ -127,7 +129,8 @@ class _Round:
             states = self.layout.states[source]
             self.layout.states[node] = (states[index] if len(states) > 1 else states[0],)
             self.layout.wants[node] = {}
-            self.seeds[node] = self.seeds.get(source, frozenset())
+            if source in self.seeds:
+                self.seeds[node] = self.seeds[source]
             return
         given = operands(node, self._state)
         outcome = self.rulebook.outcome(
@@ -186,7 +189,9 @@ class _Round:
         """What to do about a value that was divided, yet is needed whole."""
         if consumer in self.learned.resliced:
             return
-        single = not isinstance(consumer.meta["val"], list | tuple)
+        state = self._state(value)
+        gathers = isinstance(state, Axis) and state.outer == Count()
+        single = gathers and not isinstance(consumer.meta.get("val"), list | tuple)
         if single and _shape(consumer) == _shape(value) and self._taken_in_pieces(consumer):
             self.learned.resliced.add(consumer)
             return
@@ -221,9 +226,8 @@ def _numel(node: Node) -> object:
 def _same(groups: Groups, one: State, other: State) -> bool:
     if not isinstance(one, Axis) or not isinstance(other, Axis):
         return one == other
-    return one.dim == other.dim and [(s.size, groups.find(s.group)) for s in one.sections] == [
-        (s.size, groups.find(s.group)) for s in other.sections
-    ]
+    pairs = zip(one.sections, other.sections, strict=False)
+    return alike(one, other) and all(groups.find(a.group) == groups.find(b.group) for a, b in pairs)
 
 
 def _settle(graph: Graph, layout: Layout) -> None:
@@ -296,8 +300,7 @@ def _agreed(groups: Groups, wants: list[State]) -> State:
     if not isinstance(first, Axis):
         return first if all(want == first for want in wants) else WHOLE
     for want in wants:
-        alike = isinstance(want, Axis) and want.dim == first.dim
-        if not alike or [s.size for s in want.sections] != [s.size for s in first.sections]:  # type: ignore[union-attr]
+        if not isinstance(want, Axis) or not alike(first, want):
             return WHOLE
     for want in wants:
         assert isinstance(want, Axis)

@@ -25,7 +25,7 @@ from planc.ir.opdef import ShardRule
 from planc.ir.ops import collectives
 from planc.passes.parallel_layout import Layout
 from planc.passes.parallel_rules import operands
-from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Section, State
+from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Section, State
 from planc.passes.parallel_views import Resize
 from planc.passes.parallel_weights import TakePieces, Zero
 
@@ -188,7 +188,8 @@ class RankGraph:
 
     def _alike(self, one: State, other: State) -> bool:
         if isinstance(one, Axis) and isinstance(other, Axis):
-            return one.dim == other.dim and self._pieces(one) == self._pieces(other)
+            there = one.dim == other.dim and one.outer == other.outer
+            return there and self._pieces(one) == self._pieces(other)
         if isinstance(one, Axis) or isinstance(other, Axis):
             axis = one if isinstance(one, Axis) else other
             assert isinstance(axis, Axis)
@@ -207,6 +208,7 @@ class RankGraph:
 
     def _gather(self, made: Node, axis: Axis) -> Node:
         """Every section from all ranks; of copies (shared groups) one."""
+        assert axis.outer == Count(), f"{made}: pieces of a merged dimension cannot be gathered"
         aten, parts, at = torch.ops.aten, [], 0
         for section in axis.sections:
             local, ways = self._length((section,)), self._ways(section)

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from planc.ir.opdef import Call, Held, OpDef, ShardRule, declaration
-from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Groups, Section, State
+from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Groups, Section, State
 from planc.passes.parallel_views import ALONG, LINEAR_VIEWS, Followed, Resize
 
 _aten = torch.ops.aten
@@ -175,7 +175,7 @@ class Rulebook:
 
     def unite(self, one: Axis, other: Axis) -> None:
         """Divides two axes in step from now on, if they are laid out alike."""
-        if one.dim == other.dim and [s.size for s in one.sections] == [s.size for s in other.sections]:
+        if alike(one, other):
             for a, b in zip(one.sections, other.sections, strict=True):
                 self.groups.unite(a.group, b.group)
 
@@ -188,7 +188,7 @@ class Rulebook:
             return None
         if axes[0].dim != along:
             return Outcome(tuple(self._aligned(o, axes[0], 0) for o in tensors), (axes[0],))
-        if len(axes) != len(tensors) or any(axis.dim != along for axis in axes):
+        if len(axes) != len(tensors) or any(a.dim != along or a.outer != Count() for a in axes):
             return None
         joined = tuple(section for axis in axes for section in axis.sections)
         return Outcome(tuple(axes), (Axis(along, joined),))
@@ -203,6 +203,8 @@ class Rulebook:
         divide: bool,
         sections: tuple[int, ...] | None,
     ) -> Outcome | None:
+        if any(isinstance(o.state, Axis) and o.state.outer != Count() for o in given):
+            return self._by_rows(node, declared, given)
         rule = self._choose(node, declared, given, divide)
         if rule is None:
             return self._pointwise(node, given) if declared.pointwise else None
@@ -210,27 +212,52 @@ class Rulebook:
         cut = _Cut(self.groups, node, rule, given, sections if begins else None)
         wants = tuple(cut.want(o) for o in given)
         for operand, want in zip(given, wants, strict=True):
-            if isinstance(operand.state, Axis) and isinstance(want, Axis):
-                self.unite(operand.state, want)
+            if isinstance(want, Axis):
+                for section in want.sections:
+                    self.groups.limit(section.group, section.size)
+                if isinstance(operand.state, Axis):
+                    self.unite(operand.state, want)
         return Outcome(wants, cut.results(), rule=rule, seed=begins)
 
+    def _by_rows(self, node: Node, declared: OpDef, given: list[Operand]) -> Outcome | None:
+        """Where heads are merged with tokens: a rule that divides every such operand as it is."""
+        if declared.pointwise:
+            return self._pointwise(node, given)
+        for rule in declared.shards:
+            held = [rule.operands.get(o.name, WHOLE) for o in given]
+            fit = {_fit(o, h) for o, h in zip(given, held, strict=True)}
+            if (rule.when is not None and not rule.when(Call(node, {}))) or not fit <= {"match", "same"}:
+                continue
+            axes = [o.state for o in given if isinstance(o.state, Axis)]
+            if all(isinstance(r, int) for r in rule.results) and all(alike(a, axes[0]) for a in axes):
+                for axis in axes:
+                    self.unite(axes[0], axis)
+                dims = zip(rule.results, results(node), strict=True)
+                found = tuple(axes[0].moved(int(r) % out.dim()) for r, out in dims)
+                wants = tuple(o.state if isinstance(o.state, Axis) else WHOLE for o in given)
+                return Outcome(wants, found, rule=rule)
+        return None
+
     def _choose(self, node: Node, declared: OpDef, given: list[Operand], divide: bool) -> ShardRule | None:
-        """The first rule that takes the operands as they are; none where that needs a gather."""
+        """The first rule that takes the operands as they are, or else, where some operand is divided as a
+        rule wants it, the rule that the fewest others have to be gathered for."""
         call = Call(node, {})
         active = any(isinstance(o.state, Axis) for o in given)
+        nearest: tuple[int, ShardRule] | None = None
         for rule in declared.shards:
             if (rule.when is not None and not rule.when(call)) or self._unwanted(rule):
                 continue
             fit = [_fit(o, rule.operands.get(o.name, WHOLE)) for o in given]
-            if "no" in fit or not self._divisible(rule, given):
+            if "never" in fit or not self._divisible(rule, given):
                 continue
-            if active and "match" in fit:
-                return rule
+            gathers = fit.count("no")
+            if active and "match" in fit and (nearest is None or gathers < nearest[0]):
+                nearest = (gathers, rule)
             if active or not divide or rule.name == "replicated":
                 continue
             if "slice" not in fit and "free" in fit:
                 return rule
-        return None
+        return nearest[1] if nearest else None
 
     def _unwanted(self, rule: ShardRule) -> bool:
         """Of the two ways to divide experts, the one that was not asked for."""
@@ -243,6 +270,12 @@ class Rulebook:
         return all(isinstance(size, int) for size in sizes) and any(size > 1 for size in sizes)
 
 
+def alike(one: Axis, other: Axis) -> bool:
+    """Whether two axes are laid out alike, whatever groups divide them."""
+    sizes = [section.size for section in one.sections] == [section.size for section in other.sections]
+    return one.dim == other.dim and one.outer == other.outer and sizes
+
+
 def held_dim(held: Held | None, operand: Operand) -> int | None:
     """The dimension a rule divides an operand along, counted from the front."""
     if isinstance(held, str) and held.startswith("halves:"):
@@ -251,7 +284,8 @@ def held_dim(held: Held | None, operand: Operand) -> int | None:
 
 
 def _fit(operand: Operand, held: Held) -> str:
-    """match: as it is. free: nothing to do. slice: ranks drop what they hold too much of. no: a gather."""
+    """match: as it is. free: nothing to do. slice: ranks drop what they hold too much of. no: a gather.
+    never: a whole value cannot become a partial sum."""
     dim = held_dim(held, operand)
     if dim is not None and operand.shape[dim] == 1:
         dim = None
@@ -264,7 +298,7 @@ def _fit(operand: Operand, held: Held) -> str:
         case "partial" if held == PARTIAL:
             return "match"
         case _:
-            return "no" if held == PARTIAL else ("slice" if dim is not None else "same")
+            return "never" if held == PARTIAL else ("slice" if dim is not None else "same")
 
 
 class _Cut:

@@ -14,11 +14,13 @@ Grouped-query attention ties two groups: eight KV heads serve 64 query heads. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, Literal, TypeAlias
 
-import torch
+import sympy
 from torch import SymInt
 
 from planc.errors import InvalidField
@@ -26,6 +28,27 @@ from planc.errors import InvalidField
 WHOLE: Final = "whole"
 PARTIAL: Final = "partial"
 FREE: Final = "free"
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """A product of sizes: `number` times powers of size symbols. Exact, and cheap to divide."""
+
+    number: int = 1
+    symbols: tuple[tuple[str, int], ...] = ()
+
+    def times(self, other: Count) -> Count:
+        powers = Counter(dict(self.symbols))
+        powers.update(dict(other.symbols))
+        return Count(self.number * other.number, tuple(sorted(powers.items())))
+
+    def over(self, other: Count) -> Count | None:
+        """self / other; None where that is no product of sizes."""
+        powers = Counter(dict(self.symbols))
+        powers.subtract(dict(other.symbols))
+        if other.number == 0 or self.number % other.number or min(powers.values(), default=0) < 0:
+            return None
+        return Count(self.number // other.number, tuple(sorted((s, p) for s, p in powers.items() if p)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +61,30 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A divided dimension (counted from the front)."""
+    """A divided dimension (counted from the front).
+
+    outer: what was merged into the dimension in front of the divided part: [B, S, heads, d] seen as
+    [B S heads, d] is divided along dimension 0 with outer = B S. A rank's rows are then no block of
+    the whole, so such an axis can be worked on row by row and unmerged again, but not be gathered.
+    """
 
     dim: int
     sections: tuple[Section, ...]
+    outer: Count = Count()
 
     @property
     def size(self) -> int:
         return sum(section.size for section in self.sections)
 
     def moved(self, dim: int) -> Axis:
-        return Axis(dim, self.sections)
+        return Axis(dim, self.sections, self.outer)
 
     def scaled(self, numerator: int, denominator: int = 1) -> Axis | None:
         """Every section's size times numerator / denominator; None where that is not whole."""
         if any(section.size * numerator % denominator for section in self.sections):
             return None
         grown = (Section(s.size * numerator // denominator, s.group) for s in self.sections)
-        return Axis(self.dim, tuple(grown))
+        return Axis(self.dim, tuple(grown), self.outer)
 
 
 State: TypeAlias = Axis | Literal["whole", "partial", "free"]
@@ -133,6 +162,21 @@ class Groups:
         )
 
 
-def dims(shape: torch.Size | Sequence[Size]) -> list[object]:
-    """A shape as comparable entries: ints, and sympy expressions for symbolic sizes."""
-    return [size.node.expr if isinstance(size, SymInt) else int(size) for size in shape]
+def count(sizes: Iterable[Size]) -> Count:
+    """The product of sizes."""
+    total = Count()
+    for size in sizes:
+        total = total.times(_count(size.node.expr) if isinstance(size, SymInt) else Count(int(size)))
+    return total
+
+
+@lru_cache(maxsize=4096)
+def _count(size: sympy.Expr) -> Count:
+    number, rest = size.as_coeff_Mul()
+    powers: Counter[str] = Counter()
+    if rest != 1:
+        for factor in sympy.Mul.make_args(rest):
+            base, exponent = factor.as_base_exp()
+            whole = exponent.is_Integer and exponent > 0
+            powers[str(base if whole else factor)] += int(exponent) if whole else 1
+    return Count(int(number), tuple(sorted(powers.items())))

@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import sympy
 import torch
 from torch.fx import Node
 
 from planc.ir.opdef import fake
-from planc.passes.parallel_state import Axis, Section, dims
+from planc.passes.parallel_state import Axis, Count, Section, count
 
 #: Path of an int inside node.args, and the sections whose local sizes add up to its new value.
 Resize: TypeAlias = tuple[tuple[int, ...], tuple[Section, ...]]
@@ -48,13 +47,6 @@ def _rank(node: Node) -> int:
     return fake(node.args[0]).dim()
 
 
-def _product(sizes: list[Any]) -> Any:
-    out: Any = sympy.Integer(1)
-    for size in sizes:
-        out = out * size
-    return sympy.expand(out)
-
-
 def same(node: Node, axis: Axis) -> Followed:
     """Copies and casts."""
     return Followed((axis,))
@@ -63,33 +55,41 @@ def same(node: Node, axis: Axis) -> Followed:
 def reshaped(node: Node, axis: Axis) -> Axis | None:
     """The axis after any re-viewing of the same elements in the same order.
 
-    The divided dimension must stay outermost of what it is merged into or split to; otherwise a
-    rank's elements would not be a block of the result.
+    With P elements in front of the divided part (leading dimensions, and `outer` in its own), the
+    result is divided in the dimension that position P falls into, what is left of P being its outer.
+    The part itself may grow by the dimensions behind it, or be split: its leading factor is divided.
     """
-    before, after = dims(fake(node.args[0]).shape), dims(fake(node).shape)
-    lead, size = _product(before[: axis.dim]), before[axis.dim]
-    ends = [_product(before[: end + 1]) for end in range(axis.dim, len(before))]
+    before, after = fake(node.args[0]).shape, fake(node).shape
+    front = count(before[: axis.dim]).times(axis.outer)
+    grown = [
+        front.times(Count(axis.size)).times(count(before[axis.dim + 1 : end])) for end in _ends(axis, before)
+    ]
     best: Axis | None = None
     for dim in range(len(after)):
-        if _product(after[:dim]) != lead or not isinstance(after[dim], int):
+        outer = front.over(count(after[:dim]))
+        own = count(after[dim : dim + 1]).over(outer) if outer else None
+        if outer is None or own is None or own.symbols or own.number == 1:
             continue
-        length = after[dim]
-        if length == size:
-            return axis.moved(dim)
-        whole = _product(after[: dim + 1])
-        merges = whole in ends
-        splits = length != 1 and len(axis.sections) == 1 and int(size) % length == 0  # type: ignore[call-overload]
-        if merges and length > size:  # type: ignore[operator]
-            grown = axis.scaled(length, int(size))  # type: ignore[call-overload]
-            best = grown.moved(dim) if grown else best
-        elif splits:
-            best = Axis(dim, (Section(length, axis.sections[0].group),))
+        size = own.number
+        if size == axis.size:
+            return Axis(dim, axis.sections, outer)
+        if size > axis.size and front.times(own) in grown:
+            scaled = axis.scaled(size, axis.size)
+            best = Axis(dim, scaled.sections, outer) if scaled else best
+        elif size < axis.size and axis.size % size == 0 and len(axis.sections) == 1:
+            best = Axis(dim, (Section(size, axis.sections[0].group),), outer)
     return best
+
+
+def _ends(axis: Axis, shape: torch.Size) -> range:
+    return range(axis.dim + 1, len(shape) + 1)
 
 
 def _sized_view(node: Node, axis: Axis) -> Followed | None:
     found = reshaped(node, axis)
-    return Followed((found,), (((1, found.dim), found.sections),)) if found else None
+    if found is None:
+        return None
+    return Followed((found,), (((1, found.dim), found.sections),) if found.outer == Count() else ())
 
 
 def _plain_view(node: Node, axis: Axis) -> Followed | None:
