@@ -113,7 +113,10 @@ class EngineProfile(Entry):
     """What an engine can load and run, its defaults, and what its steps cost besides kernels.
 
     step_us              host time per step that no kernel hides, with CUDA graphs
-    step_eager_us        the same without graphs, besides `launch_eager_us` for each kernel
+    step_eager_us        the same for an engine that runs eagerly
+    launch_us            host time per kernel in a compiled step without a graph (prompts, large batches);
+                         kernels hide it while they take longer
+    launch_eager_us      the same for an engine that runs eagerly, Python of the modules included
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
     fusions              patterns of fusion names that the engine's own kernels always apply
@@ -136,6 +139,7 @@ class EngineProfile(Entry):
     activation_factor: float
     step_us: float
     step_eager_us: float
+    launch_us: float
     launch_eager_us: float
     per_sequence_us: float
     overlaps_host: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,7 +17,7 @@ class Efficiency(Entry):
     value: float
     source: Provenance
     note: str
-    by_gpu: Mapping[str, Mapping[Precision, float]] = Field(default_factory=dict)
+    by_gpu: Mapping[str, Mapping[Precision | Literal["any"], float]] = Field(default_factory=dict)
 
 
 class Band(Entry):
@@ -51,8 +52,8 @@ class Efficiencies(Entry):
     def value(self, name: str) -> float:
         return self.values[name].value
 
-    def on(self, name: str, gpu: Gpu, precision: Precision) -> float:
-        """The value for this GPU and arithmetic: measured where known, else the general one."""
+    def on(self, name: str, gpu: Gpu, precision: Precision | Literal["any"] = "any") -> float:
+        """The value for this GPU (and arithmetic): measured there where known, else the general one."""
         entry = self.values[name]
         return entry.by_gpu.get(gpu.name, {}).get(precision, entry.value)
 

@@ -97,10 +97,21 @@ class Roofline:
         acts = column([s.act_bytes for s in specs]) / widths
         fixed = column([s.weight_bytes for s in specs]) / widths
         launch = self._us("attention_launch_us")
+        sms = float(self.gpu.sm_count)
+        decode = column([s.kv_heads if s.part == "decode" else 0.0 for s in specs])
+        per_block = decode * (self._us("attention_block_us") / sms)
+        prefill = column([s.q_heads if s.part == "prefill" and s.kind == "attention" else 0.0 for s in specs])
+        tile = self.named.value("attention_prefill_tile")
+        fragment = self.named.value("attention_prefill_fragment")
 
         def price(load: AttentionLoad) -> Times:
-            memory = load.kv * kv + load.acts * acts + fixed
-            return _after(launch, load.flops / peaks, memory, load.acts > 0)
+            memory = load.kv * kv + load.acts * acts + fixed + per_block * load.sequences
+            each = np.maximum(load.tokens / np.maximum(load.sequences, 1.0), 1.0)
+            blocks = np.ceil(each / tile) * load.sequences * prefill
+            padded = np.ceil(each / tile) * np.minimum(np.ceil(each / fragment) * fragment, tile) / each
+            waves = np.ceil(blocks / sms) * sms / np.maximum(blocks, 1.0) * padded
+            compute = load.flops * np.where(blocks > 0, waves, 1.0) / peaks
+            return _after(launch, compute, memory, load.acts > 0)
 
         return price
 
@@ -150,7 +161,7 @@ class Roofline:
         return "bf16" if "bf16" in self.gpu.peak_tflops else "fp32"
 
     def _bandwidth(self, name: str) -> float:
-        return self.gpu.memory_bytes_s * self.named.value(name)
+        return self.gpu.memory_bytes_s * self.named.on(name, self.gpu)
 
     def _us(self, name: str) -> float:
         return self.named.value(name) * 1e-6

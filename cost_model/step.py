@@ -183,7 +183,8 @@ class StepModel:
             device = device + extra * np.maximum(device - self._device(alone), 0.0)
         rows = load.seqs + load.tokens
         graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
-        per_launch = np.where(graphed, 0.0, self.profile.launch_eager_us * 1e-6)
+        one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
+        per_launch = np.where(graphed, 0.0, one * 1e-6)
         if self.gpu.vendor != "cpu":
             device = np.maximum(device, self._launches[:, None] * per_launch)
         host = np.where(

@@ -64,8 +64,8 @@ def _self_attention(
     return [
         pointwise("input_layernorm", layer, hidden, hidden, "planc::rms_norm"),
         linear("self_attn.q_proj", layer, hidden, q, kind="column", units=heads),
-        linear("self_attn.k_proj", layer, hidden, kv, kind="heads", units=0),
-        linear("self_attn.v_proj", layer, hidden, kv, kind="heads", units=0),
+        linear("self_attn.k_proj", layer, hidden, kv, kind="column", units=kv_heads),
+        linear("self_attn.v_proj", layer, hidden, kv, kind="column", units=kv_heads),
         pointwise("self_attn.rotary", layer, q + kv, q + kv, "planc::rotary", kind="heads"),
         attention(layer, heads, kv_heads, head_dim, span),
         linear("self_attn.o_proj", layer, q, hidden, kind="row", units=heads, after="all_reduce"),

@@ -1,0 +1,247 @@
+"""Steps: what any engine's step must obey, and the sum of its parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from planc.cost_model import catalogue
+from planc.cost_model.collectives import Fabric
+from planc.cost_model.kernels import BOUNDS
+from planc.cost_model.shape import EngineShape, refusals
+from planc.cost_model.step import StepLoad, StepModel
+from planc.cost_model.table import CostTable, FusionOffer
+from planc.ir.work import Amount
+from tests.sample_tables import deepseek_v3, dense_table, llama8b, llama70b, moe_table, qwen235b
+
+Make = Callable[..., StepModel]
+TINY = dense_table(4, 512, 8, 4, 1536, 4096, name="tiny")
+TINY_MOE = moe_table(4, 512, 8, 4, 64, 256, 16, 2, 4096, name="tiny-moe")
+H100 = catalogue.gpu("h100_sxm")
+
+
+def of(table: CostTable, **shape: object) -> StepModel:
+    made = EngineShape("vllm", "h100_sxm", **shape)  # type: ignore[arg-type]
+    return StepModel(table, made, H100, Fabric(8), catalogue.engine("vllm"))
+
+
+MODELS = [
+    of(TINY),
+    of(TINY, tp=4),
+    of(TINY, pp=2, weights="fp8", activations="fp8", kv="fp8"),
+    of(TINY, eager=True),
+    of(TINY_MOE, tp=2, ep=2),
+    of(TINY_MOE, dp=4, ep=4),
+]
+loads = st.tuples(
+    st.integers(0, 600), st.integers(1, 20000), st.integers(0, 8192), st.integers(1, 8), st.integers(0, 20000)
+)
+
+
+@settings(max_examples=150)
+@given(load=loads, which=st.sampled_from(MODELS), axis=st.integers(0, 4), more=st.integers(1, 3000))
+def test_more_load_never_takes_less_time(
+    load: tuple[int, ...], which: StepModel, axis: int, more: int
+) -> None:
+    """More sequences, context or prompt tokens. More chunks of the same tokens mean less attention."""
+    if axis == 3:
+        return
+    bigger = list(load)
+    bigger[axis] += more
+    # a batch that outgrows the captured graphs, or that gains its first prompt, changes how it is launched
+    before, after = which.seconds(StepLoad(*load)), which.seconds(StepLoad(*bigger))
+    assert after >= before * (1 - 1e-9)
+
+
+@given(load=loads, which=st.sampled_from(MODELS))
+def test_parts_sum_to_the_step(load: tuple[int, ...], which: StepModel) -> None:
+    stages = [which.breakdown(StepLoad(*load), stage) for stage in range(which.shape.pp)]
+    totals = [sum(part.seconds for part in parts) for parts in stages]
+    assert max(totals) == pytest.approx(float(which.seconds(StepLoad(*load))), rel=1e-9, abs=1e-15)
+    assert sum(totals) == pytest.approx(float(which.latency(StepLoad(*load))), rel=1e-9, abs=1e-15)
+    assert all(part.bound in BOUNDS and part.seconds >= -1e-15 for parts in stages for part in parts)
+
+
+def test_a_grid_equals_its_points(model: Make) -> None:
+    step = model(llama8b(), tp=2)
+    seqs, context, tokens = np.array([[1.0], [40.0], [700.0]]), np.array([[10.0, 5000.0]]), 2048.0
+    grid = step.seconds(StepLoad(seqs, context, tokens, 2))
+    assert grid.shape == (3, 2)
+    for i, j in np.ndindex(3, 2):
+        one = step.seconds(StepLoad(seqs[i, 0], context[0, j], tokens, 2))
+        assert one.shape == ()
+        assert grid[i, j] == pytest.approx(float(one), rel=1e-12)
+
+
+def test_an_empty_step_takes_no_time(model: Make) -> None:
+    assert model(TINY).seconds(StepLoad(0, 0)) == 0
+
+
+@pytest.mark.parametrize("gpu", ["h100_sxm", "h200_sxm", "b200_sxm", "a100_sxm", "mi300x"])
+def test_tensor_parallel_divides_but_never_ideally(model: Make, gpu: str) -> None:
+    load = StepLoad(32, 4000, 4096, 1)
+    times = [float(model(llama70b(), gpu, tp=tp, weights="bf16").seconds(load)) for tp in (1, 2, 4, 8)]
+    for one, two in pairwise(times):
+        assert one / 2 < two < one
+
+
+def test_a_decode_step_streams_weights_and_cache(model: Make) -> None:
+    """Above the floor of physics; below it with achieved bandwidth and 65 us a layer of launches, links."""
+    table = llama70b()
+    for tp in (2, 4, 8):
+        time = float(model(table, "h200_sxm", tp=tp).seconds(StepLoad(1, 4000)))
+        floor = (2 * (table.model.parameters - 128256 * 8192) + 2 * 163840 * 4000) / tp / 4.8e12
+        assert floor < time < 1.25 * floor + 80 * 65e-6
+
+
+def test_a_long_prompt_runs_near_the_tensor_peak(model: Make) -> None:
+    table = llama70b()
+    time = float(model(table, "h100_sxm", tp=8).seconds(StepLoad(0, 0, 8192, 1)))
+    mfu = 2 * table.model.parameters * 8192 / (8 * H100.peak_flops("bf16")) / time
+    assert 0.35 < mfu < 0.75
+
+
+def test_formats_move_what_they_should(model: Make) -> None:
+    table, few, many = llama70b(), StepLoad(4, 500), StepLoad(64, 16000)
+    base = model(table, tp=4)
+    fp8 = model(table, tp=4, weights="fp8", activations="fp8")
+    int4 = model(table, tp=4, weights="w4a16")
+    narrow_cache = model(table, tp=4, kv="fp8")
+    assert int4.seconds(few) < fp8.seconds(few) < base.seconds(few)
+    assert narrow_cache.seconds(many) < 0.75 * base.seconds(many)
+    assert narrow_cache.seconds(few) == pytest.approx(base.seconds(few), rel=0.03)
+
+
+def test_class_formats_override_one_class() -> None:
+    all_fp8 = of(TINY, weights="fp8", activations="fp8")
+    head_too = of(TINY, weights="fp8", activations="fp8", class_weights=(("head", "fp8"),))
+    assert head_too.seconds(StepLoad(1, 100)) < all_fp8.seconds(StepLoad(1, 100))
+
+
+def test_pipeline_stages_split_the_latency(model: Make) -> None:
+    load = StepLoad(16, 2000)
+    whole, halves = model(llama70b(), tp=4), model(llama70b(), tp=4, pp=2)
+    step, through = halves.seconds(load), halves.latency(load)
+    assert 0.5 * whole.seconds(load) < step < 0.65 * whole.seconds(load)
+    assert through > 1.8 * step
+    uneven = model(llama70b(), tp=4, pp=2, pipeline_layers=(60, 20))
+    assert uneven.seconds(load) > 1.3 * step
+
+
+def test_experts_touched_grow_with_the_batch(model: Make) -> None:
+    times = model(qwen235b(), tp=8).seconds(StepLoad([1, 8, 64, 512], 100))
+    assert times[2] > 2.0 * times[0]
+    assert times[3] < 3 * times[2]  # all experts are touched by then
+
+
+def test_attention_data_parallel_keeps_the_latent_cache_apart(model: Make) -> None:
+    """Latent caches don't divide by tp: at long contexts eight schedulers of 8 beat one of 64."""
+    tp = model(deepseek_v3(), "h200_sxm", "sglang", tp=8, weights="fp8", activations="fp8")
+    dp = model(deepseek_v3(), "h200_sxm", "sglang", dp=8, ep=8, weights="fp8", activations="fp8")
+    long = 60_000
+    part = lambda m, n: sum(p.seconds for p in m.breakdown(StepLoad(n, long)) if p.op == "planc::paged_mla")  # noqa: E731
+    assert part(dp, 16) < part(tp, 128)
+
+
+def test_exchange_with_experts_crosses_the_network_when_it_must(model: Make) -> None:
+    load = StepLoad(128, 2000)
+    link = lambda m: sum(p.seconds for p in m.breakdown(load) if p.op == "all_to_all")  # noqa: E731
+    near = model(deepseek_v3(), "h200_sxm", "sglang", dp=8, ep=8, weights="fp8", activations="fp8")
+    far = model(deepseek_v3(), "h200_sxm", "sglang", dp=16, ep=16, weights="fp8", activations="fp8")
+    rack = model(deepseek_v3(), "gb200", "sglang", nodes_of=4, dp=16, ep=16, weights="fp8", activations="fp8")
+    assert link(rack) < link(near) < link(far)
+
+
+def test_graphs_pad_the_batch_and_spare_launches(model: Make) -> None:
+    step = model(llama8b())
+    nine, ten, sixteen = step.seconds(StepLoad([9, 10, 16], 1.0))
+    host, blocks = 19e-6, 32 * 8 * 5.2e-6 / 132  # one more sequence: no GEMM grows, attention and the host do
+    assert ten - nine == pytest.approx(host + blocks, rel=0.05)
+    assert sixteen > ten
+    few = StepLoad(1, 100)
+    graphed, eager = (model(llama8b(), tp=4, eager=flag).seconds(few) for flag in (False, True))
+    assert eager > 1.5 * graphed
+
+
+def test_fusions_save_what_they_offer() -> None:
+    load = StepLoad(8, 500)
+    table = TINY
+    profile, shape = catalogue.engine("vllm"), EngineShape("vllm", "h100_sxm")
+
+    def seconds(*names: str) -> float:
+        return float(StepModel(table, shape, H100, Fabric(8), profile, frozenset(names)).seconds(load))
+
+    none, merged, normed = seconds(), seconds("qkv_merge"), seconds("residual_add_rms_norm")
+    assert none - normed == pytest.approx(4 * 3.0e-6, rel=0.01)  # one pointwise launch in each of 4 layers
+    assert none - merged == pytest.approx(4 * 2 * 3.9e-6, rel=0.25)
+    both = seconds("qkv_merge", "gate_up_merge", "residual_add_rms_norm")
+    assert StepModel(table, shape, H100, Fabric(8), profile).seconds(load) == pytest.approx(both)
+
+
+def test_a_fusion_that_saves_traffic_helps_long_prompts() -> None:
+    offer = FusionOffer(
+        "residual_add_rms_norm", "block", ("attn_residual", "post_attention_layernorm"), 1,
+        reads=Amount({"T": 512.0}), writes=Amount({"T": 0.0}),
+    )  # fmt: skip
+    table = replace(TINY, fusions=(offer,))
+    shape, profile = EngineShape("vllm", "h100_sxm"), catalogue.engine("vllm")
+    load = StepLoad(0, 0, 100_000, 1)
+    apart = StepModel(table, shape, H100, Fabric(8), profile, frozenset()).breakdown(load)
+    fused = StepModel(table, shape, H100, Fabric(8), profile).breakdown(load)
+    pick = lambda parts: sum(p.seconds for p in parts if p.site in offer.sites)  # noqa: E731
+    assert pick(fused) == pytest.approx(pick(apart) * (1 - 512 / (5 * 512)), rel=1e-6)
+
+
+def test_bands_and_sources_come_with_the_seconds(model: Make) -> None:
+    step = model(TINY)
+    low, high = step.band
+    assert step.source == "roofline"
+    assert low < 1 < high
+    found = step.quantity(2.0)
+    assert (found.low, found.high, found.source) == (2 * low, 2 * high, "roofline")
+
+
+@pytest.mark.parametrize(
+    ("shape", "field", "word"),
+    [
+        ({"tp": 3}, "tp", "units do not divide by 3"),
+        ({"tp": 16}, "", ""),
+        ({"pp": 81}, "pp", "80 layers"),
+        ({"cp": 2}, "cp", "no cp"),
+        ({"ep": 8, "tp": 8}, "ep", "no routed experts"),
+        ({"weights": "nvfp4", "activations": "nvfp4"}, "weights", "nvfp4"),
+        ({"kv": "int8"}, "kv", "int8"),
+        ({"tp": 0}, "tp", "at least 1"),
+        ({"pp": 2, "pipeline_layers": (70, 20)}, "pipeline_layers", "sum to 80"),
+    ],
+)
+def test_what_cannot_run_says_why(shape: dict[str, object], field: str, word: str) -> None:
+    made = EngineShape("vllm", "h100_sxm", **shape)  # type: ignore[arg-type]
+    found = refusals(made, llama70b(), H100, catalogue.engine("vllm"))
+    assert [(r.field, word in r.reason) for r in found][:1] == ([(field, True)] if field else [])
+
+
+def test_experts_refuse_degrees_that_do_not_divide_them() -> None:
+    profile = catalogue.engine("vllm")
+    shape = EngineShape("vllm", "h100_sxm", tp=4, ep=2)
+    assert "tp*dp = 4" in refusals(shape, qwen235b(), H100, profile)[0].reason
+    assert refusals(replace(shape, ep=4), qwen235b(), H100, profile) == []
+
+
+def test_a_breakdown_is_of_one_load(model: Make) -> None:
+    with pytest.raises(ValueError, match="one load"):
+        model(TINY).breakdown(StepLoad([1, 2], 10))
+
+
+def test_seconds_are_finite_on_every_gpu(model: Make) -> None:
+    for gpu in catalogue.gpus():
+        time = model(llama8b(), gpu).seconds(StepLoad([0, 1, 4000], 1e5, [1, 0, 1e6]))
+        assert np.isfinite(time).all()
+        assert math.isfinite(float(model(TINY_MOE, gpu, tp=2).seconds(StepLoad(7, 77, 777, 7, 7))))
