@@ -1,118 +1,75 @@
-"""Matrix products whose weights are stored in 8 or 4 bits: `planc.linear_*`.
+"""Matrix products whose weights are stored in 8 or 4 bits: `planc.linear_<format>`.
 
-Weight-only ops read the stored weight and multiply in the activations' own precision; the others
-also round the activations, per token and dynamically, and multiply in 8 bits. The references do
-what a kernel does, with an fp32 accumulator: scales that belong to a whole row of the weight (or
-a token) are applied after the product; scales of blocks of k must be applied before it, so the
-dequantized weight is rounded to the activations' type first.
+    planc.linear_int8   planc.linear_w4a16   planc.linear_fp8   planc.linear_mxfp4   planc.linear_nvfp4
 
-    linear_w8a16    int8 weights              linear_w8a8    int8 weights and activations
-    linear_w4a16    int4 weights in groups    linear_fp8     e4m3 weights and activations
-    linear_f8a16    e4m3 weights
-    linear_mxfp4    e2m1 weights in blocks of 32, power-of-two scales
-    linear_nvfp4    e2m1 weights in blocks of 16, e4m3 scales
+The argument `activations` names what the activations are rounded to first, dynamically: "fp8" or
+"int8" with a scale per token, "mxfp8" or "nvfp4" with a scale per block; "" leaves them as they are
+(weight-only). The references do what a kernel does, with an fp32 accumulator: scales of a whole row
+of the weight, and of a token, are applied after the product; scales of blocks of k must be applied
+before it, so the dequantized weight is rounded to the activations' own type first.
 
-Layouts are those of `planc.ir.ops.quantized_formats`. x is `[..., k]`, the result `[..., n]` in
-x's type, biases `[n]`.
+Layouts are those of `planc.ir.ops.quantized_formats`; x is `[..., k]`, the result `[..., n]` in x's type.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from planc.ir.opdef import Call, OpDef, ShardRule, declare
+from planc.ir.opdef import Call, Held, OpDef, ShardRule, declare
 from planc.ir.ops import quantized_formats as qf
 from planc.ir.work import Work
 
+#: Activation format -> values on its grid (fp32) and the scale per token that is still to be applied.
+ROUNDINGS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
+    "": lambda x: (x.float(), None),
+    "fp8": lambda x: _as_float(*qf.quantize_fp8_tokens(x)),
+    "int8": lambda x: _as_float(*qf.quantize_int8_tokens(x)),
+    "mxfp8": lambda x: (qf.round_mxfp8(x), None),
+    "nvfp4": lambda x: (qf.round_nvfp4_tokens(x), None),
+}
 
-def weight_only(
-    x: Tensor, fmt: str, parts: tuple[Tensor, ...], bias: Tensor | None, group: int = 0
-) -> Tensor:
-    """x `[..., k]` times a stored weight `[n, k]`, accumulated in fp32."""
+
+def _as_float(stored: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return stored.float(), scale
+
+
+def product(x: Tensor, fmt: str, parts: tuple[Tensor, ...], activations: str, group_size: int) -> Tensor:
+    """fp32 `[..., n]`: x `[..., k]` times a stored weight `[n, k]`, without bias."""
+    rounded, per_token = ROUNDINGS[activations](x)
     spec = qf.WEIGHT_FORMATS[fmt]
     if spec.per_row:
-        product = F.linear(x.float(), parts[0].float()) * parts[1].float().squeeze(-1)
+        out = _dot(rounded, parts[0].float(), exact=(fmt, activations) == ("int8", "int8"))
+        out = out * parts[1].float().squeeze(-1)
     else:
-        weight = spec.dequantize(parts, x.shape[-1], group)
-        product = F.linear(x.float(), weight.to(x.dtype).float())
-    return finish(product, bias, x.dtype)
+        weight = spec.dequantize(parts, x.shape[-1], group_size)
+        out = F.linear(rounded, weight if activations else weight.to(x.dtype).float())
+    return out if per_token is None else out * per_token
 
 
-def finish(product: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _dot(x: Tensor, weight: Tensor, exact: bool) -> Tensor:
+    """Integer products are summed exactly, as int32 accumulators do; fp64 holds any such sum."""
+    return F.linear(x.double(), weight.double()).float() if exact else F.linear(x, weight)
+
+
+def finish(out: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The epilogue: bias in fp32, then the cast to the result's type."""
-    return (product if bias is None else product + bias.float()).to(dtype)
+    return (out if bias is None else out + bias.float()).to(dtype)
 
 
-@torch.library.custom_op("planc::linear_w8a16", mutates_args=())
-def linear_w8a16(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """weight int8 `[n, k]`, scale fp32 `[n, 1]`."""
-    return weight_only(x, "int8", (weight, scale), bias)
-
-
-@torch.library.custom_op("planc::linear_f8a16", mutates_args=())
-def linear_f8a16(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """weight float8_e4m3fn `[n, k]`, scale fp32 `[n, 1]`."""
-    return weight_only(x, "fp8", (weight, scale), bias)
-
-
-@torch.library.custom_op("planc::linear_w4a16", mutates_args=())
-def linear_w4a16(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, group: int) -> Tensor:
-    """weight int32 `[n, ceil(k / 8)]`, scale `[n, ceil(k / group)]`."""
-    return weight_only(x, "w4a16", (weight, scale), bias, group)
-
-
-@torch.library.custom_op("planc::linear_mxfp4", mutates_args=())
-def linear_mxfp4(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """weight uint8 `[n, ceil(k / 2)]`, scale uint8 (e8m0) `[n, ceil(k / 32)]`."""
-    return weight_only(x, "mxfp4", (weight, scale), bias)
-
-
-@torch.library.custom_op("planc::linear_nvfp4", mutates_args=())
-def linear_nvfp4(
-    x: Tensor, weight: Tensor, scale: Tensor, scale_2: Tensor, bias: Tensor | None = None
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scale_2: Tensor | None,
+    bias: Tensor | None,
+    activations: str,
+    group_size: int,
 ) -> Tensor:
-    """weight uint8 `[n, ceil(k / 2)]`, scale float8_e4m3fn `[n, ceil(k / 16)]`, scale_2 fp32 `[1, 1]`."""
-    return weight_only(x, "nvfp4", (weight, scale, scale_2), bias)
-
-
-@torch.library.custom_op("planc::linear_fp8", mutates_args=())
-def linear_fp8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """weight float8_e4m3fn `[n, k]`, scale fp32 `[n, 1]`; x is rounded to e4m3 with a scale per token."""
-    return finish(times_fp8(x, weight, scale), bias, x.dtype)
-
-
-@torch.library.custom_op("planc::linear_w8a8", mutates_args=())
-def linear_w8a8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """weight int8 `[n, k]`, scale fp32 `[n, 1]`; x is rounded to int8 with a scale per token."""
-    return finish(times_int8(x, weight, scale), bias, x.dtype)
-
-
-def times_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """fp32 product of x, rounded to e4m3 per token, with an e4m3 weight `[n, k]`."""
-    rounded, per_token = qf.quantize_fp8_tokens(x)
-    return F.linear(rounded.float(), weight.float()) * per_token * scale.float().squeeze(-1)
-
-
-def times_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """fp32 product of x, rounded to int8 per token, with an int8 weight `[n, k]`.
-
-    The integer sum is exact: |sum| <= 2^14 k needs 53 bits only beyond k = 2^39, so fp64 holds it.
-    """
-    rounded, per_token = qf.quantize_int8_tokens(x)
-    exact = F.linear(rounded.double(), weight.double())
-    return exact.float() * per_token * scale.float().squeeze(-1)
-
-
-def _result(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-for _op in (linear_w8a16, linear_f8a16, linear_mxfp4, linear_fp8, linear_w8a8):
-    _op.register_fake(lambda x, weight, scale, bias=None: _result(x, weight))
-linear_w4a16.register_fake(lambda x, weight, scale, bias, group: _result(x, weight))
-linear_nvfp4.register_fake(lambda x, weight, scale, scale_2, bias=None: _result(x, weight))
 
 
 def _work(call: Call) -> Work:
@@ -121,29 +78,44 @@ def _work(call: Call) -> Work:
     return Work(
         "gemm",
         flops=call.elements("x") * (2.0 * n),
-        weights=n * k,
+        weights=n * k + (n if call.arg("bias") is not None else 0),
         reads=call.elements("x"),
         writes=call.out(),
         dims={"k": k, "n": n},
     )
 
 
-def _shards(k_scale: bool) -> tuple[ShardRule, ...]:
+def _shards(spec: qf.WeightFormat) -> tuple[ShardRule, ...]:
     """By rows of the weight, or along k: then the scales of blocks are cut with it, those of rows not."""
-    along_k = {"x": -1, "weight": 1, **({"scale": 1} if k_scale else {})}
+    along_k: dict[str, Held] = {"x": -1, "weight": 1, "bias": "partial"}
+    if not spec.per_row:
+        along_k["scale"] = 1
     return (
-        ShardRule("column", operands={"weight": 0, "scale": 0, "bias": 0}, results=(-1,)),
-        ShardRule("row", operands=along_k, results=("partial",)),
+        ShardRule("column", {"weight": 0, "scale": 0, "bias": 0}, (-1,)),
+        ShardRule("row", along_k, ("partial",)),
     )
 
 
-for _name, _k_scale in (
-    ("linear_w8a16", False),
-    ("linear_f8a16", False),
-    ("linear_w4a16", True),
-    ("linear_mxfp4", True),
-    ("linear_nvfp4", True),
-    ("linear_fp8", False),
-    ("linear_w8a8", False),
-):
-    declare(OpDef(getattr(torch.ops.planc, _name).default, work=_work, shards=_shards(_k_scale)))
+def _declare(fmt: str) -> torch._ops.OpOverload:
+    def linear(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        scale_2: Tensor | None,
+        bias: Tensor | None,
+        activations: str,
+        group_size: int,
+    ) -> Tensor:
+        parts = (weight, scale) if scale_2 is None else (weight, scale, scale_2)
+        return finish(product(x, fmt, parts, activations, group_size), bias, x.dtype)
+
+    linear.__doc__ = f"x [..., k] times a weight [n, k] stored as {fmt} -> [..., n]; bias [n]."
+    op = torch.library.custom_op(f"planc::linear_{fmt}", linear, mutates_args=())
+    op.register_fake(_fake)
+    overload: torch._ops.OpOverload = getattr(torch.ops.planc, f"linear_{fmt}").default
+    declare(OpDef(overload, work=_work, shards=_shards(qf.WEIGHT_FORMATS[fmt])))
+    return overload
+
+
+#: weight format -> the op that multiplies with it
+LINEAR = {fmt: _declare(fmt) for fmt in qf.WEIGHT_FORMATS}

@@ -157,6 +157,24 @@ def dequantize_nvfp4(packed: Tensor, scale: Tensor, matrix: Tensor, k: int) -> T
     return from_fp4(unpack_fp4(packed, k)) * spread(scale.float() * matrix, NV_BLOCK, k)
 
 
+def round_mxfp8(x: Tensor) -> Tensor:
+    """Activations in e4m3 with power-of-two scales of blocks of 32, read back: fp32 `[..., k]`.
+
+    Shared exponent floor(log2(max|x|)) - 8 (OCP MX v1.0: 8 is e4m3's largest exponent).
+    """
+    blocks = _blocks(x.float(), MX_BLOCK)
+    _, exponent = torch.frexp(blocks.abs().amax(-1, keepdim=True))
+    shared = (exponent - 1 - 8).clamp(-127, 127)
+    rounded = torch.ldexp(to_fp8(torch.ldexp(blocks, -shared)).float(), shared)
+    return rounded.flatten(-2)[..., : x.shape[-1]]
+
+
+def round_nvfp4_tokens(x: Tensor) -> Tensor:
+    """Activations in NVFP4, the matrix scale taken per token, read back: fp32 `[..., k]`."""
+    row = x.unsqueeze(-2)
+    return dequantize_nvfp4(*quantize_nvfp4(row), x.shape[-1]).squeeze(-2)
+
+
 def to_fp4(x: Tensor) -> Tensor:
     """e2m1 codes (sign in bit 3) as uint8, nearest even, saturating."""
     size = x.abs()
