@@ -5,16 +5,17 @@ Everything heavy (torch, transformers, OR-Tools) is imported inside the function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from planc.cost_model.table import CostTable
-from planc.planner.diff import PlanDiff
-from planc.planner.diff import diff as diff_plans
-from planc.planner.estimate import Estimate
 from planc.planner.plan import Plan, load_plan
 from planc.planner.request import Request, load_request
+
+if TYPE_CHECKING:
+    from planc.cost_model.table import CostTable
+    from planc.planner.diff import PlanDiff
+    from planc.planner.estimate import Estimate
 
 __all__ = ["compile", "cost_table", "diff", "estimate", "load_plan", "load_request", "write_bundle"]
 
@@ -61,13 +62,28 @@ def estimate(request: Request | str | Path, **settings: Any) -> Estimate:
 
 def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:
     """What changed from one plan to the other, by meaning."""
-    return diff_plans(
+    from planc.planner.diff import diff as compare
+
+    return compare(
         old if isinstance(old, Plan) else load_plan(old), new if isinstance(new, Plan) else load_plan(new)
     )
 
 
-def write_bundle(plan: Plan, folder: str | Path, *, config: Mapping[str, Any] | None = None) -> None:
-    """Writes a plan's bundle folder, whole or not at all."""
+def write_bundle(plan: Plan, folder: str | Path, *, model: str | Path | None = None) -> None:
+    """Writes a plan's bundle folder, whole or not at all.
+
+    model   the model source; None: as the request names it. A model with a `config.json` has it copied
+            into the bundle, so that the bundle needs nothing else but the weights.
+    Raises InvalidBundle where `folder` is something other than a bundle.
+    """
     from planc.codegen.bundle import write
 
-    write(plan, folder, config=config)
+    write(plan, folder, config=model_config(plan.model.source if model is None else model))
+
+
+def model_config(source: str | Path) -> dict[str, Any] | None:
+    """The model's own configuration, or None for a module or an exported program."""
+    from planc.ir.trace import kind_of
+    from planc.ir.trace.hf_config import read_config
+
+    return read_config(source) if kind_of(source) == "hf" else None

@@ -15,7 +15,9 @@ from planc.commands.common import emit_json, json_option, out, progress, set_opt
 @click.option("-o", "--output", required=True, type=click.Path(), help="The bundle folder to write.")
 @set_option
 @click.option("--engine", help="Plan for this engine only (as constraints.engines).")
-@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds the solver may take.")
+@click.option(
+    "--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds the solver may take."
+)
 @click.option("--check-kernels", is_flag=True, help="Also compile the kernels ahead of time and check them.")
 @trust_option
 @json_option
@@ -31,25 +33,27 @@ def compile_command(
 ) -> None:
     """Compile REQUEST (YAML) to a plan and write its bundle."""
     from planc import api
-    from planc.codegen import bundle
 
     start = time.perf_counter()
     overrides = [*settings, *([f"constraints.engines=[{engine}]"] if engine else [])]
     request = api.load_request(request_file, overrides)
-    bundle.refuse_foreign(output)
     with progress() as say:
-        plan = api.compile(
-            request, time_limit=time_limit, trust_remote_code=trust_remote_code, progress=say
-        )
+        plan = api.compile(request, time_limit=time_limit, trust_remote_code=trust_remote_code, progress=say)
         say("writing the bundle")
-        api.write_bundle(plan, output, request=request)
+        api.write_bundle(plan, output, model=request.model_path())
         if check_kernels:
             from planc.commands.verify import check_kernels as check
 
             check(output, say)
     seconds = time.perf_counter() - start
     if as_json:
-        emit_json({"bundle": output, "seconds": round(seconds, 3), "plan": plan.model_dump(mode="json", by_alias=True)})
+        emit_json(
+            {
+                "bundle": output,
+                "seconds": round(seconds, 3),
+                "plan": plan.model_dump(mode="json", by_alias=True),
+            }
+        )
         return
     console = out()
     show.summary(plan, console)

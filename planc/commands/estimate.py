@@ -31,8 +31,10 @@ def estimate_command(
         emit_json(found.to_json())
         return
     console = out()
-    console.print(f"[bold]{show.parallel(found.replica)}[/] on {found.replica.gpu}, {found.replica.engine}, "
-                  f"{show.formats(found.replica)}, up to {found.replica.max_num_seqs} sequences")
+    console.print(
+        f"[bold]{show.parallel(found.replica)}[/] on {found.replica.gpu}, {found.replica.engine}, "
+        f"{show.formats(found.replica)}, up to {found.replica.max_num_seqs} sequences"
+    )
     show.predictions(found.predicted, console)
     for note in found.notes:
         console.print(f"! {note}", style="yellow", markup=False)

@@ -1,0 +1,101 @@
+"""From a plan back to graphs: the decisions of a plan, applied to the traced model.
+
+The order is the compiler's: front, phases, parallelism, fusion, quantization. What is searched and
+what runs are the same passes, so a decision that cannot be applied never reaches a user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from planc.errors import InvalidBundle
+from planc.ir.graph import Graph
+from planc.ir.trace import trace
+from planc.passes.fusion import NAMES, Fusion
+from planc.passes.parallel import TensorParallel
+from planc.passes.phases import Phases
+from planc.passes.pipeline import FRONT, Pass, Step, run
+from planc.passes.quantize import Quantize
+from planc.planner.plan import Plan, Replica
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A model before and after a plan's decisions. Encoders and modules have no phases."""
+
+    traced: Graph
+    prefill: Graph | None
+    decode: Graph | None
+    optimised: Graph | None  # what runs where there are no phases
+
+    def graph(self, phase: str) -> Graph:
+        """The graph of "prefill", "decode" or "traced"; for a model without phases the one it has."""
+        found = {"prefill": self.prefill, "decode": self.decode, "traced": self.traced}[phase]
+        return found or self.optimised or self.traced
+
+
+def decisions(plan: Plan, replica: Replica, *, rank: int | None = None) -> tuple[Pass, ...]:
+    """The passes that apply a plan's decisions to a phase graph, in order.
+
+    rank   a tensor-parallel rank of the replica; None: the whole model on one device
+    """
+    parallel: tuple[Pass, ...] = ()
+    if rank is not None and replica.tp > 1:
+        parallel = (TensorParallel(replica.tp, rank % replica.tp, ep=replica.ep > 1),)
+    fusions = frozenset(name for layer in plan.layers for name in layer.decisions.fusions)
+    formats = {layer.layer_class: layer.decisions.format for layer in plan.layers}
+    return (
+        *parallel,
+        Fusion(fusions & NAMES),
+        Quantize(formats=formats, activations=replica.activations, kv=replica.kv),
+    )
+
+
+def assemble(
+    plan: Plan,
+    bundle: Path,
+    *,
+    rank: int | None = None,
+    observe: Callable[[str, Step], None] | None = None,
+    trust_remote_code: bool = False,
+) -> Compiled:
+    """Traces the bundle's model (from the cache where possible) and applies the plan's decisions.
+
+    observe   called with the phase and each step of its pipeline
+    Raises InvalidBundle where the bundle has no model, and the passes' errors.
+    """
+    traced = trace(model_source(plan, bundle), trust_remote_code=trust_remote_code)
+    replica = plan.replicas()[0]
+    rewrites = decisions(plan, replica, rank=rank)
+
+    def compiled(phase: str, passes: tuple[Pass, ...]) -> Graph:
+        def seen(step: Step) -> None:
+            if observe is not None:
+                observe(phase, step)
+
+        return run(traced, (*FRONT, *passes), observe=seen)
+
+    if traced.source.kind != "causal_lm":
+        return Compiled(traced, None, None, compiled("forward", rewrites))
+    return Compiled(
+        traced,
+        compiled("prefill", (Phases("prefill"), *rewrites)),
+        compiled("decode", (Phases("decode"), *rewrites)),
+        None,
+    )
+
+
+def model_source(plan: Plan, bundle: Path) -> str | Path:
+    """What to trace: the configuration inside the bundle, else the request's own model."""
+    inside = bundle / "model" / "config.json"
+    if inside.is_file():
+        return inside
+    if ":" in plan.model.source or Path(plan.model.source).exists():
+        return plan.model.source
+    raise InvalidBundle(
+        path=bundle,
+        reason=f"it holds no model, and '{plan.model.source}' is not there",
+        mend="Run from the folder that the request's model path is relative to.",
+    )
