@@ -65,8 +65,8 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
         "max-model-len": replica.max_model_len,
         "block-size": replica.block_size,
         "kv-cache-dtype": _KV[replica.kv],
-        "enable-chunked-prefill": replica.chunked_prefill,
-        "enable-prefix-caching": replica.prefix_caching,
+        _switch("enable-chunked-prefill", replica.chunked_prefill): True,
+        _switch("enable-prefix-caching", replica.prefix_caching): True,
     }
     if (method := weights(replica, config).setting) is not None:
         out["quantization"] = method
@@ -87,6 +87,15 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
     if plan.model.kind == "encoder":
         out["runner"] = "pooling"
     return out
+
+
+def _switch(option: str, on: bool) -> str:
+    """The option that turns something on or off.
+
+    `vllm serve --config` silently drops `option: false` (0.32: it looks for `--no-<option>` among the
+    options of the command above `serve`), so what is off is written as `no-<option>: true`.
+    """
+    return option if on else f"no-{option}"
 
 
 def environment(replica: Replica) -> dict[str, str]:

@@ -71,14 +71,14 @@ Normal = Callable[..., torch.Tensor]
 
 def _norm(kind: Kind, normal: Normal, rows: int, n: int) -> Case:
     residual, fp8 = bool(kind.holes["residual"]), bool(kind.holes["fp8"])
-    x, weight, eps = 1.5 * normal(rows, n), 1 + 0.2 * normal(n), 1e-5
+    x, weight, eps, offset = 1.5 * normal(rows, n), 0.2 * normal(n), 1e-5, 1.0
     more = {"residual": normal(rows, n)} if residual else {}
     added = x.double() + more["residual"].double() if residual else x.double()
-    y = added * torch.rsqrt(added.square().mean(-1, keepdim=True) + eps) * weight.double()
+    y = added * torch.rsqrt(added.square().mean(-1, keepdim=True) + eps) * (weight.double() + offset)
 
     def eager() -> Any:
         total = x + more["residual"] if residual else x
-        normed = torch.nn.functional.rms_norm(total, (n,), weight, eps)
+        normed = torch.nn.functional.rms_norm(total, (n,), weight + offset, eps)
         return (*_eager_fp8(normed), total) if fp8 else (normed, total)
 
     def observe(found: Any) -> tuple[torch.Tensor, ...]:
@@ -89,7 +89,7 @@ def _norm(kind: Kind, normal: Normal, rows: int, n: int) -> Case:
     tensors = [x, weight, *more.values()]
     out = rows * n * (1 if fp8 else x.element_size()) + (rows * n * x.element_size() if residual else 0)
     return Case(
-        arguments={"x": x, **more, "weight": weight, "eps": eps},
+        arguments={"x": x, **more, "weight": weight, "eps": eps, "weight_offset": offset},
         expected=(y, added) if residual else (y,),
         observe=observe,
         eager=eager,
@@ -102,8 +102,7 @@ def _gated(kind: Kind, normal: Normal, rows: int, n: int) -> Case:
     fp8 = bool(kind.holes["fp8"])
     x = 1.5 * normal(rows, 2 * n)
     gate, up = x.double().chunk(2, dim=-1)
-    silu = kind.holes["activation"] == "silu.jinja"
-    act = torch.nn.functional.silu if silu else _gelu_tanh
+    act = _ACTIVATIONS[str(kind.holes["activation"])]
 
     def eager() -> Any:
         y = act(x[:, :n]) * x[:, n:]
@@ -134,11 +133,11 @@ def _rope_kv(kind: Kind, normal: Normal, rows: int, heads: int, size: Mapping[st
     caches = [normal(blocks, block, kv_heads, head_dim) for _ in range(2)]
     q_weight, k_weight, eps = 1 + 0.2 * normal(head_dim), 1 + 0.2 * normal(head_dim), 1e-6
     qk_norm = bool(kind.holes["qk_norm"])
-    more = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps} if qk_norm else {}
+    more = {"q_weight": q_weight, "k_weight": k_weight, "eps": eps, "weight_offset": 0.25} if qk_norm else {}
 
     def rotated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if qk_norm:
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(x.dtype)
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (weight.to(x.dtype) + 0.25)
         c, s = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
         turning, rest = x[..., :rotary], x[..., rotary:]
         a, b = (turning[..., 0::2], turning[..., 1::2]) if pairs_in else turning.chunk(2, dim=-1)
@@ -155,15 +154,15 @@ def _rope_kv(kind: Kind, normal: Normal, rows: int, heads: int, size: Mapping[st
 
     expected = (
         rotated(q.double(), q_weight),
-        written(caches[0].double(), rotated(k.double(), k_weight)),
-        written(caches[1].double(), v.double()),
+        written(caches[0].double(), rotated(k.double(), k_weight) / 0.5),
+        written(caches[1].double(), v.double() / 2.0),
     )
 
     def eager() -> Any:
         out = rotated(q, q_weight)
         at = slots[kept]
-        caches[0].flatten(0, 1).index_copy_(0, at, rotated(k, k_weight)[kept].to(caches[0].dtype))
-        caches[1].flatten(0, 1).index_copy_(0, at, v[kept])
+        caches[0].flatten(0, 1).index_copy_(0, at, (rotated(k, k_weight)[kept] / 0.5).to(caches[0].dtype))
+        caches[1].flatten(0, 1).index_copy_(0, at, v[kept] / 2.0)
         return out
 
     size_of = q.element_size()
@@ -180,6 +179,8 @@ def _rope_kv(kind: Kind, normal: Normal, rows: int, heads: int, size: Mapping[st
             "rotary": rotary,
             **more,
             "style": style,
+            "k_scale": 0.5,
+            "v_scale": 2.0,
         },
         expected=expected,
         observe=lambda found: (found, caches[0], caches[1]),
@@ -189,8 +190,11 @@ def _rope_kv(kind: Kind, normal: Normal, rows: int, heads: int, size: Mapping[st
     )
 
 
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.gelu(x, approximate="tanh")
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu.jinja": torch.nn.functional.silu,
+    "gelu.jinja": torch.nn.functional.gelu,
+    "gelu_tanh.jinja": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
 
 
 def _dequantised(y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -69,6 +69,7 @@ def _norm(residual: bool, fp8: bool) -> Kind:
 
 _GATES = {
     "silu": ("SiLU", "gate * sigmoid(gate) * up"),
+    "gelu": ("GELU", "gelu(gate) * up"),
     "gelu_tanh": ("GELU (tanh form)", "gelu(gate) * up"),
 }
 
@@ -77,7 +78,7 @@ def _gated(activation: str, fp8: bool) -> Kind:
     title, formula = _GATES[activation]
     return Kind(
         name=f"{activation}_mul" + ("_fp8" if fp8 else ""),
-        op="planc::gated_activation_packed",
+        op=f"planc::{activation}_mul",
         template="gated.py.jinja",
         title=f"{title} of the gate, times up" + (", stored as fp8 with one scale per token" if fp8 else ""),
         formula=f"y = {formula}",
@@ -121,7 +122,8 @@ def _rope_kv(qk_norm: bool) -> Kind:
             "v_cache_ptr": "*C",
             **dict.fromkeys(("q_heads", "kv_heads"), "i32"),
             **dict.fromkeys(("q_stride", "k_stride", "v_stride", "cos_stride"), "i32"),
-            **({"eps": "fp32"} if qk_norm else {}),
+            **dict.fromkeys(("k_scale", "v_scale"), "fp32"),
+            **({"eps": "fp32", "weight_offset": "fp32"} if qk_norm else {}),
         },
         constexprs=("HEAD_DIM", "ROTARY", "PAIRS_IN", "PAIRS_OUT", "HEADS", "PAIRS", "REST", "WIDTH"),
         grid="tokens, cdiv(q_heads, HEADS) + cdiv(kv_heads, HEADS)",

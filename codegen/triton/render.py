@@ -1,6 +1,6 @@
 """From a plan to the text of its kernels. Loads neither torch nor triton.
 
-The plan names what was fused in each layer class; `CALLS_FOR` says which kernels that needs. The model's
+The plan names what was fused in each layer class; `called_for` says which kernels that needs. The model's
 configuration, where given, supplies the widths that a check compiles the kernels for.
 """
 
@@ -21,15 +21,6 @@ from planc.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-#: fusion named in a plan -> kernels it needs
-CALLS_FOR: Mapping[str, tuple[str, ...]] = {
-    "residual_add_rms_norm": ("add_rms_norm", "rms_norm"),
-    "silu_mul": ("silu_mul",),
-    "gelu_mul": ("gelu_tanh_mul",),
-    "rope_kv_write": ("rope_kv",),
-    "qk_norm_rope_kv_write": ("qk_norm_rope_kv",),
-}
-
 
 def kernels(plan: Plan, config: Mapping[str, Any] | None = None) -> list[Kernel]:
     """The kernels a plan needs, in the order of their names; none where nothing was fused.
@@ -39,17 +30,38 @@ def kernels(plan: Plan, config: Mapping[str, Any] | None = None) -> list[Kernel]
     """
     sizes = Sizes.of(config, sorted({replica.tp for replica in plan.replicas()}))
     fp8 = any(replica.activations == "fp8" for replica in plan.replicas())
-    wanted: dict[str, list[str]] = {}
+    wanted: dict[str, set[str]] = {}
     for layer in plan.layers:
-        for fusion in layer.decisions.fusions:
-            for name in CALLS_FOR.get(fusion, ()):
-                for variant in (name, f"{name}_fp8") if fp8 else (name,):
-                    if variant in KINDS:
-                        wanted.setdefault(variant, []).append(layer.layer_class)
+        for name in called_for(frozenset(layer.decisions.fusions), _activation(config)):
+            for variant in (name, f"{name}_fp8") if fp8 else (name,):
+                if variant in KINDS:
+                    wanted.setdefault(variant, set()).add(layer.layer_class)
     return [
-        render(KINDS[name], sizes=sizes.of_kind(KINDS[name]), layer_classes=sorted(set(classes)))
+        render(KINDS[name], sizes=sizes.of_kind(KINDS[name]), layer_classes=sorted(classes))
         for name, classes in sorted(wanted.items())
     ]
+
+
+def called_for(fusions: frozenset[str], activation: str) -> tuple[str, ...]:
+    """Kernels that a layer's fusions need. activation: as in `planc.gated_activation`."""
+    needed: list[str] = []
+    if "residual_add_rms_norm" in fusions:
+        needed += ["add_rms_norm", "rms_norm"]  # the first layer has no residual to add
+    if "gate_up_merge" in fusions:
+        needed.append(f"{activation}_mul")
+    if "rope_kv_write" in fusions:
+        needed.append("qk_norm_rope_kv" if "qk_norm_rope" in fusions else "rope_kv")
+    return tuple(needed)
+
+
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "swish": "silu"}
+
+
+def _activation(config: Mapping[str, Any] | None) -> str:
+    """The gated MLP's activation, as the dialect names it; SiLU where the configuration is silent."""
+    text = (config or {}).get("text_config") or config or {}
+    named = str(text.get("hidden_act") or text.get("hidden_activation") or "silu")
+    return _ACTIVATIONS.get(named, named)
 
 
 def render(

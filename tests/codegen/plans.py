@@ -19,7 +19,7 @@ from planc.planner.plan import (
     Solver,
 )
 
-FUSIONS = ("residual_add_rms_norm", "silu_mul", "rope_kv_write")
+FUSIONS = ("residual_add_rms_norm", "gate_up_merge", "rope_kv_write")
 
 
 def memory(**changes: float) -> Memory:
