@@ -1,0 +1,188 @@
+"""From a fleet to the parts of a plan: replicas on physical GPUs, decisions per layer class, coverage."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from importlib import resources
+
+from planc.cost_model.local import stages, unquantized, weight_format
+from planc.cost_model.lower import chosen
+from planc.cost_model.shape import EngineShape
+from planc.cost_model.table import CostTable
+from planc.errors import CheckFailed
+from planc.planner import priors
+from planc.planner.candidates import Candidate
+from planc.planner.inventory import Group, place
+from planc.planner.plan import Coverage, LayerDecisions, LayerPlan, Pool, Replica
+from planc.planner.predict import memory
+from planc.planner.search import Deployed, Fleet, Search
+
+
+def pools(search: Search, fleet: Fleet) -> list[Pool]:
+    """The replicas, placed. Identical replicas follow each other."""
+    homes = placement(search.groups, [i.candidate for i in fleet.items for _ in range(i.count)])
+    total = sum(item.count * item.load for item in fleet.items)
+    replicas = []
+    position = 0
+    for item in fleet.items:
+        for _ in range(item.count):
+            replicas.append(replica(search, item, homes[position], item.load / total))
+            position += 1
+    role = "aggregated" if search.table.model.kind == "causal_lm" else "encoder"
+    return [Pool(role=role, replicas=replicas)]  # type: ignore[arg-type]
+
+
+def replica(search: Search, item: Deployed, gpus: list[str], share: float) -> Replica:
+    """One engine as the plan states it."""
+    shape, limits = item.candidate.shape, item.limits
+    found = search.room(item.candidate).memory(limits.max_num_seqs, limits.budget)
+    profile, allowed = item.candidate.profile, search.request.constraints
+    return Replica(
+        engine=shape.engine,
+        gpu=shape.gpu,
+        gpus=gpus,
+        tp=shape.tp,
+        pp=shape.pp,
+        dp=shape.dp,
+        ep=shape.ep,
+        cp=shape.cp,
+        weights=shape.weights,
+        activations=shape.activations,
+        kv=shape.kv,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.budget,
+        max_model_len=search.max_model_len,
+        block_size=found.block_size,
+        kv_blocks=found.kv_blocks,
+        cuda_graph_sizes=list(found.graph_sizes),
+        gpu_memory_utilization=allowed.gpu_memory_utilization or profile.gpu_memory_utilization,
+        pipeline_layers=pipeline_layers(search.table, shape),
+        chunked_prefill=search.table.model.kind == "causal_lm",
+        prefix_caching=search.traffic.hit_rate > 0,
+        traffic_share=share,
+        memory=memory(found),
+    )
+
+
+def pipeline_layers(table: CostTable, shape: EngineShape) -> list[int]:
+    """Layers of each stage."""
+    return [len(stage.layers) for stage in stages(table, shape)]
+
+
+def placement(groups: tuple[Group, ...], wanted: list[Candidate]) -> list[list[str]]:
+    """Physical GPUs of each engine, rank by rank. Each piece lies inside one island."""
+    homes: list[list[str]] = [[] for _ in wanted]
+    for group in groups:
+        mine = [i for i, candidate in enumerate(wanted) if candidate.group.index == group.index]
+        pieces = [
+            (i, candidate.pieces[1])
+            for i in mine
+            for candidate in (wanted[i],)
+            for _ in range(candidate.pieces[0])
+        ]
+        found = place([size for _, size in pieces], group.islands)
+        if found is None:
+            raise CheckFailed(
+                what="placement",
+                reason="the chosen engines do not fit into the nodes",
+                mend="Please report the request.",
+            )
+        for (owner, size), (island, start) in sorted(
+            zip(pieces, found, strict=True), key=lambda both: (both[0][0], both[1])
+        ):
+            homes[owner] += group.island_gpus(island)[start : start + size]
+    return homes
+
+
+# -- layers ------------------------------------------------------------------------------
+
+
+def layers(table: CostTable, fleet: Fleet) -> list[LayerPlan]:
+    """What is decided for each layer class. A fleet of several shapes is described by its first one;
+    formats and sharding of the others follow from their own replica entries."""
+    item = fleet.items[0]
+    shape = item.candidate.shape
+    offers = chosen(table, item.candidate.profile, None)
+    found = []
+    for cls in table.classes:
+        rows = [row for rows in table.rows.values() for row in rows if row.layer_class == cls.name]
+        narrow = sorted(
+            {weight_format(row, shape) for row in rows if row.work.weights} - {unquantized(shape)}
+        )
+        mine = [offer for offer in offers if offer.layer_class == cls.name]
+        fused = {site: offer.name for offer in reversed(mine) for site in offer.sites}
+        kernels = {row.site: row.op.split("::")[-1] for row in rows if row.work.family != "view"} | fused
+        decisions = LayerDecisions(
+            format=narrow[0] if narrow else unquantized(shape),
+            sharding={
+                row.site: row.shard.kind
+                for row in rows
+                if row.shard.kind != "replicated" and (shape.tp > 1 or shape.dp > 1)
+            },
+            fusions=sorted({offer.name for offer in mine}),
+            kernel=dict(sorted(kernels.items())),
+        )
+        found.append(
+            LayerPlan.model_validate({"class": cls.name, "count": cls.count, "decisions": decisions})
+        )
+    return found
+
+
+# -- coverage and fingerprints -----------------------------------------------------------
+
+_MODELLED = (
+    "roofline of every traced op, with kernel launch and host time",
+    "collectives by size, ranks and link",
+    "continuous batching with chunked prefill in steady state",
+    "waiting for the prompt queue and for a seat (queueing formulas)",
+    "memory: weights, cache, activations, CUDA graphs, engine overhead",
+    "placement on nodes and NVLink domains",
+)
+_NOT_MODELLED = (
+    "a simulation of the scheduler (percentiles are closed-form approximations)",
+    "preemption and recomputation when the cache overflows",
+    "disaggregated prefill and decode pools",
+    "speculative decoding",
+    "formats that differ between layer classes",
+    "the start burst of closed-loop benchmarks",
+    "cold starts, failures and autoscaling",
+    "accuracy of formats on this model (published averages are used)",
+)
+
+
+def coverage(search: Search) -> Coverage:
+    """What the numbers hold, and what they leave out."""
+    modelled, missing = list(_MODELLED), list(_NOT_MODELLED)
+    facts, load = search.table.model, search.traffic
+    if load.hit_rate > 0:
+        modelled.append(f"prefix cache hits of {100 * load.hit_rate:.3g} % of the input tokens")
+        missing.append("memory that the prefix cache needs to reach its hit rate")
+    if search.request.workload.trace is not None:
+        modelled.append("length distribution, arrival rate and burstiness of the trace")
+        missing.append("correlation and drift of the trace's arrivals")
+    if facts.experts:
+        missing.append("imbalance between experts")
+    if facts.generic_ops:
+        missing.append("arithmetic of ops costed by their bytes only: " + ", ".join(facts.generic_ops))
+    if any(not group.priced for group in search.groups):
+        missing.append("your own GPU prices (list prices of the catalogue were assumed)")
+    return Coverage(modelled=modelled, not_modelled=missing)
+
+
+@cache
+def profile_fingerprint() -> str:
+    """Hash of every data file that predictions rest on."""
+    digest = hashlib.sha256(priors.text().encode())
+    for name, text in sorted(_data_files()):
+        digest.update(f"{name}\0{text}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def _data_files() -> Iterator[tuple[str, str]]:
+    root = resources.files("planc.cost_model.data")
+    for folder in (root, root.joinpath("engines")):
+        for file in folder.iterdir():
+            if file.name.endswith((".yaml", ".json", ".csv")):
+                yield f"{folder.name}/{file.name}", file.read_text(encoding="utf-8")

@@ -1,0 +1,238 @@
+"""An independent checker of plans: it shares no shortcut with the search.
+
+Reads the plan document and the cost table only, counts GPUs, memory and formats again by plain
+arithmetic, and finds the operating point of each kind of replica by fixed-point iteration on scalars
+(the search solves it in closed form on interpolated arrays).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+from planc.cost_model import catalogue
+from planc.cost_model.collectives import Fabric
+from planc.cost_model.formats import fmt
+from planc.cost_model.shape import EngineShape, refusals
+from planc.cost_model.step import StepLoad, StepModel
+from planc.cost_model.table import CostTable
+from planc.planner.candidates import accuracy_drop
+from planc.planner.plan import Plan, Replica
+from planc.planner.request import Request, make_request
+from planc.planner.traffic import Traffic, traffic
+
+_TOLERANCE = 0.02
+GIB = 1024.0**3
+
+
+def check(plan: Plan, table: CostTable, request: Request | None = None) -> list[str]:
+    """Everything that is wrong with a plan, one sentence each; [] when nothing is.
+
+    request   the request with its folder, needed where it names files (histograms, traces); else the
+              one inside the plan is used and such workloads are not evaluated again
+    """
+    found = request or make_request(plan.request)
+    return [
+        *_placement(plan, found),
+        *_limits(plan, found, table),
+        *_memory(plan, table),
+        *_objectives(plan, found),
+        *(_operating_points(plan, found, table) if request or not found.files() else ()),
+    ]
+
+
+# -- placement ---------------------------------------------------------------------------
+
+
+def _placement(plan: Plan, request: Request) -> Iterator[str]:
+    """Every GPU exists, is used once and is of the stated type; engines lie inside a node (or an NVLink
+    rack) or take whole ones, tensor-parallel groups always inside."""
+    homes: dict[str, tuple[str, str, int]] = {}
+    number = 0
+    prefix = (
+        "node"
+        if not any(str(n.name).startswith("node") for n in request.inventory.nodes if n.name)
+        else "unnamed"
+    )
+    for nodes in request.inventory.nodes:
+        gpu = catalogue.gpu(nodes.gpu)
+        rack = max(gpu.nvlink_domain // nodes.gpus_per_node, 1) if gpu.nvlink_domain > 8 else 1
+        for i in range(nodes.count):
+            name = f"{nodes.name}-{i}" if nodes.name else f"{prefix}{number}"
+            number += 0 if nodes.name else 1
+            home = f"{nodes.name or ''}{nodes.gpu}:{i // rack}:{id(nodes)}"
+            homes |= {f"{name}/{k}": (gpu.name, home, 0) for k in range(nodes.gpus_per_node)}
+    used = Counter(gpu for replica in plan.replicas() for gpu in replica.gpus)
+    for place, times in used.items():
+        if place not in homes:
+            yield f"{place} is not in the inventory"
+        elif times > 1:
+            yield f"{place} is used {times} times"
+    sizes = Counter(home for _, home, _ in homes.values())
+    for number, replica in enumerate(plan.replicas()):
+        known = [homes[gpu] for gpu in replica.gpus if gpu in homes]
+        world = replica.tp * replica.pp * replica.dp * replica.cp
+        if len(replica.gpus) != world:
+            yield f"replica {number} has {len(replica.gpus)} GPUs for tp*pp*dp*cp = {world}"
+        if any(name != replica.gpu for name, _, _ in known):
+            yield f"replica {number} is planned for {replica.gpu} but lies on another type"
+        spread = Counter(home for _, home, _ in known)
+        if len(spread) > 1 and any(spread[home] != sizes[home] for home in spread):
+            yield f"replica {number} spans nodes without taking them whole"
+        for start in range(0, len(known), replica.tp):
+            if len({home for _, home, _ in known[start : start + replica.tp]}) > 1:
+                yield f"replica {number}: a tensor-parallel group leaves its NVLink domain"
+
+
+# -- limits of the request and of the engine ---------------------------------------------
+
+
+def _limits(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
+    allowed, replicas = request.constraints, plan.replicas()
+    gpus = sum(len(replica.gpus) for replica in replicas)
+    if allowed.max_gpus is not None and gpus > allowed.max_gpus:
+        yield f"{gpus} GPUs exceed max_gpus = {allowed.max_gpus}"
+    if allowed.max_replicas is not None and len(replicas) > allowed.max_replicas:
+        yield f"{len(replicas)} replicas exceed max_replicas = {allowed.max_replicas}"
+    if abs(sum(replica.traffic_share for replica in replicas) - 1) > 1e-6:
+        yield "traffic shares do not sum to 1"
+    for number, replica in enumerate(replicas):
+        for name in ("weights", "activations", "kv", "tp", "pp", "dp", "ep", "cp"):
+            listed = getattr(allowed, name)
+            if listed is not None and getattr(replica, name) not in listed:
+                yield f"replica {number}: {name}={getattr(replica, name)} is not among {listed}"
+        drop = accuracy_drop(table.model.native_format, replica.weights, replica.activations, replica.kv)
+        if allowed.max_accuracy_drop is not None and drop > allowed.max_accuracy_drop + 1e-12:
+            yield f"replica {number}: formats lose {drop:.4g}, more than {allowed.max_accuracy_drop}"
+        if sum(replica.pipeline_layers) != table.model.layers and replica.pp > 1:
+            yield f"replica {number}: pipeline stages hold {sum(replica.pipeline_layers)} layers"
+        if table.model.kind == "causal_lm" and replica.max_num_seqs > replica.max_num_batched_tokens:
+            yield f"replica {number}: max_num_batched_tokens is below max_num_seqs"
+        profile = catalogue.engine(replica.engine)
+        for refusal in refusals(shape_of(replica), table, catalogue.gpu(replica.gpu), profile):
+            yield f"replica {number}: {refusal.reason}"
+
+
+def shape_of(replica: Replica) -> EngineShape:
+    return EngineShape(
+        replica.engine,
+        replica.gpu,
+        replica.tp,
+        replica.pp,
+        replica.dp,
+        replica.ep,
+        replica.cp,
+        replica.weights,
+        replica.activations,
+        replica.kv,
+    )
+
+
+# -- memory ------------------------------------------------------------------------------
+
+
+def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
+    """Parts sum up and stay within the engine's share; the cache's blocks weigh what the model's heads
+    say; the weights are no lighter than all parameters in the narrowest format, spread over all ranks."""
+    for number, replica in enumerate(plan.replicas()):
+        m = replica.memory
+        total = m.weights_gib + m.kv_cache_gib + m.activations_gib + m.graphs_gib + m.overhead_gib
+        if abs(total - m.total_gib) > 1e-3 * m.capacity_gib:
+            yield f"replica {number}: memory parts sum to {total:.2f} GiB, not {m.total_gib:.2f}"
+        if total > m.capacity_gib * replica.gpu_memory_utilization * (1 + 1e-9):
+            yield f"replica {number}: {total:.2f} GiB do not fit into {m.capacity_gib:.2f} GiB"
+        gpu = catalogue.gpu(replica.gpu)
+        if abs(m.capacity_gib - gpu.memory_gib) > 1e-6:
+            yield f"replica {number}: {replica.gpu} has {gpu.memory_gib} GiB"
+        ranks = replica.tp * replica.pp * replica.dp
+        least = table.model.parameters * min(fmt(replica.weights).bytes, 2.0) / ranks / GIB
+        if m.weights_gib < least * 0.98:
+            yield f"replica {number}: weights of {m.weights_gib:.2f} GiB are below {least:.2f} GiB"
+        tokens = replica.kv_blocks * replica.block_size
+        longest = max(replica.pipeline_layers)
+        held = sum(
+            _cache_share(cls.kv_units, replica.tp) * cls.count * cls.kv_elements for cls in table.classes
+        )
+        if held and table.model.layers:
+            most = held * fmt(replica.kv).bytes * tokens * longest / table.model.layers / GIB
+            uneven = len({(c.kv_elements, c.kv_units) for c in table.classes if c.layers}) > 1
+            if (
+                not uneven
+                and m.kv_cache_gib > 0
+                and abs(m.kv_cache_gib / most - 1) > 0.02
+                and not _states(table)
+            ):
+                yield f"replica {number}: the cache weighs {most:.2f} GiB, not {m.kv_cache_gib:.2f}"
+            keeps_all = all(cls.kv_span in ("", "full", "both") for cls in table.classes)
+            if keeps_all and tokens * replica.cp < replica.max_model_len:
+                yield f"replica {number}: the cache holds {tokens} tokens, less than max_model_len"
+
+
+def _cache_share(units: int, tp: int) -> float:
+    return 1.0 / min(tp, units) if units else 1.0
+
+
+def _states(table: CostTable) -> bool:
+    return any(cls.state_elements for cls in table.classes)
+
+
+# -- objectives --------------------------------------------------------------------------
+
+
+def _objectives(plan: Plan, request: Request) -> Iterator[str]:
+    """The plan's own numbers meet the request's objectives."""
+    for slo in request.slos():
+        found = plan.predicted.get(f"{slo.metric}_ms")
+        if found is None:
+            continue
+        value = found.value
+        if slo.quantile is not None:
+            value = found.percentiles.get(f"p{slo.quantile * 100:.10g}", math.inf)
+        if value > slo.limit * 1e3 * (1 + 1e-6):
+            yield f"{slo.key} is {value:.4g}, above {slo.limit * 1e3:g}"
+
+
+def _operating_points(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
+    """Mean TPOT of each distinct replica, by fixed-point iteration, against the plan's figure."""
+    load = traffic(request, table.model.kind)
+    if not load.decode_steps or load.concurrency is not None:
+        return
+    rate = plan.predicted["requests_s"].value
+    nodes = {catalogue.gpu(n.gpu).name: n for n in request.inventory.nodes}
+    kinds = {r.model_dump_json(exclude={"gpus", "traffic_share"}): r for r in plan.replicas()}
+    mean = 0.0
+    for key, replica in kinds.items():
+        same = [r for r in plan.replicas() if r.model_dump_json(exclude={"gpus", "traffic_share"}) == key]
+        gpu, home = catalogue.gpu(replica.gpu), nodes[replica.gpu]
+        fabric = Fabric(home.gpus_per_node, request.inventory.inter_node_gbps)
+        model = StepModel(table, shape_of(replica), gpu, fabric, catalogue.engine(replica.engine))
+        tpot = _tpot(model, replica, load, rate * replica.traffic_share / replica.dp)
+        mean += tpot * sum(r.traffic_share for r in same)
+    stated = plan.predicted["tpot_ms"].value / 1e3
+    if not abs(mean / stated - 1) <= _TOLERANCE:
+        yield f"TPOT is {1e3 * mean:.4g} ms when evaluated again, not {1e3 * stated:.4g}"
+
+
+def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float) -> float:
+    """Seconds per output token of one scheduler at `rate`: B <- rate S TPOT(B), damped."""
+    steps, fresh, context = load.decode_steps, load.new_tokens, load.decode_context
+    batch, tpot = 1.0, math.inf
+    for _ in range(400):
+        met = min(batch + 1.0, float(replica.max_num_seqs))
+        seqs = max(met / replica.pp, 1.0)
+        room = max(replica.max_num_batched_tokens - met / replica.pp, 1.0)
+        chunk = min(fresh, room)
+        cached = max(load.prefill_context - chunk / 2, 0.0)
+        plain = float(model.seconds(StepLoad(seqs, context)))
+        mixed = float(model.seconds(StepLoad(seqs, context, chunk, 1.0, cached)))
+        full = float(model.seconds(StepLoad(seqs, context, room, max(room / fresh, 1.0), cached)))
+        alone = min(1.0, steps / batch)
+        stall = alone * max(fresh / room, 1.0) * (mixed - plain) + (1 - alone) * fresh / room * (full - plain)
+        free = max(1 - rate * max(stall, 0.0), 1e-9) ** replica.dp
+        tpot = replica.pp * plain / free
+        following = min(rate * steps * tpot, float(replica.max_num_seqs))
+        if abs(following - batch) < 1e-7 * batch:
+            break
+        batch = 0.5 * (batch + following)
+    return tpot

@@ -1,0 +1,101 @@
+"""`plan(request, table)`: the whole search, from a request and a cost table to a plan."""
+
+from __future__ import annotations
+
+import time
+
+from planc.cost_model.table import CostTable
+from planc.errors import CheckFailed, InvalidField
+from planc.planner import assemble
+from planc.planner.alternatives import rejected
+from planc.planner.check import check
+from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
+from planc.planner.predict import predicted
+from planc.planner.request import Request
+from planc.planner.search import Fleet, Progress, Search
+
+
+def plan(
+    request: Request,
+    table: CostTable,
+    *,
+    time_limit: float | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """The best plan for the request, sealed.
+
+    time_limit   seconds for the integer program; a plan that is then not proved best says so
+    progress     called with a word on what is being done
+
+    Raises Infeasible (with the smallest single relaxations that were found to help), InvalidField.
+    """
+    start = time.perf_counter()
+    if request.objective == "pareto":
+        raise InvalidField(
+            where="request",
+            field="objective",
+            value="pareto",
+            reason="fronts are not searched yet",
+            mend="Use min_cost, max_goodput, min_latency or min_energy.",
+        )
+    search = Search(request, table, progress=progress)
+    fleet = search.fleet(time_limit)
+    if fleet is None:
+        from planc.planner.relax import infeasible
+
+        raise infeasible(search, time_limit)
+    if progress:
+        progress("checking the plan")
+    found = assembled(search, fleet, time.perf_counter() - start)
+    wrong = check(found, table)
+    if wrong:
+        raise CheckFailed(what="the plan", reason=wrong[0], mend="Please report the request.")
+    return found
+
+
+def assembled(search: Search, fleet: Fleet, seconds: float) -> Plan:
+    """The plan document of a fleet."""
+    table = search.table
+    pools = assemble.pools(search, fleet)
+    numbers = predicted(fleet.items, search.traffic, search.slos)
+    totals = [r.memory.total_gib for pool in pools for r in pool.replicas]
+    numbers["memory_gib"] = Predicted(value=max(totals), low=max(totals), high=max(totals), source="assumed")
+    return Plan(
+        fingerprint=Fingerprint(
+            request=search.request.fingerprint(),
+            model=table.fingerprint,
+            profile=assemble.profile_fingerprint(),
+        ),
+        model=summary(search.request, table, pools[0].replicas[0].kv),
+        request=search.request.dump(),
+        solver=Solver(
+            status=fleet.solution.status,
+            objective=fleet.objective,
+            value=fleet.solution.value,
+            bound=fleet.solution.bound,
+            gap=fleet.solution.gap,
+            seconds=seconds,
+            candidates=search.considered,
+            pruned=dict(sorted((k, v) for k, v in search.pruned.items() if v)),
+        ),
+        predicted=dict(sorted(numbers.items())),
+        pools=pools,
+        layers=assemble.layers(table, fleet),
+        rejected=rejected(search, fleet),
+        coverage=assemble.coverage(search),
+    ).sealed()
+
+
+def summary(request: Request, table: CostTable, kv: str) -> ModelSummary:
+    from planc.cost_model.formats import fmt
+
+    facts = table.model
+    return ModelSummary(
+        name=facts.name,
+        source=request.model,
+        architecture=facts.architecture,
+        kind=facts.kind,
+        parameters=facts.parameters,
+        active_parameters=facts.active_parameters,
+        kv_bytes_per_token=round(table.kv_elements_per_token() * fmt(kv).bytes),
+    )

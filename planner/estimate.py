@@ -1,0 +1,240 @@
+"""One fixed configuration, evaluated without search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from planc.cost_model import catalogue
+from planc.cost_model.table import CostTable
+from planc.errors import Infeasible, InvalidField, UnknownField
+from planc.planner.plan import Predicted, Replica
+from planc.planner.request import Request
+
+_COUNTS = (
+    "tp",
+    "pp",
+    "dp",
+    "ep",
+    "cp",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "replicas",
+)
+_NAMES = ("weights", "activations", "kv", "engine", "gpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one configuration does under the request's workload.
+
+    replica     one of the `replicas` identical engines (its GPUs are those of the first)
+    capacity    what they could carry within the objectives (requests/s, or users of a closed loop)
+    notes       what a reader must know: objectives that are missed, overload
+    """
+
+    replica: Replica
+    replicas: int
+    capacity: float
+    meets_slo: bool
+    predicted: dict[str, Predicted]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "replica": self.replica.model_dump(mode="json"),
+            "replicas": self.replicas,
+            "capacity": self.capacity,
+            "meets_slo": self.meets_slo,
+            "predicted": {name: found.model_dump(mode="json") for name, found in self.predicted.items()},
+            "notes": list(self.notes),
+        }
+
+
+def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
+    """Evaluates `settings` (names as in a plan's replica, plus `replicas`), no search.
+
+    What is left out takes its usual value: one GPU per degree, the checkpoint's formats, the engine's
+    own limits, and as few replicas as carry the load within the objectives (else as many as fit).
+
+    Raises UnknownField or InvalidField for a setting that cannot be, Infeasible when the model does not
+    fit into memory.
+    """
+    from planc.planner import assemble
+    from planc.planner.evaluate import Engine, Limits, Precise
+    from planc.planner.predict import predicted
+    from planc.planner.search import Deployed, Search
+
+    chosen = _parsed(settings)
+    fixed = _fixed(request, table, chosen)
+    search = Search(fixed, table, bench=False)
+    if not search.found:
+        raise _refused(fixed, table, search)
+    candidate = search.found[0]
+    cap, budget = fixed.constraints.max_num_seqs, fixed.constraints.max_num_batched_tokens
+    assert cap is not None
+    assert budget is not None
+    room = search.room(candidate)
+    seats = room.seats(cap[0], budget[0])
+    if seats < 1:
+        found = room.memory(cap[0], budget[0])
+        raise Infeasible(
+            reason=(
+                f"{candidate.label()} needs {found.weights / 2**30:.1f} GiB of weights on each GPU of "
+                f"{found.capacity / 2**30:.1f} GiB and leaves no room for one sequence"
+            ),
+            relaxations="",
+        )
+    limits = Limits(cap[0], budget[0], seats)
+    engine = Engine(candidate, search.model(candidate), (limits,))
+    one = Precise(engine, limits, search.traffic)
+    capacity = one.capacity(search.slos)
+    carried = capacity or one.capacity(())
+    pieces, size = candidate.pieces
+    fits = max(sum(island // size for island in candidate.group.islands) // pieces, 1)
+    wanted = chosen.get("replicas")
+    if wanted is None:
+        wanted = fits if search.demand is None else min(fits, max(1, -int(-search.demand // carried)))
+    elif wanted > fits:
+        raise InvalidField(
+            where="estimate",
+            field="replicas",
+            value=wanted,
+            reason=f"the inventory holds {fits}",
+            mend="Ask for fewer.",
+        )
+    demand = search.demand if search.demand is not None else wanted * carried
+    notes = []
+    most = one.capacity(())
+    load = demand / wanted
+    if load > most:
+        notes.append(
+            f"overloaded: {wanted} x {most:.4g} is the most that can be carried, of {demand:.4g}; "
+            "the figures are those at that load"
+        )
+        load = most
+    item = Deployed(engine, limits, wanted, load, max(capacity, 0.0))
+    numbers = predicted((item,), search.traffic, search.slos)
+    state = item.state(search.traffic)
+    meets = capacity > 0 and not notes
+    for slo in search.slos:
+        value = float(state.value(slo)[0, 0])
+        if value > slo.limit * (1 + 1e-9):
+            meets = False
+            notes.append(f"{slo.key} is {1e3 * value:.4g}, above the objective of {1e3 * slo.limit:g}")
+    homes = assemble.placement(search.groups, [candidate] * wanted)
+    replica = assemble.replica(search, item, homes[0], 1.0 / wanted)
+    total = replica.memory.total_gib
+    numbers["memory_gib"] = Predicted(value=total, low=total, high=total, source="assumed")
+    return Estimate(replica, wanted, wanted * capacity, meets, dict(sorted(numbers.items())), tuple(notes))
+
+
+def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    known = (*_COUNTS, *_NAMES, "gpu_memory_utilization")
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in known:
+            raise UnknownField(where="estimate", field=name, mend=f"Known: {', '.join(known)}.")
+        if name in _COUNTS:
+            try:
+                number = int(value)
+            except (TypeError, ValueError):
+                number = 0
+            if number < 1 or str(number) != str(value).strip():
+                raise InvalidField(
+                    where="estimate",
+                    field=name,
+                    value=value,
+                    reason="not a whole number above 0",
+                    mend="Write e.g. 4.",
+                )
+            found[name] = number
+        elif name in _NAMES:
+            found[name] = str(value)
+        else:
+            try:
+                found[name] = float(value)
+            except (TypeError, ValueError):
+                found[name] = -1.0
+            if not 0 < found[name] <= 1:
+                raise InvalidField(
+                    where="estimate",
+                    field=name,
+                    value=value,
+                    reason="not a share between 0 and 1",
+                    mend="Write 0.9.",
+                )
+    return found
+
+
+def _fixed(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> Request:
+    """The request with exactly one candidate left."""
+    names = [catalogue.gpu(nodes.gpu).name for nodes in request.inventory.nodes]
+    gpu = catalogue.gpu(chosen["gpu"], field="gpu").name if "gpu" in chosen else names[0]
+    if gpu not in names:
+        raise InvalidField(
+            where="estimate",
+            field="gpu",
+            value=gpu,
+            reason="not in the inventory",
+            mend=f"Use {' or '.join(names)}.",
+        )
+    engine = chosen.get("engine", (request.constraints.engines or ["vllm"])[0])
+    profile = catalogue.engine(engine, field="engine")
+    from planc.cost_model.formats import fmt
+
+    pairs = profile.pairs(catalogue.gpu(gpu))
+    native = table.model.native_format
+    base = native if any(weights == native for weights, _ in pairs) else "bf16"
+    weights = fmt(chosen.get("weights", base), field="weights").name
+    own = [activations for w, activations in pairs if w == weights]
+    activations = fmt(chosen["activations"], field="activations").name if "activations" in chosen else None
+    if activations is None:
+        activations = weights if weights in own else (own[0] if own else "bf16")
+    kinds = profile.kv_formats(catalogue.gpu(gpu))
+    kv = fmt(chosen["kv"], field="kv").name if "kv" in chosen else ("bf16" if "bf16" in kinds else kinds[0])
+    ep = chosen.get("ep", 1)
+    one = {name: [chosen.get(name, 1)] for name in ("tp", "pp", "dp", "cp")}
+    budget = chosen.get("max_num_batched_tokens", profile.max_num_batched_tokens)
+    limits = request.constraints.model_copy(
+        update={
+            **one,
+            "ep": [ep],
+            "gpus": [gpu],
+            "engines": [engine],
+            "weights": [weights],
+            "activations": [activations],
+            "kv": [kv],
+            "max_num_seqs": [chosen.get("max_num_seqs", min(profile.max_num_seqs, budget))],
+            "max_num_batched_tokens": [budget],
+            "max_gpus": None,
+            "max_accuracy_drop": None,
+            **{k: chosen[k] for k in ("max_model_len", "gpu_memory_utilization") if k in chosen},
+        }
+    )
+    return request.changed(constraints=limits)
+
+
+def _refused(request: Request, table: CostTable, search: Any) -> InvalidField:
+    """Why no candidate is left, in the words of the cost model."""
+    from planc.cost_model.shape import EngineShape, refusals
+
+    limits = request.constraints
+    first = {
+        name: getattr(limits, name)[0]
+        for name in ("tp", "pp", "dp", "ep", "cp", "weights", "activations", "kv")
+    }
+    group = next(g for g in search.groups if g.gpu.name == limits.gpus[0])  # type: ignore[index]
+    shape = EngineShape(limits.engines[0], group.gpu.name, **first)  # type: ignore[index]
+    reasons = refusals(shape, table, group.gpu, catalogue.engine(shape.engine))
+    if reasons:
+        field, reason = reasons[0].field, reasons[0].reason
+    else:
+        field = "tp" if shape.tp > max(group.islands) else "gpus"
+        reason = next(iter(search.pruned), "no candidate is left")
+    value = getattr(shape, field, shape.world)
+    return InvalidField(
+        where="estimate", field=field, value=value, reason=reason, mend="Choose values that go together."
+    )

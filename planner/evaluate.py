@@ -1,0 +1,270 @@
+"""The analytic evaluator: what each candidate can carry, for all candidates and limits at once.
+
+`Bench` stacks one row per (candidate, token budget, batch cap). Curves of step times are tabulated
+once per candidate; everything after is array arithmetic. What the search picks is evaluated again
+with the step model itself (`exact`), and the search is told when the two disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planc.cost_model.memory import MemoryMap, memory_map
+from planc.cost_model.step import StepModel
+from planc.cost_model.table import CostTable
+from planc.planner.candidates import TOKEN_BUDGETS, Candidate
+from planc.planner.priors import priors
+from planc.planner.request import Constraints, Slo
+from planc.planner.steady_state import Array, Steady, steady
+from planc.planner.step_times import Curves, Exact
+from planc.planner.traffic import Traffic
+
+_LOADS = 40
+_ITERATIONS = 30
+_POINTS = 48
+_ZOOMS = 3
+_CROWDED = 0.97  # share of seats at which the upper end of a band is read off
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Batch limits of one engine. `seats`: sequences that really run at once, the lesser of the cap
+    and what the cache holds with a margin."""
+
+    max_num_seqs: int
+    budget: int
+    seats: int
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A candidate, ready to be evaluated."""
+
+    candidate: Candidate
+    model: StepModel
+    limits: tuple[Limits, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A candidate with limits at a load: a column of the master problem.
+
+    load    requests/s, or users of a closed loop, that one engine carries
+    value   what `Bench.best` was asked to maximise or minimise
+    """
+
+    engine: Engine
+    limits: Limits
+    load: float
+    value: float
+
+    @property
+    def candidate(self) -> Candidate:
+        return self.engine.candidate
+
+
+def cache_seats(traffic: Traffic, memory: MemoryMap) -> float:
+    """Sequences B whose cache demand fits with a margin: B m + z s sqrt(B) <= cache bytes."""
+    context = traffic.decode_context
+    mean = float(memory.sequence_bytes(context)) + memory.kv_bytes_per_token * memory.block_size / 2
+    spread = float(memory.sequence_bytes(context + traffic.resident_sd)) - float(
+        memory.sequence_bytes(context)
+    )
+    spread *= priors().kv_margin_sd
+    root = (-spread + math.sqrt(spread * spread + 4 * mean * memory.kv_cache)) / (2 * mean)
+    return root * root
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory questions about one candidate under one traffic."""
+
+    table: CostTable
+    candidate: Candidate
+    traffic: Traffic
+    max_model_len: int
+    utilization: float | None
+
+    def memory(self, cap: int, budget: int) -> MemoryMap:
+        return memory_map(
+            self.table,
+            self.candidate.shape,
+            self.candidate.group.gpu,
+            self.candidate.profile,
+            max_num_seqs=cap,
+            max_num_batched_tokens=budget,
+            max_model_len=self.max_model_len,
+            utilization=self.utilization,
+        )
+
+    def seats(self, cap: int, budget: int) -> int:
+        """Sequences that run at once; 0 when the engine would not start."""
+        memory = self.memory(cap, budget)
+        share = self.utilization or self.candidate.profile.gpu_memory_utilization
+        if not memory.fits or memory.total > memory.capacity * share * (1 + 1e-12):
+            return 0
+        if not memory.kept:
+            return cap
+        return min(cap, int(cache_seats(self.traffic, memory) * self.candidate.shape.cp))
+
+    def all(self, caps: Sequence[int], budgets: Sequence[int]) -> tuple[Limits, ...]:
+        """All limits worth trying. Memory only shrinks with either limit, so what fits at the largest
+        pair fits everywhere, and a cap beyond what the cache holds adds nothing."""
+        found = []
+        everywhere = self.seats(max(caps), max(budgets))
+        for budget in sorted(budgets):
+            for cap in sorted(caps):
+                if self.traffic.decode_steps and cap > budget:
+                    break
+                seats = cap if cap <= everywhere else self.seats(cap, budget)
+                if seats >= 1:
+                    found.append(Limits(cap, budget, seats))
+                if seats < cap:
+                    break
+        return tuple(found)
+
+
+def token_budgets(table: CostTable, traffic: Traffic, allowed: Constraints) -> tuple[int, ...]:
+    """Token budgets to try. Encoders cannot cut a prompt in pieces, modules count items."""
+    listed = tuple(allowed.max_num_batched_tokens or TOKEN_BUDGETS)
+    if table.model.kind == "causal_lm":
+        return listed
+    longest = int(traffic.isl.max())
+    return tuple(b for b in listed if b >= longest) or (longest,)
+
+
+class Bench:
+    """All rows of some engines under one traffic."""
+
+    def __init__(self, engines: Sequence[Engine], traffic: Traffic) -> None:
+        self.engines, self.traffic = list(engines), traffic
+        parts, index, owner, flat = [], [], [], []
+        start = 0
+        for number, engine in enumerate(self.engines):
+            budgets = sorted({full_step(item, traffic) for item in engine.limits})
+            parts.append(Curves.of(engine.model, traffic, budgets))
+            for item in engine.limits:
+                index.append(start + budgets.index(full_step(item, traffic)))
+                owner.append(number)
+                flat.append(item)
+            start += len(budgets)
+        self.limits: list[Limits] = flat
+        self.owner = np.array(owner, dtype=np.intp)
+        self.seats = np.array([item.seats for item in flat], dtype=np.float64)[:, None]
+        self.times = Curves.stacked(parts).rows(np.array(index, dtype=np.intp)) if parts else None
+
+    def steady(self, batch: Array) -> Steady:
+        assert self.times is not None
+        return steady(self.times, self.traffic, batch, self.seats)
+
+    def engine_load(self, state: Steady) -> Array:
+        """Requests/s, or users of a closed loop, of a whole engine."""
+        assert self.times is not None
+        return self.times.dp * (state.rate if self.traffic.concurrency is None else state.users)
+
+    def capacities(self, slos: tuple[Slo, ...]) -> tuple[Array, Counter[str]]:
+        """[N] highest load of an engine of each row that meets every objective (0: none does), and
+        for how many rows each objective fails at the lightest load."""
+        if self.times is None:
+            return np.zeros(0), Counter()
+        grid = np.geomspace(1e-3, 1.0, _LOADS)[None, :] * self.seats
+        light = self.steady(grid)
+        good = light.meets(slos)
+        failing: Counter[str] = Counter()
+        dead = ~good[:, 0]
+        for slo in slos:
+            missed = int(np.sum(light.value(slo)[dead, 0] > slo.limit))
+            if missed:
+                failing[slo.key] = missed
+        last = np.where(good.all(axis=1), _LOADS, np.argmin(good, axis=1)) - 1
+        row = np.arange(len(grid))
+        low = grid[row, last][:, None]
+        high = grid[row, np.minimum(last + 1, _LOADS - 1)][:, None]
+        for _ in range(_ITERATIONS):
+            middle = np.sqrt(low * high)
+            ok = self.steady(middle).meets(slos)
+            low, high = np.where(ok, middle, low), np.where(ok, high, middle)
+        best = self.engine_load(self.steady(low))[:, 0]
+        return np.where(dead, 0.0, best), failing
+
+    def at_load(self, load: Array) -> Steady:
+        """The steady state at a load per engine [N or 1, K]; infinite TTFT where it cannot be carried."""
+        assert self.times is not None
+        shape = np.broadcast_shapes(load.shape, (len(self.seats), load.shape[1]))
+        low, high = np.full(shape, 1e-9), np.broadcast_to(self.seats, shape).copy()
+        top = self.engine_load(self.steady(high))
+        over = load > top * (1 + 1e-9)
+        for _ in range(_ITERATIONS):
+            middle = np.sqrt(low * high)
+            less = self.engine_load(self.steady(middle)) < load
+            low, high = np.where(less, middle, low), np.where(less, high, middle)
+        state = self.steady(high)
+        state.ttft[np.broadcast_to(over, shape)] = np.inf
+        return state
+
+
+class Precise:
+    """One engine with fixed limits, evaluated by the step model itself. Loads are those of the whole
+    engine: requests/s, or users of a closed loop."""
+
+    def __init__(self, engine: Engine, limits: Limits, traffic: Traffic) -> None:
+        self.engine, self.limits, self.traffic = engine, limits, traffic
+        self.times = Exact.of(engine.model, traffic, full_step(limits, traffic))
+        self.seats = np.array([[float(limits.seats)]])
+
+    def state(self, batch: Array, scale: float = 1.0) -> Steady:
+        return steady(self.times, self.traffic, batch[None, :], self.seats, scale)
+
+    def load(self, state: Steady) -> Array:
+        dp = self.engine.candidate.shape.dp
+        found: Array = dp * (state.rate if self.traffic.concurrency is None else state.users)[0]
+        return found
+
+    def capacity(self, slos: tuple[Slo, ...]) -> float:
+        """The highest load up to which every objective holds; 0 when none does at the lightest load."""
+        batch = np.geomspace(1e-3, 1.0, _POINTS) * self.limits.seats
+        best = 0.0
+        for _ in range(_ZOOMS):
+            state = self.state(batch)
+            good = state.meets(slos)[0]
+            last = len(good) - 1 if good.all() else int(np.argmin(good)) - 1
+            if last >= 0:
+                best = max(best, float(self.load(state)[last]))
+            if (last < 0 and best == 0.0) or last == len(good) - 1:
+                break
+            batch = np.linspace(batch[max(last, 0)], batch[last + 1], _POINTS)
+        return best
+
+    def at(self, load: float, scale: float = 1.0) -> Steady:
+        """The steady state at a load. Where it cannot be carried: infinite TTFT, or, with a scale
+        above 1 (a band's upper end), the most that still can be."""
+        batch = np.concatenate([[1e-9], np.geomspace(1e-4, 1.0, _POINTS)]) * self.limits.seats
+        for _ in range(_ZOOMS + 1):
+            state = self.state(batch, scale)
+            enough = (self.load(state) >= load) | ~np.isfinite(state.ttft[0])
+            if scale > 1:
+                enough |= state.full[0] > _CROWDED
+            first = int(np.argmax(enough)) if enough.any() else len(batch) - 1
+            if first == 0:
+                break
+            low, high = batch[first - 1], batch[first]
+            batch = np.linspace(low, high, _POINTS)
+        found = self.state(np.array([high if first else batch[0]]), scale)
+        if scale > 1:
+            over = not np.isfinite(found.ttft[0, 0]) or found.full[0, 0] > _CROWDED
+            return self.state(np.array([low if first else batch[0]]), scale) if over else found
+        if self.load(found)[0] < load * (1 - 1e-4):
+            found.ttft[:] = np.inf
+        return found
+
+
+def full_step(limits: Limits, traffic: Traffic) -> int:
+    """Tokens of a full step: without decoding the batch cap bounds them too."""
+    if traffic.decode_steps:
+        return limits.budget
+    return max(min(limits.budget, int(limits.max_num_seqs * traffic.new_tokens)), 1)

@@ -1,0 +1,45 @@
+"""The planner's own constants, read from `priors.yaml` (value, source and date lie there)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+
+import yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Priors:
+    """request_s, lag_steps   what TTFT holds besides waiting and prompt steps
+    ttft_band                 factors around TTFT beyond the band of the step time
+    kv_margin_sd              standard deviations of cache demand kept free
+    stable                    highest share of time that prompt processing may take
+    power_band                factors around the power model
+    """
+
+    request_s: float
+    lag_steps: float
+    ttft_band: tuple[float, float]
+    kv_margin_sd: float
+    stable: float
+    power_band: tuple[float, float]
+
+
+def text() -> str:
+    """The data file, for fingerprints."""
+    return resources.files("planc.planner").joinpath("priors.yaml").read_text(encoding="utf-8")
+
+
+@cache
+def priors() -> Priors:
+    raw = yaml.safe_load(text())
+    ttft, queueing = raw["ttft"], raw["queueing"]
+    return Priors(
+        request_s=ttft["request_ms"] / 1e3,
+        lag_steps=float(ttft["lag_steps"]),
+        ttft_band=(ttft["low"], ttft["high"]),
+        kv_margin_sd=queueing["kv_margin_sd"],
+        stable=queueing["stable"],
+        power_band=(raw["power"]["low"], raw["power"]["high"]),
+    )

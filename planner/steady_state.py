@@ -1,0 +1,312 @@
+"""Continuous batching with chunked prefill in steady state, in closed form, over arrays.
+
+One scheduler (an engine has `dp` of them) runs steps. A step carries one token of every decoding
+sequence and, while prompts wait, a chunk of up to budget - sequences prompt tokens. Everything
+follows from three step times as functions of the number b of decoding sequences:
+
+    D(b)   a step without prompt tokens
+    M(b)   a step with one prompt's next chunk
+    F(b)   a step whose budget is full of prompt tokens
+
+With B sequences decoding on average and S decode steps per request, request rate and time per
+output token follow without iteration. Each request lengthens the steps by X = chunks (M - D), so
+the share of time that prompts take is P = rate X and
+
+    TPOT = D / (1 - P),   rate = B / (S TPOT)  =>  rate = B / (S D + B X)          (Little's law)
+
+The batch that a sequence meets is B + 1 under Poisson arrivals (size-biased mean), B in a closed
+loop. TTFT = wait for a seat + wait for the prompt queue + rest of the running step + own chunks +
+constant. The prompt queue is G/G/1 with service I F / budget (Kingman; exact M/G/1 by
+Pollaczek-Khinchine when arrivals are Poisson); seats are a many-server queue by Halfin and Whitt
+(Operations Research 29, 1981). Percentiles: waits have exponential tails, prompts follow the length
+distribution, the batch met by a request averages a Poisson number over the request's own life
+(M/G/infinity: variance 2B/3); independent parts add in quadrature.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planc.planner.priors import priors
+from planc.planner.request import Metric, Slo
+from planc.planner.traffic import Traffic
+
+Array = NDArray[np.float64]
+
+
+class StepTimes(Protocol):
+    """Step times of N schedulers; arguments and results are arrays [N, K].
+
+    budget   prompt and decode tokens per step [N, 1]     pp, dp   degrees [N, 1]
+    """
+
+    @property
+    def budget(self) -> Array: ...
+
+    @property
+    def pp(self) -> Array: ...
+
+    @property
+    def dp(self) -> Array: ...
+
+    def at(self, seqs: Array) -> tuple[Array, Array, Array]:
+        """(D, M, F) in seconds of the slowest stage, with `seqs` decoding sequences in the step."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """Means at one load, arrays [N, K], seconds. Infinite times where the load cannot be carried.
+
+    batch    decoding sequences of one scheduler     rate   requests/s of one scheduler
+    users    requests in the system of one scheduler (decoding, prefilling and waiting)
+    busy     share of time that prompts take          full  share of the seats that are taken
+    """
+
+    traffic: Traffic
+    batch: Array
+    rate: Array
+    ttft: Array
+    tpot: Array
+    users: Array
+    busy: Array
+    full: Array
+    _decode: Array
+    _mixed: Array
+    _mixed_share: Array
+    _seat_wait: Array
+    _seat_chance: Array
+    _queue_wait: Array
+    _residual: Array
+    _own: Array
+    _tpot_sd: Array
+
+    @property
+    def e2e(self) -> Array:
+        return self.ttft + self.traffic.decode_steps * self.tpot
+
+    def mean(self, metric: Metric) -> Array:
+        """TTFT, TPOT (and ITL, which has the same mean), or end-to-end latency."""
+        return {"ttft": self.ttft, "tpot": self.tpot, "itl": self.tpot, "e2e": self.e2e}[metric]
+
+    def quantile(self, metric: Metric, q: float) -> Array:
+        """A percentile over requests (ITL: over tokens)."""
+        return {"ttft": self._ttft_at, "tpot": self._tpot_at, "itl": self._itl_at, "e2e": self._e2e_at}[
+            metric
+        ](q)
+
+    def value(self, slo: Slo) -> Array:
+        return self.mean(slo.metric) if slo.quantile is None else self.quantile(slo.metric, slo.quantile)
+
+    def meets(self, slos: tuple[Slo, ...]) -> NDArray[np.bool_]:
+        """Where the load is stable and every objective holds."""
+        found = np.isfinite(self.ttft) & np.isfinite(self.tpot)
+        for slo in slos:
+            found &= self.value(slo) <= slo.limit
+        return found
+
+    def _ttft_at(self, q: float) -> Array:
+        seat = np.where(self._seat_chance > 1 - q, self._seat_wait * _tail(self._seat_chance, q), 0.0)
+        busy = np.clip(self.busy, 1e-12, 1.0)
+        queue = np.where(busy > 1 - q, self._queue_wait / busy * _tail(busy, q), 0.0)
+        isl = self.traffic.isl
+        longer = self.traffic.quantile(isl, q) / max(self.traffic.isl_mean, 1e-9) - 1.0
+        with np.errstate(invalid="ignore"):
+            return self.ttft + _quadrature(
+                seat - self._seat_wait * self._seat_chance,
+                np.where(np.isfinite(queue), queue - self._queue_wait, 0.0),
+                self._residual * (2 * q - 1),
+                self._own * longer,
+            )
+
+    def _tpot_at(self, q: float) -> Array:
+        return np.maximum(self.tpot + NormalDist().inv_cdf(q) * self._tpot_sd, self._decode)
+
+    def _itl_at(self, q: float) -> Array:
+        plain = self._decode + max(NormalDist().inv_cdf(q), 0.0) * self._tpot_sd
+        return np.where(self._mixed_share >= 1 - q, np.maximum(self._mixed, plain), plain)
+
+    def _e2e_at(self, q: float) -> Array:
+        steps = np.maximum(self.traffic.osl - 1, 0)
+        more = self.traffic.quantile(steps, q) - self.traffic.decode_steps
+        ttft = self._ttft_at(q)
+        return self.e2e + _quadrature(
+            np.subtract(ttft, self.ttft, out=np.zeros_like(ttft), where=np.isfinite(self.ttft)),
+            self.tpot * more,
+            self.traffic.decode_steps * (self._tpot_at(q) - self.tpot),
+        )
+
+
+def steady(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale: float = 1.0) -> Steady:
+    """The steady state with `batch` sequences decoding on average per scheduler.
+
+    batch   [N, K], at most `seats`
+    seats   [N, 1] sequences that may run at once
+    scale   factor on every step time, for bands
+    """
+    if traffic.decode_steps == 0:
+        return _prompts_only(times, traffic, batch, seats, scale)
+    known = priors()
+    closed = traffic.concurrency is not None
+    met = np.maximum(batch, 1.0) if closed else np.minimum(batch + 1.0, np.maximum(seats, 1.0))
+    decode, mixed, full = (part * scale for part in times.at(met / times.pp))
+    budget = np.maximum(times.budget - met / times.pp, 1.0)
+    fresh = traffic.new_tokens
+    chunks = np.maximum(fresh / budget, 1.0)
+    steps = traffic.decode_steps
+    # several prompts share a step once more than one arrives per step; then their cost is the fluid one
+    alone = np.minimum(1.0, steps / np.maximum(batch, 1e-12))
+    extra = alone * chunks * (mixed - decode) + (1 - alone) * fresh / budget * (full - decode)
+    extra = np.maximum(extra, 0.0)
+    rate = _rate(batch, steps * times.pp * decode, extra, times.dp)
+    prompt_share = 1 - (1 - np.minimum(rate * extra, 1.0)) ** times.dp
+    with np.errstate(divide="ignore", invalid="ignore"):
+        tpot = np.where(prompt_share < 1, times.pp * decode / (1 - prompt_share), np.inf)
+
+    service = fresh / budget * full
+    busy = rate * service
+    variability = (_arrivals(traffic) + traffic.isl_cv2) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        queue = np.where(busy < known.stable, busy / (1 - busy) * service * variability, np.inf)
+    partial = np.ceil(chunks - 1e-9) - chunks  # the last chunk is a partial one: a plain step and its share
+    own = (chunks - 1 + times.pp) * mixed + partial * decode
+    mixed_share = np.minimum(rate * chunks * mixed, 1.0)
+    residual = 0.5 * ((1 - mixed_share) * decode + mixed_share * np.where(chunks <= 1, mixed, 0.0))
+
+    stay = own + steps * tpot
+    taken = rate * stay
+    if closed:
+        chance, wait = np.zeros_like(taken), np.zeros_like(taken)
+    else:
+        chance, wait = _seat_queue(taken, np.maximum(seats, 1.0), stay)
+    lag = known.lag_steps * decode * times.pp
+    ttft = chance * wait + queue + residual + own + lag + known.request_s
+    impossible = ~np.isfinite(tpot) | (busy >= known.stable) | (taken > seats + 1e-9)
+    ttft = np.where(impossible, np.inf, ttft)
+
+    over, _, _ = times.at(
+        np.minimum(met + np.sqrt(2 * np.maximum(batch, 0) / 3), np.maximum(seats, 1.0)) / times.pp
+    )
+    with np.errstate(invalid="ignore"):
+        slope = np.maximum(over * scale - decode, 0.0) * tpot / decode
+        stalls = extra * np.sqrt(np.maximum(batch, 0.0)) / steps
+        tpot_sd = np.zeros_like(tpot) if closed else np.hypot(slope, stalls)
+        users = rate * (np.where(impossible, 0.0, ttft) + steps * tpot)
+    return Steady(
+        traffic=traffic,
+        batch=batch,
+        rate=rate,
+        ttft=ttft,
+        tpot=tpot,
+        users=users,
+        busy=busy,
+        full=taken / np.maximum(seats, 1.0),
+        _decode=times.pp * decode,
+        _mixed=times.pp * mixed,
+        _mixed_share=np.minimum(rate * chunks * tpot, 1.0),
+        _seat_wait=wait,
+        _seat_chance=chance,
+        _queue_wait=queue,
+        _residual=residual,
+        _own=own,
+        _tpot_sd=tpot_sd,
+    )
+
+
+def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale: float) -> Steady:
+    """Requests without decode steps: encoders, plain modules, one-token answers.
+
+    `batch` / `seats` is the share of the highest stable rate. Prompts that arrive together share a
+    step: a request's own step grows from M to F with the share of time that steps run.
+    """
+    known = priors()
+    _, mixed, full = (part * scale for part in times.at(np.ones_like(batch)))
+    budget = np.maximum(times.budget, 1.0)
+    service = traffic.new_tokens / budget * full
+    rate = batch / np.maximum(seats, 1.0) * known.stable / service
+    busy = np.minimum(rate * service, known.stable)
+    chunks = np.maximum(traffic.new_tokens / budget, 1.0)
+    own = (np.ceil(chunks - 1e-9) - 1 + times.pp) * (mixed + (full - mixed) * busy)
+    queue = busy / (1 - busy) * service * (_arrivals(traffic) + traffic.isl_cv2) / 2
+    residual = 0.5 * busy * own
+    ttft = own + queue + residual + known.request_s
+    zero = np.zeros_like(ttft)
+    return Steady(
+        traffic=traffic,
+        batch=rate * own,
+        rate=rate,
+        ttft=ttft,
+        tpot=zero,
+        users=rate * ttft,
+        busy=busy,
+        full=rate * own / np.maximum(seats, 1.0),
+        _decode=zero,
+        _mixed=zero,
+        _mixed_share=zero,
+        _seat_wait=zero,
+        _seat_chance=zero,
+        _queue_wait=queue,
+        _residual=residual,
+        _own=own,
+        _tpot_sd=zero,
+    )
+
+
+def _rate(batch: Array, cycle: Array, extra: Array, dp: Array) -> Array:
+    """rate with rate * cycle = batch * (1 - rate * extra)^dp: attention-DP ranks stall on each other's
+    prompts."""
+    rate = batch / (cycle + batch * extra)
+    if np.all(dp == 1):
+        return rate
+    for _ in range(12):  # Newton from the right on a convex, increasing function
+        free = np.maximum(1 - rate * extra, 0.0)
+        value = rate * cycle - batch * free**dp
+        slope = cycle + batch * dp * extra * free ** (dp - 1)
+        rate = np.maximum(rate - value / slope, 0.0)
+    return rate
+
+
+def _arrivals(traffic: Traffic) -> float:
+    """Squared coefficient of variation of arrivals at the prompt queue. A closed loop's are spread by
+    the lengths, and a client never waits behind itself."""
+    if traffic.concurrency is None:
+        return traffic.arrival_cv2
+    return (traffic.concurrency - 1) / traffic.concurrency
+
+
+def _seat_queue(load: Array, seats: Array, stay: Array) -> tuple[Array, Array]:
+    """(chance to wait, mean wait of those who wait) of a many-server queue.
+
+    Halfin and Whitt 1981: with beta = (seats - load) / sqrt(load), P = 1 / (1 + beta Phi(beta) / phi(beta)).
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        spare = np.maximum(seats - load, 1e-9)
+        beta = np.minimum(spare / np.sqrt(np.maximum(load, 1e-9)), 38.0)
+        density = np.exp(-beta * beta / 2) / math.sqrt(2 * math.pi)
+        chance = density / (density + beta * _normal_cdf(beta))
+        wait = stay / spare
+    return chance, wait
+
+
+def _normal_cdf(x: Array) -> Array:
+    """Phi(x) for x >= 0: Abramowitz and Stegun 26.2.17, absolute error below 7.5e-8."""
+    t = 1 / (1 + 0.2316419 * x)
+    series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
+    return np.asarray(1 - np.exp(-x * x / 2) / math.sqrt(2 * math.pi) * series)
+
+
+def _tail(chance: Array, q: float) -> Array:
+    """Quantile of an exponential tail that starts with probability `chance`, in units of its mean."""
+    return np.log(np.maximum(chance / (1 - q), 1.0))
+
+
+def _quadrature(*parts: Array) -> Array:
+    """Independent deviations from the mean, added in quadrature with their signs."""
+    total = sum(part * np.abs(part) for part in parts)
+    return np.sign(total) * np.sqrt(np.abs(total))

@@ -1,0 +1,102 @@
+"""Step times for the steady state: exact from one step model, or interpolated for many at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planc.cost_model.step import StepLoad, StepModel
+from planc.planner.steady_state import Array
+from planc.planner.traffic import Traffic
+
+#: decoding sequences per step at which curves are tabulated; n and n + 1 where kernels change their tiles
+_STARTS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 20, 24, 25, 32, 33, 40, 48, 56, 64, 65, 72, 80, 96, 97, 112)
+_LARGE = (128, 129, 144, 160, 176, 192, 193, 208, 224, 240, 256, 257, 288, 320, 384, 385, 448, 512, 513)
+GRID = np.array((*_STARTS, *_LARGE, 640, 768, 769, 896, 1024), dtype=np.float64)
+
+
+def loads(traffic: Traffic, seqs: Array, budget: Array) -> tuple[StepLoad, StepLoad, StepLoad]:
+    """The steps D, M and F of `planner.steady_state` at `seqs` decoding sequences and a token budget."""
+    context = traffic.decode_context
+    if traffic.decode_steps == 0:
+        seqs = np.zeros_like(seqs)
+    room = np.maximum(budget - seqs, 1.0)
+    chunk = np.minimum(traffic.new_tokens, room)
+    cached = np.maximum(traffic.prefill_context - chunk / 2, 0.0)
+    return (
+        StepLoad(seqs, context),
+        StepLoad(seqs, context, chunk, 1.0, cached),
+        StepLoad(seqs, context, room, np.maximum(room / traffic.new_tokens, 1.0), cached),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """Every call asks the step model. Shapes: budget, pp, dp [1, 1]; seqs [1, K]."""
+
+    model: StepModel
+    traffic: Traffic
+    budget: Array
+    pp: Array
+    dp: Array
+
+    @staticmethod
+    def of(model: StepModel, traffic: Traffic, budget: float) -> Exact:
+        pp, dp = model.shape.pp, model.shape.dp
+        return Exact(model, traffic, np.array([[budget]]), np.array([[float(pp)]]), np.array([[float(dp)]]))
+
+    def at(self, seqs: Array) -> tuple[Array, Array, Array]:
+        plain, mixed, full = loads(self.traffic, np.maximum(seqs, 1.0), self.budget)
+        return self.model.seconds(plain), self.model.seconds(mixed), self.model.seconds(full)
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Linear interpolation on GRID for N schedulers. `decode`, `mixed`, `full` are [N, len(GRID)].
+
+    Batches beyond the grid extend its last segment.
+    """
+
+    decode: Array
+    mixed: Array
+    full: Array
+    budget: Array
+    pp: Array
+    dp: Array
+
+    @staticmethod
+    def of(model: StepModel, traffic: Traffic, budgets: Sequence[int]) -> Curves:
+        """One row per token budget of one step model."""
+        budget = np.array(budgets, dtype=np.float64)[:, None]
+        plain, mixed, full = loads(traffic, GRID[None, :], budget)
+        rows = np.ones_like(budget)
+        return Curves(
+            np.repeat(model.seconds(plain), len(budgets), axis=0),
+            model.seconds(mixed),
+            model.seconds(full),
+            budget,
+            rows * model.shape.pp,
+            rows * model.shape.dp,
+        )
+
+    @staticmethod
+    def stacked(parts: Sequence[Curves]) -> Curves:
+        names = ("decode", "mixed", "full", "budget", "pp", "dp")
+        return Curves(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    def rows(self, index: Array) -> Curves:
+        """Some rows, with repetition."""
+        names = ("decode", "mixed", "full", "budget", "pp", "dp")
+        return Curves(*(getattr(self, name)[index] for name in names))
+
+    def at(self, seqs: Array) -> tuple[Array, Array, Array]:
+        seqs = np.maximum(seqs, 1.0)
+        left = np.clip(np.searchsorted(GRID, seqs, side="right") - 1, 0, len(GRID) - 2)
+        share = (seqs - GRID[left]) / (GRID[left + 1] - GRID[left])
+        row = np.arange(len(self.decode))[:, None]
+        lower = [table[row, left] for table in (self.decode, self.mixed, self.full)]
+        upper = [table[row, left + 1] for table in (self.decode, self.mixed, self.full)]
+        plain, mixed, full = (a + (b - a) * share for a, b in zip(lower, upper, strict=True))
+        return plain, mixed, full
