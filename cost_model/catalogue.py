@@ -120,6 +120,9 @@ class EngineProfile(Entry):
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
     fusions              patterns of fusion names that the engine's own kernels always apply
+    fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
+    fused_activation_quant  formats whose quantization rides in the pointwise kernel before a product; after
+                         attention, or for another format, it is a kernel of its own
     """
 
     name: str
@@ -146,6 +149,7 @@ class EngineProfile(Entry):
     prefill_factor: float
     custom_all_reduce_max_mib: float
     fusions: tuple[str, ...]
+    fuses_pointwise: bool
     fused_activation_quant: tuple[str, ...]
     archs: Mapping[str, Support]
     source: str

@@ -14,8 +14,9 @@ from planc.cost_model.formats import fmt
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, LayerClass, Row
 
-#: layer classes whose weights engines leave in the checkpoint's own width
+#: layer classes, and modules inside layers, whose weights engines leave in the checkpoint's own width
 _KEPT = ("embedding", "head")
+_KEPT_MODULES = ("router", "gate", "shared_expert_gate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ def weight_format(row: Row, shape: EngineShape) -> str:
     """The format of a row's weights: the shape's where the row and the format allow it, else bf16."""
     wanted = shape.weight_format(row.layer_class)
     named = row.layer_class in dict(shape.class_weights)
-    if "weight" not in row.quantizable or (row.layer_class in _KEPT and not named):
+    kept = row.layer_class in _KEPT or row.site.rpartition(".")[2] in _KEPT_MODULES
+    if "weight" not in row.quantizable or (kept and not named):
         return unquantized(shape)
     return wanted if row.work.family in fmt(wanted).families else unquantized(shape)
 

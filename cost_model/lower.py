@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Literal
 
 from planc.cost_model.catalogue import EngineProfile
@@ -63,14 +64,26 @@ class Collective:
 def kernels(
     table: CostTable, shape: EngineShape, profile: EngineProfile, fusions: frozenset[str] | None
 ) -> list[Kernel]:
-    """All kernels of a layer of each class. `fusions` None: those the engine's own kernels apply."""
-    found = [_kernel_of(row, part, shape) for part, row in parts(table)]
+    """All kernels of a layer of each class.
+
+    `fusions` None: those that the engine applies by itself, its compiler's pointwise ones included.
+    A set: exactly those, and every other op is a kernel of its own.
+    """
+    rides = profile.fuses_pointwise and fusions is None
+    found = [_kernel_of(row, part, shape, rides) for part, row in parts(table)]
+    after_attention = {
+        id(two) for one, two in pairwise(found) if isinstance(one.spec, Attention) and _same_class(one, two)
+    }
     offers = chosen(table, profile, fusions)
     fused: list[Kernel] = []
     for name in dict.fromkeys(kernel.layer_class for kernel in found):
         mine = [kernel for kernel in found if kernel.layer_class == name]
         fused.extend(_fuse(mine, [offer for offer in offers if offer.layer_class == name]))
-    return [made for kernel in fused for made in _with_quantization(kernel, shape, profile)]
+    return [
+        made
+        for kernel in fused
+        for made in _with_quantization(kernel, shape, profile, id(kernel) in after_attention)
+    ]
 
 
 def chosen(
@@ -108,7 +121,7 @@ def _key(row: Row) -> tuple[str, str, str, int]:
     return row.layer_class, row.site, row.op, row.calls
 
 
-def _kernel_of(row: Row, part: Part, shape: EngineShape) -> Kernel:
+def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool) -> Kernel:
     work, divided = row.work, factors(row, shape)
     weights, acts = weight_format(row, shape), activation_format(row, shape)
     wide = fmt(unquantized(shape)).bytes
@@ -119,7 +132,7 @@ def _kernel_of(row: Row, part: Part, shape: EngineShape) -> Kernel:
         family=work.family,
         part=part,
         calls=float(row.calls),
-        launches=1.0,
+        launches=0.0 if rides and _is_plain(row) else 1.0,
         spec=None,
         rows=NONE,
         flops=work.flops * divided.flops,
@@ -144,6 +157,15 @@ def _kernel_of(row: Row, part: Part, shape: EngineShape) -> Kernel:
     if work.family != "gather":  # a look-up reads the rows it is asked for, not the table
         moved = moved + Amount({"1": work.weights * divided.weights} if work.weights else {})
     return replace(base, nbytes=moved * wide)
+
+
+def _is_plain(row: Row) -> bool:
+    """An op of ATen that moves elements: what a compiler fuses with its neighbours."""
+    return row.work.family in ("elementwise", "generic") and row.op.startswith("aten::")
+
+
+def _same_class(one: Kernel, two: Kernel) -> bool:
+    return one.layer_class == two.layer_class
 
 
 def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_bytes: float) -> Kernel:
@@ -192,12 +214,15 @@ def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str
     return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))
 
 
-def _with_quantization(kernel: Kernel, shape: EngineShape, profile: EngineProfile) -> list[Kernel]:
+def _with_quantization(
+    kernel: Kernel, shape: EngineShape, profile: EngineProfile, after_attention: bool
+) -> list[Kernel]:
     """A product and the kernel that quantizes its input, where the engine does not fuse that away."""
     if not isinstance(kernel.spec, Gemm | GroupedGemm):
         return [kernel]
     acts = kernel.spec.activations
-    if acts == unquantized(shape) or acts in profile.fused_activation_quant:
+    fused = acts in profile.fused_activation_quant and not after_attention
+    if acts == unquantized(shape) or fused:
         return [kernel]
     both = fmt(unquantized(shape)).bytes + fmt(acts).bytes
     inputs = kernel.reads

@@ -181,8 +181,9 @@ def test_fusions_save_what_they_offer() -> None:
     none, merged, normed = seconds(), seconds("qkv_merge"), seconds("residual_add_rms_norm")
     assert none - normed == pytest.approx(4 * 3.0e-6, rel=0.01)  # one pointwise launch in each of 4 layers
     assert none - merged == pytest.approx(4 * 2 * 3.9e-6, rel=0.25)
-    both = seconds("qkv_merge", "gate_up_merge", "residual_add_rms_norm")
-    assert StepModel(table, shape, H100, Fabric(8), profile).seconds(load) == pytest.approx(both)
+    all_named = seconds("qkv_merge", "gate_up_merge", "residual_add_rms_norm")
+    by_engine = float(StepModel(table, shape, H100, Fabric(8), profile).seconds(load))
+    assert all_named - by_engine == pytest.approx(4 * 3.0e-6, rel=0.01)  # the sum behind the MLP rides too
 
 
 def test_a_fusion_that_saves_traffic_helps_long_prompts() -> None:
