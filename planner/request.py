@@ -15,46 +15,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 from pydantic_core import PydanticCustomError
 
 from planc.cost_model import catalogue, formats
 from planc.errors import FileMissing, FileUnreadable, InvalidField
 from planc.planner.mistakes import translated
+from planc.planner.overrides import apply_overrides
+from planc.planner.workload import Part, Workload, plain
 
 Metric = Literal["ttft", "tpot", "itl", "e2e"]
 Objective = Literal["min_cost", "max_goodput", "min_latency", "min_energy", "pareto"]
 
 _SLO_KEY = re.compile(r"(ttft|tpot|itl|e2e)_(mean|p\d{1,2}(?:\.\d{1,3})?)_ms")
-_PERCENTILE = re.compile(r"p(\d{1,2}(?:\.\d{1,3})?)")
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def _mistake(reason: str, mend: str) -> PydanticCustomError:
-    """A validator's refusal, with its mend; `planner.mistakes` words it."""
-    return PydanticCustomError("planc", "{reason}", {"reason": reason, "mend": mend})
 
 
 def _listed(value: Any) -> Any:
     """`tp: 4` means `tp: [4]`."""
     return value if value is None or isinstance(value, list | tuple) else [value]
-
-
-def _plain(value: float) -> float:
-    """4000.0 is written 4000."""
-    return int(value) if value == int(value) else value
 
 
 Names = Annotated[list[str] | None, BeforeValidator(_listed), Field(min_length=1)]
@@ -64,7 +42,7 @@ Degrees = Annotated[list[Annotated[int, Field(ge=1, le=4096)]] | None, BeforeVal
 # -- inventory -------------------------------------------------------------------------
 
 
-class Nodes(_Part):
+class Nodes(Part):
     """`count` identical machines. `usd_per_gpu_hour` defaults to the catalogue's list price."""
 
     gpu: str
@@ -74,165 +52,11 @@ class Nodes(_Part):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 
 
-class Inventory(_Part):
+class Inventory(Part):
     """`inter_node_gbps` is the network per GPU, one direction, Gbit/s; default the catalogue's."""
 
     nodes: list[Nodes] = Field(min_length=1)
     inter_node_gbps: float | None = Field(default=None, gt=0)
-
-
-# -- workload --------------------------------------------------------------------------
-
-
-class Lengths(_Part):
-    """Token counts: a fixed number, a mean with percentiles, or a histogram file (tokens,count)."""
-
-    mean: float | None = Field(default=None, ge=0, le=1e8)
-    percentiles: dict[str, float] = Field(default_factory=dict)
-    histogram: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _forms(cls, value: Any) -> Any:
-        if isinstance(value, bool | str | list):
-            raise _mistake(
-                "not a length", "Write a number of tokens, {mean, p50, p95, ...} or {histogram: FILE}."
-            )
-        if isinstance(value, int | float):
-            return {"mean": value}
-        if isinstance(value, dict) and "percentiles" not in value:
-            named = {k: v for k, v in value.items() if _PERCENTILE.fullmatch(str(k))}
-            rest = {k: v for k, v in value.items() if k not in named}
-            return {**rest, "percentiles": named} if named else rest
-        return value
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Lengths:
-        if self.histogram is not None and (self.mean is not None or self.percentiles):
-            raise _mistake("a histogram stands alone", "Leave out the mean and the percentiles.")
-        if self.histogram is None and self.mean is None and not self.percentiles:
-            raise _mistake("no length given", "Write a number of tokens.")
-        ordered = sorted(self.percentiles.items(), key=lambda item: float(item[0][1:]))
-        values = [v for _, v in ordered]
-        if any(v <= 0 for v in values) or values != sorted(values):
-            raise _mistake("percentiles must be positive and ascend", "Check p50 <= p95 <= p99.")
-        return self
-
-    @model_serializer
-    def _short(self) -> Any:
-        if self.histogram is not None:
-            return {"histogram": self.histogram}
-        if not self.percentiles:
-            return _plain(self.mean or 0.0)
-        named = {key: _plain(value) for key, value in self.percentiles.items()}
-        return ({"mean": _plain(self.mean)} if self.mean is not None else {}) | named
-
-
-class TrafficClass(_Part):
-    """One kind of request. `isl` and `osl` count tokens; `prefix_hit_rate` is the cached share of isl.
-
-    For encoders `osl` is left out; for plain modules both may be (a request is one item then).
-    """
-
-    name: str | None = None
-    weight: float = Field(default=1.0, gt=0)
-    isl: Lengths | None = None
-    osl: Lengths | None = None
-    prefix_hit_rate: float = Field(default=0.0, ge=0, lt=1)
-    request_rate: float | None = Field(default=None, gt=0)
-
-
-class Trace(_Part):
-    """Recorded traffic: lengths, arrival rate, burstiness and prefix hits are taken from the file."""
-
-    file: str
-    format: Literal["mooncake", "azure", "vllm"]
-    prefix_hit_rate: float | None = Field(default=None, ge=0, lt=1)
-
-
-_CLASS_KEYS = ("name", "weight", "isl", "osl", "prefix_hit_rate")
-
-
-class Workload(_Part):
-    """Traffic classes or a trace, and how much of it: exactly one of request_rate (requests/s),
-    concurrency (closed loop) or `rate: max`. A trace brings its own rate.
-
-    arrival_cv   coefficient of variation of the times between arrivals; 1 is Poisson
-    """
-
-    classes: list[TrafficClass] = Field(default_factory=list)
-    trace: Trace | None = None
-    request_rate: float | None = Field(default=None, gt=0)
-    concurrency: int | None = Field(default=None, ge=1, le=10_000_000)
-    rate: Literal["max"] | None = None
-    arrival_cv: float = Field(default=1.0, ge=0, le=100)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _forms(cls, value: Any) -> Any:
-        if isinstance(value, list):
-            value = {"classes": value}
-            rates = [c.get("rate") for c in value["classes"] if isinstance(c, dict)]
-            if rates and all(r == "max" for r in rates):
-                plain = [{k: v for k, v in c.items() if k != "rate"} for c in value["classes"]]
-                value = {"classes": plain, "rate": "max"}
-        if not isinstance(value, dict):
-            return value
-        value = dict(value)
-        if value.get("request_rate") == "max" and "rate" not in value:
-            value["rate"] = value.pop("request_rate")
-        if "trace" in value and isinstance(value["trace"], str):
-            inner = {"file": value.pop("trace")}
-            for key in ("format", "prefix_hit_rate"):
-                if key in value:
-                    inner[key] = value.pop(key)
-            value["trace"] = inner
-        elif "trace" not in value and "classes" not in value:
-            own = {k: value.pop(k) for k in _CLASS_KEYS if k in value}
-            value["classes"] = [own]
-        return value
-
-    @model_validator(mode="after")
-    def _one_rate(self) -> Workload:
-        if self.trace is not None and self.classes:
-            raise _mistake("a trace and lengths at once", "Leave out isl and osl: the trace has them.")
-        if self.trace is None and not self.classes:
-            raise _mistake("no traffic", "Give isl and osl, a list of classes, or a trace.")
-        given = [k for k in ("request_rate", "concurrency", "rate") if getattr(self, k) is not None]
-        per_class = [c.request_rate is not None for c in self.classes]
-        if any(per_class):
-            if given or not all(per_class):
-                raise _mistake(
-                    "the rate is given twice or only for some classes",
-                    "Give a request_rate for every class, or one for the whole workload.",
-                )
-            return self
-        if len(given) > 1:
-            raise _mistake(f"{' and '.join(given)} at once", "Keep exactly one of them.")
-        if not given and self.trace is None:
-            raise _mistake("no rate", "Add request_rate: N (requests/s), concurrency: N, or rate: max.")
-        return self
-
-    @model_serializer
-    def _flat(self) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        shown = [c.model_dump(mode="json", exclude_none=True, exclude_defaults=True) for c in self.classes]
-        if self.trace is not None:
-            out |= {"trace": self.trace.file, "format": self.trace.format}
-            if self.trace.prefix_hit_rate is not None:
-                out["prefix_hit_rate"] = self.trace.prefix_hit_rate
-        elif len(shown) == 1 and "request_rate" not in shown[0]:
-            out |= shown[0]
-        else:
-            out["classes"] = shown
-        if self.request_rate is not None:
-            out["request_rate"] = _plain(self.request_rate)
-        for key in ("concurrency", "rate"):
-            if getattr(self, key) is not None:
-                out[key] = getattr(self, key)
-        if self.arrival_cv != 1.0:
-            out["arrival_cv"] = self.arrival_cv
-        return out
 
 
 # -- objectives and constraints ----------------------------------------------------------
@@ -273,7 +97,7 @@ def _quantile(key: str) -> float | None:
     return None if stat == "mean" else float(stat[1:]) / 100
 
 
-class Constraints(_Part):
+class Constraints(Part):
     """What the plan may use. A list that is left out allows the engine's own; see each field.
 
     weights, activations, kv   allowed formats. Weights left out: the checkpoint's own format, or,
@@ -304,7 +128,7 @@ class Constraints(_Part):
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
 
 
-class Request(_Part):
+class Request(Part):
     """A whole request. Build it with `load_request` or `Request.model_validate(mapping)`."""
 
     model: str = Field(min_length=1)
@@ -336,7 +160,7 @@ class Request(_Part):
     def dump(self) -> dict[str, Any]:
         """The request in canonical form: what is at its default is left out."""
         raw: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
-        raw["slo"] = {key: _plain(value) for key, value in sorted(self.slo.items())}
+        raw["slo"] = {key: plain(value) for key, value in sorted(self.slo.items())}
         return {key: value for key, value in raw.items() if value not in ({}, [])}
 
     def fingerprint(self) -> str:
@@ -420,8 +244,6 @@ def load_request(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
             reason=f"it holds {'nothing' if raw is None else f'a {type(raw).__name__}'}, not a mapping",
             mend="A request has the keys model, inventory and workload; see examples/requests.",
         )
-    from planc.planner.overrides import apply_overrides
-
     request = make_request(apply_overrides(raw, overrides), where=f"request '{path}'")
     request._base = file.parent
     return request

@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planc.errors import FileUnreadable, InvalidField
-from planc.planner.request import Lengths, Request, read_bytes
+from planc.planner.request import Request, read_bytes
+from planc.planner.workload import Lengths
 
 Array = NDArray[np.float64]
 _POINTS = 64
