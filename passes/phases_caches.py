@@ -24,6 +24,7 @@ from torch.fx import Node
 
 from planc.errors import UnsupportedModel
 from planc.ir.graph import CacheSpec, Graph
+from planc.ir.layers import layer_of
 from planc.ir.opdef import Call, fake
 
 _planc = torch.ops.planc
@@ -74,7 +75,7 @@ class Caches:
         entries: dict[str, tuple[int, ...]],
     ) -> tuple[Node, ...]:
         if held not in self._of:
-            layer = _layer(node)
+            layer = layer_of(node) or 0
             made = []
             for name, entry in entries.items():
                 taken = {spec.name for spec in self.specs}
@@ -87,15 +88,6 @@ class Caches:
                 made.append(self._last)
             self._of[held] = tuple(made)
         return self._of[held]
-
-
-def _layer(node: Node) -> int:
-    """The number in the node's module path, e.g. 3 in "model.layers.3.self_attn"; 0 if there is none."""
-    for path, _ in reversed(list(node.meta.get("nn_module_stack", {}).values())):
-        found = re.search(r"\.(\d+)(\.|$)", str(path))
-        if found:
-            return int(found[1])
-    return 0
 
 
 def _args(call: Call, names: str) -> tuple[Any, ...]:

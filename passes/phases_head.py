@@ -13,6 +13,8 @@ import torch
 from torch.fx import Graph as Nodes
 from torch.fx import Node
 
+from planc.ir.layers import layer_of
+
 _aten = torch.ops.aten
 
 #: Ops, beside pointwise ones, whose result at a token depends on that token alone.
@@ -64,7 +66,7 @@ def _narrowed(nodes: Nodes, logits: Node, query_starts: Node) -> Node:
 
 def _only_token_input(node: Node) -> Node | None:
     """The input that a tokenwise op of the head takes its tokens from; None where the climb ends."""
-    if node.op != "call_function" or _in_layer(node) or not _tokenwise(node):
+    if node.op != "call_function" or layer_of(node) is not None or not _tokenwise(node):
         return None
     inputs = [n for n in node.all_input_nodes if n.op not in ("get_attr",)]
     if len(inputs) != 1 or list(inputs[0].users) != [node] or inputs[0].op == "placeholder":
@@ -79,14 +81,6 @@ def _tokenwise(node: Node) -> bool:
     return torch.Tag.pointwise in target.tags or target.name().startswith(_TOKENWISE)
 
 
-def _in_layer(node: Node) -> bool:
-    return any(
-        part.isdigit()
-        for path, _ in node.meta.get("nn_module_stack", {}).values()
-        for part in str(path).split(".")
-    )
-
-
 def _drop_whole_slices(nodes: Nodes, logits: Node) -> None:
     """Removes x[:, 0:] and the like above the logits (transformers' `logits_to_keep=0`)."""
     node: Node | None = logits
@@ -95,12 +89,12 @@ def _drop_whole_slices(nodes: Nodes, logits: Node) -> None:
         if node.target is _aten.slice.Tensor and _whole(node):
             node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
             nodes.erase_node(node)
-        elif _in_layer(node):
+        elif layer_of(node) is not None:
             return
         node = source
 
 
 def _whole(node: Node) -> bool:
     args = (*node.args, *(None, None, None, 1)[len(node.args) - 1 :])
-    start, end, step = args[2], args[3], args[4]
-    return not start and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1
+    start, end, step = args[2:5]
+    return bool(start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1)

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from planc.errors import UnsupportedModel
 from planc.ir.graph import Graph
+from planc.ir.verify import source_line
 from planc.passes.phases_shapes import Sizes
 
 _aten = torch.ops.aten
@@ -52,7 +53,7 @@ def _counts_tokens(node: Node, graph: Graph) -> bool:
     start = node.args[0] if node.target is not _aten.arange.default else 0
     step = node.args[2] if len(node.args) > 2 else 1
     sequence = isinstance(size, torch.SymInt) and graph.symbols.get(str(size.node.expr)) == "seq"
-    return sequence and start == 0 and step == 1
+    return bool(sequence and start == 0 and step == 1)
 
 
 def check_nothing_mixes_tokens(nodes: Nodes, graph: Graph, sizes: Sizes) -> None:
@@ -67,11 +68,6 @@ def check_nothing_mixes_tokens(nodes: Nodes, graph: Graph, sizes: Sizes) -> None
             raise UnsupportedModel(
                 model=graph.source.name,
                 reason=f"'{node.name}' ({node.target}) mixes tokens in a way that planc has no cache for,"
-                f" at {_where(node)}",
+                f" at {source_line(node)}",
                 mend="Call torch.ops.planc.attention there, or compile the model as an encoder.",
             )
-
-
-def _where(node: Node) -> str:
-    trace = str(node.meta.get("stack_trace") or "").strip()
-    return "\n".join(trace.splitlines()[-2:])

@@ -36,13 +36,15 @@ class Sizes:
     def of(input_ids: Node) -> Sizes:
         """Fresh sizes, on the device that the traced graph stands on."""
         mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=False)
-        values = {}
+        values: dict[str, torch.SymInt] = {}
         for role, example in _EXAMPLES.items():
             one = mode.from_tensor(
                 torch.empty(example, device="meta"),
                 symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]),
             )
-            values[role] = one.shape[0]
+            size = one.shape[0]
+            assert isinstance(size, torch.SymInt)
+            values[role] = size
         return Sizes(mode, input_ids.meta["val"].device, values)
 
     def roles(self) -> dict[str, str]:
@@ -72,11 +74,11 @@ class Sizes:
 
     def grows_with_square(self, value: object) -> bool:
         """Whether a tensor's number of elements has the tokens squared in it."""
-        if not isinstance(value, Tensor) or not isinstance(value.numel(), torch.SymInt):
+        count: object = value.numel() if isinstance(value, Tensor) else None
+        if not isinstance(count, torch.SymInt):
             return False
-        tokens = self.values["T"].node.expr
-        elements = value.numel().node.expr
-        return bool(elements.has(tokens)) and not elements.diff(tokens, 2).is_zero
+        tokens, elements = self.values["T"].node.expr, count.node.expr
+        return bool(elements.has(tokens)) and elements.diff(tokens, 2).is_zero is False
 
 
 def propagate(nodes: Nodes, root: Module, sizes: Sizes, caches: Sequence[CacheSpec]) -> None:
@@ -87,12 +89,12 @@ def propagate(nodes: Nodes, root: Module, sizes: Sizes, caches: Sequence[CacheSp
     """
     inputs = sizes.inputs(caches)
     memory = _Memory()
-    values: dict[Node, object] = {}
+    values: dict[Node, Any] = {}
     with sizes.mode:
         for node in list(nodes.nodes):
             match node.op:
                 case "placeholder":
-                    value: object = memory.same(inputs[str(node.target)])
+                    value: Any = memory.same(inputs[str(node.target)])
                 case "get_attr":
                     value = memory.same(_attribute(root, str(node.target), sizes.device))
                 case "call_function":
@@ -110,7 +112,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self._tensors: dict[Hashable, Tensor] = {}
-        self._results: dict[Hashable, object] = {}
+        self._results: dict[Hashable, Any] = {}
 
     def same(self, value: Any) -> Any:
         """The first value that looked like this one."""
@@ -121,8 +123,8 @@ class _Memory:
             return tuple(self.same(part) for part in value)
         return value
 
-    def call(self, node: Node, values: dict[Node, object]) -> object:
-        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+    def call(self, node: Node, values: dict[Node, Any]) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda used: values[used])
         key = (node.target, _key(args), _key(tuple(sorted(kwargs.items()))))
         if key not in self._results:
             assert callable(node.target)

@@ -16,6 +16,9 @@ from torch.fx import GraphModule
 from planc.errors import WeightsMismatch
 from planc.ir.graph import Graph
 
+#: Types between which binding converts.
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+
 
 def parameters(graph: Graph) -> dict[str, Tensor]:
     """Every tensor attribute a graph reads, by name: on meta (to be bound) or real (its own constants)."""
@@ -49,7 +52,10 @@ def stepped(graph: Graph, weights: Mapping[str, Tensor], origin: str = "weights"
 
 
 def check(graph: Graph, weights: Mapping[str, Tensor], origin: str = "weights") -> None:
-    """Raises WeightsMismatch unless every parameter of the graph has a tensor of its shape and dtype."""
+    """Raises WeightsMismatch unless every parameter of the graph has a tensor of its shape and kind.
+
+    Ordinary floating-point types may differ (binding converts them); others must be the same.
+    """
     wanted = {name: value for name, value in parameters(graph).items() if value.is_meta}
     missing = [name for name in wanted if name not in weights]
     if missing:
@@ -60,7 +66,8 @@ def check(graph: Graph, weights: Mapping[str, Tensor], origin: str = "weights") 
         )
     for name, value in wanted.items():
         given = weights[name]
-        if given.shape != value.shape or given.dtype != value.dtype:
+        alike = given.dtype == value.dtype or {given.dtype, value.dtype} <= _FLOATS
+        if given.shape != value.shape or not alike:
             raise WeightsMismatch(
                 path=origin,
                 reason=f"'{name}' is {_kind(given)}, the model has {_kind(value)}",
@@ -82,12 +89,12 @@ def bind(
 
     Graphs with the same weight steps share the tensors too. Raises WeightsMismatch.
     """
-    placed: dict[tuple[str, int], Tensor] = {}
+    placed: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def place(name: str, tensor: Tensor) -> Tensor:
-        key = (name, id(tensor))
+    def place(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        key = (id(tensor), dtype)
         if key not in placed:
-            placed[key] = tensor.detach().to(device)
+            placed[key] = tensor.detach().to(device, dtype)
         return placed[key]
 
     modules = []
@@ -99,7 +106,7 @@ def bind(
             made.append((graph.weight_steps, tensors))
         check(graph, tensors, origin)
         attributes = {
-            name: place(name, tensors.get(name, value)) for name, value in parameters(graph).items()
+            name: place(tensors.get(name, value), value.dtype) for name, value in parameters(graph).items()
         }
         modules.append(GraphModule(attributes, copy.deepcopy(graph.module.graph)))
     return tuple(modules)

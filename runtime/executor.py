@@ -6,7 +6,7 @@ what goes into a step. It runs any pair of phase graphs, whatever passes rewrote
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +70,13 @@ class Executor:
         ends = frozenset([eos] if isinstance(eos, int) else (eos or ()))
         return self.run([Request(tuple(prompt), max_new_tokens, ends) for prompt in prompts])
 
-    def run(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Greedy continuations of requests with limits of their own."""
+    def run(
+        self, requests: Sequence[Request], *, observe: Callable[[Step, Tensor], None] | None = None
+    ) -> list[list[int]]:
+        """Greedy continuations of requests with limits of their own.
+
+        observe   called with every step and its logits [len(step.parts), V]
+        """
         scheduler = Scheduler(self.limits, self.cache)
         tokens: list[list[int]] = []
         for index, request in enumerate(requests):
@@ -81,7 +86,10 @@ class Executor:
             scheduler.add(index, len(request.prompt), request.max_new_tokens)
         while scheduler.busy:
             step = scheduler.schedule()
-            sampled = self.logits(step, tokens).argmax(-1).tolist()
+            logits = self.logits(step, tokens)
+            if observe is not None:
+                observe(step, logits)
+            sampled = logits.argmax(-1).tolist()
             stopped = set()
             for part, token in zip(step.parts, sampled, strict=True):
                 if part.samples:

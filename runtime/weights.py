@@ -89,12 +89,19 @@ def _refuse_quantized(config: dict[str, Any], place: Path) -> None:
         )
 
 
+def float_dtype(graph: Graph) -> torch.dtype:
+    """The floating-point type that most of a graph's parameters have; fp32 if it has none."""
+    elements: dict[torch.dtype, int] = {torch.float32: 0}
+    for tensor in parameters(graph).values():
+        if tensor.is_floating_point():
+            elements[tensor.dtype] = elements.get(tensor.dtype, 0) + tensor.numel()
+    return max(elements, key=lambda dtype: elements[dtype])
+
+
 def at_random(graph: Graph, seed: int = 0) -> dict[str, Tensor]:
     """Random weights of a graph's source model, the same for the same seed, in the traced dtypes."""
     if graph.source.kind == "causal_lm" and graph.source.config:
-        dtypes = {t.dtype for t in parameters(graph).values() if t.is_meta and t.is_floating_point()}
-        dtype = torch.float32 if torch.float32 in dtypes and len(dtypes) == 1 else torch.bfloat16
-        return of_module(build(dict(graph.source.config), dtype=dtype, device="cpu", seed=seed))
+        return of_module(build(graph.source.config, dtype=float_dtype(graph), device="cpu", seed=seed))
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, tensor in sorted(parameters(graph).items()):

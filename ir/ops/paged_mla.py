@@ -92,7 +92,7 @@ def _absorbed(
     q_nope, q_rot = q.split([nope_dim, q.shape[3] - nope_dim], -1)
     query = torch.cat([q_nope @ w_uk, q_rot], -1)  # [B, H, Q, R + Dr]
     mixed = attend(query, latents[:, None], latents[:, None, :, :rank], seen, None, scale, 0.0)
-    return mixed @ w_uv.transpose(1, 2)
+    return torch.matmul(mixed, w_uv.transpose(1, 2))
 
 
 @paged_mla.register_fake
