@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 import planc.ir.ops  # noqa: F401  (registers the dialect)
 from planc.errors import TraceFailed
 from planc.ir.graph import Graph, Source
+from planc.ir.trace.depth import unfold
 from planc.ir.trace.hf_build import build, derived_buffers, from_config
 from planc.ir.trace.hf_config import read_config, text_part, transformers_config
 from planc.ir.trace.module import TraceRefused, export
@@ -80,7 +81,9 @@ def trace_config(
         config=dict(config),
         notes=tuple(f"{part} stays ATen: no op of the dialect computes it" for part in sorted(raising.left)),
     )
-    graph = graph_of(program, source, tied=tied_names(model))
+    tied = tied_names(model)
+    graph = graph_of(program, source, tied=tied)
+    unfold(graph.module, model, raising.folded, tied)
     _forget_device(graph.module)
     _bind(graph.module, constants)
     return graph

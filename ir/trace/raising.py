@@ -28,12 +28,14 @@ class Raising:
     positions  position_ids [B, S] of the forward being traced
     probed     results of checks, shared by modules of one class and shape
     left       class names of modules that looked like a known part but did not compute it
+    folded     layers that share a trace, see `planc.ir.trace.depth`
     """
 
     stack: ExitStack
     positions: Tensor | None = None
     probed: dict[Any, Any] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
+    folded: Any = None
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Sets an attribute until the raising ends."""
@@ -63,6 +65,7 @@ def raised(model: nn.Module) -> Iterator[Raising]:
     Registries and modeling functions of transformers are patched for the duration, so two models
     must not be traced at the same time in one process.
     """
+    from planc.ir.trace.depth import fold_depth
     from planc.ir.trace.raise_attention import raise_attention
     from planc.ir.trace.raise_experts import raise_experts
     from planc.ir.trace.raise_linear import raise_linear_attention
@@ -72,6 +75,7 @@ def raised(model: nn.Module) -> Iterator[Raising]:
     with ExitStack() as stack, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         raising = Raising(stack)
+        raising.folded = fold_depth(raising, model)
         for step in (raise_attention, raise_experts, raise_modules, raise_rotary, raise_linear_attention):
             step(raising, model)
         raising.set(model, "forward", text_forward(raising, model))
