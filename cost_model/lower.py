@@ -267,14 +267,13 @@ def _one_group(members: list[Kernel], applied: Sequence[FusionOffer]) -> list[Ke
         gemms = [_merged(gemms)]
     out.extend(gemms)
     if points:
-        before = sum(k.calls * k.launches for k in points)
+        # a sum that rides in its neighbour has no launch to save, so only what is left of the offer counts
+        each = sum(k.calls for k in points)
+        ride = sum(k.calls * k.launches for k in points)
         floor = 0.0 if gemms or others else 1.0
-        after = max(before - max(launches, 0.0), floor)
+        share = max(min(ride, each - max(launches, 0.0)), floor) / ride if ride else 0.0
         kept = _kept(points, applied)
-        out.extend(
-            replace(k, launches=k.launches * after / before if before else 0.0, nbytes=k.nbytes * kept)
-            for k in points
-        )
+        out.extend(replace(k, launches=k.launches * share, nbytes=k.nbytes * kept) for k in points)
     return out
 
 
