@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Compiles every example request into out/examples, runs what runs on any machine, and diffs two plans.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+planc="${BIN:-.venv/bin}/planc"
+out=out/examples
+mkdir -p "$out"
+show() { printf '\n$ planc %s\n' "$*"; "$planc" "$@"; }
+
+for request in examples/requests/*.yaml; do
+  show compile "$request" -o "$out/$(basename "$request" .yaml)"
+done
+
+# two plans of one model: tighter latency, and what it changes
+show compile examples/requests/llama-3.1-70b-8xh200.yaml --set slo.tpot_mean_ms=12 -o "$out/llama-70b-fast"
+show diff "$out/llama-3.1-70b-8xh200" "$out/llama-70b-fast" || [ $? -eq 1 ]
+
+# a module of one's own, from Python
+printf '\n$ python examples/own_module.py\n'
+"${BIN:-.venv/bin}/python" examples/own_module.py
