@@ -164,7 +164,7 @@ class Roofline:
         return self.gpu.memory_bytes_s * self.named.on(name, self.gpu)
 
     def _us(self, name: str) -> float:
-        return self.named.value(name) * 1e-6
+        return self.named.on(name, self.gpu) * 1e-6
 
 
 def _after(launch: float, compute: Array, memory: Array, active: npt.NDArray[np.bool_]) -> Times:
