@@ -21,6 +21,7 @@ Inputs of both phase graphs, in order (the sequence is flattened into one row, b
     block_table   int32 [S, M]     cache blocks of each sequence, padded with 0
     slots         int64 [T]        block * block_size + offset that each new token is written to
     state_slots   int64 [S]        row of the state caches (recurrent layers) of each sequence
+    hidden        [1, T, H]        only in a later pipeline stage: what the stage before gave
     then one input per cache, as listed in `Graph.caches`, written in place
 
 and their output is logits [S, V]: of the last token of each sequence.
@@ -46,6 +47,9 @@ PHASE_INPUTS = (
     "slots",
     "state_slots",
 )
+
+#: An input of a pipeline stage that carries what the stage before it gave ("hidden", "hidden_1", ...).
+HIDDEN = "hidden"
 
 
 @dataclass(frozen=True, slots=True)

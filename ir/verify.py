@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from planc.errors import InvalidGraph
-from planc.ir.graph import PHASE_INPUTS, Graph
+from planc.ir.graph import HIDDEN, PHASE_INPUTS, Graph
 from planc.ir.layers import module_stack
 from planc.ir.text import show_node
 
@@ -151,7 +151,8 @@ def _phase_inputs(graph: Graph) -> Iterator[Fault]:
     if graph.stage == "traced":
         return
     names = [str(node.target) for node in graph.module.graph.nodes if node.op == "placeholder"]
-    wanted = [*PHASE_INPUTS, *(cache.name for cache in graph.caches)]
+    arrived = [name for name in names if name.startswith(HIDDEN) and "pipeline_cut" in graph.history]
+    wanted = [*PHASE_INPUTS, *arrived, *(cache.name for cache in graph.caches)]
     if names != wanted:
         found, due = next(
             ((a, b) for a, b in zip([*names, None], [*wanted, None], strict=False) if a != b), (None, None)

@@ -21,11 +21,8 @@ from torch.fx.graph import Graph as Nodes
 from torch.fx.node import map_arg
 
 from planc.errors import InvalidField
-from planc.ir.graph import Graph, WeightStep
+from planc.ir.graph import HIDDEN, Graph, WeightStep
 from planc.ir.layers import layer_of
-
-#: Names of the inputs that carry what crossed the cut before a stage.
-HIDDEN = "hidden"
 
 
 @dataclass(frozen=True, slots=True)

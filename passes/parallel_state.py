@@ -117,6 +117,8 @@ class Groups:
         if a == b:
             return
         self._parent[b] = a
+        if self._units[b] < self._units[a]:  # the more telling word: "2 key heads", not "32 columns"
+            self._noun[a] = self._noun[b]
         self._units[a] = math.gcd(self._units[a], self._units[b])
         if b in self._shared_by and a not in self._shared_by:
             self._shared_by[a] = self._shared_by[b]
@@ -125,7 +127,7 @@ class Groups:
         """A dimension of `pieces` indivisible entries is divided by this group."""
         root = self.find(group)
         self._units[root] = math.gcd(self._units[root], pieces)
-        if noun:
+        if noun and self._noun[root] != noun and self._units[root] == pieces:
             self._noun[root] = noun
 
     def share(self, group: int, by: int) -> None:
