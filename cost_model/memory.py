@@ -153,18 +153,21 @@ def weight_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) 
 
     Rows say which parameters divide and which take another format. Parameters of a class that no row
     reads stay whole and unquantized; where rows read more than the class owns (an embedding that is
-    tied to the head on the same rank, a projection read twice) they are held once.
+    tied to the head on the same rank, a projection read twice) they are held once; a last pipeline
+    stage holds its own copy of a tied embedding.
     """
     total, wide = 0.0, fmt(unquantized(shape)).bytes
+    tables = any(count and cls.name == "embedding" for cls, count in zip(table.classes, counts, strict=True))
     for cls, count in zip(table.classes, counts, strict=True):
         if not count:
             continue
+        copied = cls.name == "head" and table.model.tied_embeddings and not tables
         seen, held = 0.0, 0.0
         for row in _with_weights(table, cls):
             elements = float(row.work.weights * row.calls)
             seen += elements
             held += elements * factors(row, shape).weights * fmt(weight_format(row, shape)).bytes
-        if seen > cls.parameters:
+        if seen > cls.parameters and not copied:
             held *= cls.parameters / seen
         total += count * (held + max(cls.parameters - seen, 0.0) * wide)
     return total

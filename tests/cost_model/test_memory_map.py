@@ -53,6 +53,18 @@ def test_tensor_parallel_divides_all_but_norms_and_the_cache_of_kv_heads() -> No
     assert sixteen == pytest.approx(one / 16 + copies, rel=1e-3)
 
 
+def test_a_tied_head_is_held_once_or_copied_to_the_last_stage() -> None:
+    table = llama8b()
+    ends = 128256 * 4096
+    tied = replace(
+        table,
+        model=replace(table.model, tied_embeddings=True),
+        classes=tuple(replace(c, parameters=4096) if c.name == "head" else c for c in table.classes),
+    )
+    assert whole(tied) == pytest.approx(whole(table) - 2 * ends, rel=1e-4)
+    assert whole(tied, pp=2) == pytest.approx(whole(table, pp=2), rel=1e-4)
+
+
 def test_formats_narrow_the_matrices_only() -> None:
     table = llama70b()
     ends = 2 * 128256 * 8192
