@@ -48,7 +48,7 @@ def layer_path(node: Node) -> str | None:
 def layer_of(node: Node) -> int | None:
     """The index of the layer a node lies in, e.g. 12 for "model.layers.12"."""
     path = layer_path(node)
-    return None if path is None else int(path.rsplit(".", 1)[1])
+    return None if path is None else int(path.rpartition(".")[2])
 
 
 def relative(path: str, layer: str | None) -> str:

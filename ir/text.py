@@ -17,10 +17,10 @@ graphs and T, S (tokens, sequences) in phase graphs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
@@ -43,7 +43,6 @@ _DTYPES = {
     torch.complex64: "c64",
 }
 _ROLES = {"batch": "B", "seq": "S", "table": "M"}
-_SYMBOL = re.compile(r"\b[su]\d+\b")
 
 
 def show(graph: Graph, *, limit: int | None = None, fold: bool = True) -> str:
@@ -162,11 +161,13 @@ def _typed(value: Any, symbols: Mapping[str, str]) -> str:
 
 
 def _size(size: int | torch.SymInt, symbols: Mapping[str, str]) -> str:
+    """A size with its symbols called by their roles: `B*S`, `S + 1`."""
     if isinstance(size, int):
         return str(size)
+    named = {symbol: _name(symbol, symbols) for symbol in size.node.expr.free_symbols}
+    return str(size.node.expr.xreplace(named))
 
-    def named(found: re.Match[str]) -> str:
-        role = symbols.get(found[0])
-        return _ROLES.get(role, role) if role and role != "other" else found[0]
 
-    return _SYMBOL.sub(named, str(size.node.expr))
+def _name(symbol: sympy.Symbol, symbols: Mapping[str, str]) -> sympy.Symbol:
+    role = symbols.get(str(symbol), "other")
+    return symbol if role == "other" else sympy.Symbol(_ROLES.get(role, role), integer=True, positive=True)

@@ -39,7 +39,7 @@ class LayerGroup:
     @property
     def layers(self) -> tuple[int, ...]:
         """The index of each layer in its `ModuleList`."""
-        return tuple(int(path.rsplit(".", 1)[1]) for path in self.paths if path)
+        return tuple(int(path.rpartition(".")[2]) for path in self.paths if path)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -69,7 +69,7 @@ def fold(graph: Graph) -> tuple[LayerGroup, ...]:
         return (LayerGroup("model", ("",), (tuple(embedding),)),)
     alike: dict[tuple[str, str], list[str]] = {}
     for path, nodes in layers.items():
-        alike.setdefault((path.rsplit(".", 1)[0], structure(nodes, path)), []).append(path)
+        alike.setdefault((path.rpartition(".")[0], structure(nodes, path)), []).append(path)
     names = _names(graph, [layers[paths[0]] for paths in alike.values()], [key[0] for key in alike])
     groups = [LayerGroup("embedding", ("",), (tuple(embedding),))] if embedding else []
     for name, paths in zip(names, alike.values(), strict=True):
@@ -124,7 +124,7 @@ def _names(graph: Graph, firsts: list[list[Node]], containers: list[str]) -> lis
     roles = {"causal_lm": "decoder", "encoder": "encoder"}
     names: list[str] = []
     for kind, container in zip(kinds, containers, strict=True):
-        role = roles.get(graph.source.kind) or container.rsplit(".", 1)[-1]
+        role = roles.get(graph.source.kind) or container.rpartition(".")[2] or "layer"
         name = "_".join(kind[part] for part in telling if part in kind) or role
         again = sum(other == name or other.startswith(f"{name}.") for other in names)
         names.append(f"{name}.{again}" if again else name)

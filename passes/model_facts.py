@@ -68,7 +68,7 @@ def _quantized(settings: Mapping[str, Any]) -> str:
     method = str(settings.get("quant_method", ""))
     if method == "compressed-tensors":
         groups = settings.get("config_groups")
-        first = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+        first: Mapping[str, Any] = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
         weights = first.get("weights") or {}
         kind, bits = weights.get("type", "int"), int(weights.get("num_bits", 8))
         if kind == "float":

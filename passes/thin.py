@@ -39,17 +39,22 @@ def thin(graph: Graph, groups: Sequence[LayerGroup]) -> Graph:
     for node in graph.module.graph.nodes:
         if node in dropped:
             layers.setdefault(dropped[node], []).append(twins[node])
-    kept = {
-        twins[node] for group in groups for members in group.members if group.paths[0] for node in members
+    layered = {
+        twins[node]
+        for group in groups
+        for path, members in zip(group.paths, group.members, strict=True)
+        for node in members
+        if path
     }
-    for members in layers.values():
-        swaps = _swaps(graph, members, kept)
+    for layer in layers.values():
+        swaps = _swaps(graph, layer, layered)
         if swaps is None:
             return graph
+        inside = set(layer)
         for out, carried in swaps.items():
-            inside = set(members)
-            out.replace_all_uses_with(carried, delete_user_cb=lambda user, own=inside: user not in own)
-        for node in reversed(members):
+            for user in [user for user in out.users if user not in inside]:
+                user.replace_input_with(out, carried)
+        for node in reversed(layer):
             nodes.erase_node(node)
     nodes.eliminate_dead_code()
     module = GraphModule(graph.module, nodes, class_name=type(graph.module).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import BadZipFile
 
 import torch
 from torch.export import ExportedProgram
@@ -21,7 +22,7 @@ def trace_file(path: Path) -> Graph:
     """
     try:
         program = torch.export.load(path)
-    except (RuntimeError, ValueError, OSError, KeyError, EOFError, AssertionError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, EOFError, AssertionError, BadZipFile) as error:
         raise FileUnreadable(
             what="model",
             path=path,

@@ -1,0 +1,134 @@
+"""The trace cache: what comes back is what went in, and no damage to it is ever fatal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from planc.errors import FileMissing, FileUnreadable
+from planc.ir.text import show
+from planc.ir.trace import cache, trace
+from planc.ir.trace.fingerprint import fingerprint, installed
+from planc.ir.trace.store import dumps, loads
+from planc.ir.verify import verify
+from planc.passes.pipeline import FRONT, run
+from planc.passes.tabulate import load_table
+from tests.families import FAMILIES, tiny_graph
+
+TINY = {**FAMILIES["llama"], "architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt_oss", "qwen3_5"])
+def test_a_stored_graph_comes_back_the_same(family: str) -> None:
+    graph = tiny_graph(family)
+    again = loads(dumps(graph))
+    verify(again, "load", rerun=True)
+    assert show(again) == show(graph)
+    assert again.source == graph.source
+    assert show(run(again, FRONT)) == show(run(graph, FRONT))
+
+
+def test_buffers_come_back_with_their_values_and_weights_on_meta() -> None:
+    graph = tiny_graph("llama")
+    again = loads(dumps(graph))
+    ours, theirs = (dict(g.module.named_buffers()) for g in (graph, again))
+    assert ours.keys() == theirs.keys()
+    held = [name for name, buffer in ours.items() if not buffer.is_meta]
+    assert held
+    for name in held:
+        assert torch.equal(ours[name], theirs[name])
+    assert all(parameter.is_meta for parameter in again.module.parameters())
+
+
+def test_a_graph_that_a_pass_touched_is_not_stored() -> None:
+    with pytest.raises(ValueError, match="no pass has touched"):
+        dumps(run(tiny_graph("llama"), FRONT))
+
+
+def test_the_second_trace_comes_from_the_cache(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    first = trace(config, cache=folder)
+
+    def never(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("traced again")
+
+    monkeypatch.setattr("planc.ir.trace.hf.trace_config", never)
+    assert show(trace(config, cache=folder)) == show(first)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "binary", "other"])
+def test_a_damaged_entry_is_made_anew(config: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "cache"
+    first = show(trace(config, cache=folder))
+    (entry,) = folder.glob("*.graph.json")
+    whole = entry.read_text()
+    texts = {"truncated": whole[: len(whole) // 2], "flipped": whole.replace("linear", "lineer"), "empty": ""}
+    if damage == "binary":
+        entry.write_bytes(bytes(range(256)))
+    elif damage == "other":  # whole, but not a graph
+        cache.write(folder, entry.name, '{"nodes": 3}')
+    else:
+        entry.write_text(texts[damage])
+    assert show(trace(config, cache=folder)) == first
+    assert entry.read_text() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert trace(config, cache=tmp_path / "file").source.name == "tiny"
+
+
+def test_no_temporary_files_are_left(config: Path, tmp_path: Path) -> None:
+    trace(config, cache=tmp_path / "cache")
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".json"]
+
+
+def test_the_fingerprint_is_of_the_configuration_not_of_its_spelling(tmp_path: Path) -> None:
+    names = [tmp_path / name for name in ("a.json", "b.json", "c.json")]
+    names[0].write_text(json.dumps(TINY))
+    names[1].write_text(json.dumps(dict(reversed(list(TINY.items()))), indent=4))
+    names[2].write_text(json.dumps({**TINY, "num_hidden_layers": 3}))
+    same, spelled, deeper = (fingerprint(name) for name in names)
+    assert same == spelled != deeper
+    assert same != fingerprint(names[0], {**installed(), "torch": "2.0"})
+
+
+def test_missing_and_broken_configurations_have_clear_messages(tmp_path: Path) -> None:
+    with pytest.raises(FileMissing):
+        fingerprint(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(FileUnreadable, match="JSON"):
+        fingerprint(tmp_path / "bad.json")
+
+
+def test_a_cached_table_loads_without_torch_and_fast(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    table = load_table(config, cache=folder)
+    program = (
+        "import sys, time, pathlib\n"
+        "from planc.passes.tabulate import load_table\n"
+        "start = time.perf_counter()\n"
+        f"table = load_table({str(config)!r}, cache=pathlib.Path({str(folder)!r}))\n"
+        "seconds = time.perf_counter() - start\n"
+        "heavy = {'torch', 'transformers', 'sympy', 'triton', 'numpy'} & set(sys.modules)\n"
+        "print(sorted(heavy), seconds, table.fingerprint, len(table.to_json()))\n"
+    )
+    run_ = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    heavy, seconds, stated, length = run_.stdout.rsplit(maxsplit=3)
+    assert heavy == "[]"
+    assert float(seconds) < 0.5  # 15 ms on a quiet machine
+    assert (stated, int(length)) == (table.fingerprint, len(table.to_json()))
