@@ -7,22 +7,22 @@ rank's part, size arguments of views with them, and fake values are recomputed w
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.graph import Graph as Nodes
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from planc.errors import InvalidField
 from planc.ir.graph import CacheSpec, Graph, WeightStep
 from planc.ir.opdef import ShardRule
 from planc.ir.ops import collectives
+from planc.passes.parallel_fakes import Fakes
 from planc.passes.parallel_layout import Layout
 from planc.passes.parallel_rules import operands
 from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Section, State
@@ -45,8 +45,12 @@ class RankGraph:
     attributes: dict[str, Any] = field(default_factory=dict)
     steps: dict[str, WeightStep] = field(default_factory=dict)
     caches: list[CacheSpec] = field(default_factory=list)
+    _fakes: Fakes = field(init=False)
     _made: dict[Node, Node] = field(default_factory=dict)
     _converted: dict[tuple[Node, State], Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._fakes = Fakes(self.graph.module)
 
     def build(self) -> tuple[GraphModule, tuple[CacheSpec, ...], tuple[WeightStep, ...]]:
         specs = {cache.name: cache for cache in self.graph.caches}
@@ -75,8 +79,7 @@ class RankGraph:
             whole = node.meta["val"]
             shape = list(whole.shape)
             shape[state.dim] = self._length(state.sections)
-            with _mode(whole):
-                made.meta["val"] = whole.new_empty(shape)
+            made.meta["val"] = self._fakes.empty(whole, tuple(shape))
             lead = len(shape) - len(cache.entry)
             entry = list(cache.entry)
             entry[state.dim - lead] = shape[state.dim]
@@ -92,8 +95,8 @@ class RankGraph:
         state = self.layout.state(node) if isinstance(found, Tensor) else WHOLE
         step: TakePieces | Zero | None = None
         if isinstance(state, Axis) and (pieces := self._pieces(state)) != ((0, state.size),):
-            step = TakePieces(name, state.dim, pieces)
-            made.meta["val"] = _like(node.meta["val"], step.shape(node.meta["val"].shape))
+            step, whole = TakePieces(name, state.dim, pieces), node.meta["val"]
+            made.meta["val"] = self._fakes.empty(whole, step.shape(whole.shape))
         elif state == PARTIAL and self.rank > 0:
             step = Zero(name)
         if name not in self.attributes:
@@ -271,34 +274,9 @@ class RankGraph:
 
     def _propagate(self, made: Node, *, changed: bool) -> None:
         old = made.meta.get("val")
-        sizes_only = old is not None and not any(isinstance(v, Tensor) for v in _flat(old))
-        if not changed or sizes_only:
-            return
-        args, kwargs = map_arg((made.args, made.kwargs), lambda n: n.meta["val"])
-        assert callable(made.target)
-        if made.target is operator.getitem:
-            made.meta["val"] = args[0][args[1]]
-            return
-        with _mode(*_flat((args, kwargs))):
-            made.meta["val"] = made.target(*args, **kwargs)
-
-
-def _flat(value: object) -> list[object]:
-    if isinstance(value, list | tuple):
-        return [leaf for item in value for leaf in _flat(item)]
-    if isinstance(value, Mapping):
-        return [leaf for item in value.values() for leaf in _flat(item)]
-    return [value]
-
-
-def _mode(*values: object) -> FakeTensorMode:
-    found = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
-    return found or FakeTensorMode(allow_non_fake_inputs=True)
-
-
-def _like(whole: Tensor, shape: tuple[int, ...]) -> Tensor:
-    with _mode(whole):
-        return whole.new_empty(shape)
+        sizes_only = old is not None and not any(isinstance(v, Tensor) for v in pytree.tree_leaves(old))
+        if changed and not sizes_only:
+            made.meta["val"] = self._fakes.value(made)
 
 
 def _held(found: Any, step: TakePieces | Zero | None) -> Any:
