@@ -99,15 +99,18 @@ def parts(table: CostTable) -> list[tuple[Part, Row]]:
     """Each row once, with the tokens it sees in a step that mixes phases.
 
     Ops that both phases have run once over all tokens; attention and what only one phase has
-    (an absorbed projection, say) run over that phase's tokens.
+    (an absorbed projection, say) run over that phase's tokens. Rows of classes that the table does not
+    count are left out: one phase may single out a layer (the last one of a prompt hands on its last
+    token only) that is already counted among its like.
     """
+    counted = {cls.name for cls in table.classes}
     phases: Sequence[Phase] = ("prefill", "decode")
     keys = {phase: {_key(row) for row in table.rows.get(phase, ())} for phase in phases}
     shared = keys["prefill"] & keys["decode"]
     found: list[tuple[Part, Row]] = []
     for phase in phases:
         for row in table.rows.get(phase, ()):
-            if row.work.family in ("view", "link"):
+            if row.work.family in ("view", "link") or row.layer_class not in counted:
                 continue
             if _key(row) in shared and row.work.family not in _BY_PART:
                 if phase == "prefill":
