@@ -17,6 +17,7 @@ import numpy as np
 
 from planc.cost_model.catalogue import Gpu, Provenance, read, unknown
 from planc.cost_model.features import Array, ArrayLike
+from planc.cost_model.quantity import worst
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p", "broadcast"]
 KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p", "broadcast")
@@ -130,9 +131,7 @@ def group_seconds(
     the network at the same time as the rest inside.
     """
     size = np.asarray(size, dtype=np.float64)
-    island = fabric.scale_up(gpu)
-    near = max(1, min(ranks, island // max(stride, 1)))
-    far = math.ceil(ranks / near)
+    near, far = _spread(ranks, gpu, fabric, stride)
     if far <= 1:
         return seconds(kind, size, ranks, fabric.inner(gpu, ranks * stride, custom_up_to))
     outer = fabric.outer(gpu)
@@ -147,6 +146,20 @@ def group_seconds(
         return np.maximum(seconds(kind, size - leaving, near, inner), seconds("p2p", leaving, 2, outer))
     inside = seconds(kind, size, near, inner)
     return inside + seconds(kind, size / near if kind != "broadcast" else size, far, outer)
+
+
+def group_source(ranks: int, gpu: Gpu, fabric: Fabric, *, stride: int = 1) -> Provenance:
+    """The least well founded of the links that such a group uses; "measured" for one rank."""
+    near, far = _spread(ranks, gpu, fabric, stride)
+    links = [fabric.inner(gpu, near * stride)] if near > 1 else []
+    links += [fabric.outer(gpu)] if far > 1 else []
+    return worst(link.source for link in links)
+
+
+def _spread(ranks: int, gpu: Gpu, fabric: Fabric, stride: int) -> tuple[int, int]:
+    """(ranks of the group inside one node, nodes)."""
+    near = max(1, min(ranks, fabric.scale_up(gpu) // max(stride, 1)))
+    return near, math.ceil(ranks / near)
 
 
 def transfer_seconds(size: ArrayLike, link: Link) -> Array:

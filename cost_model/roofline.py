@@ -39,7 +39,8 @@ class Roofline:
 
     @property
     def source(self) -> Provenance:
-        return "roofline"
+        """Physics; for a processor even the peaks are a guess until it is measured."""
+        return "assumed" if self.gpu.vendor == "cpu" else "roofline"
 
     def gemm(self, specs: Sequence[Gemm]) -> Callable[[Array], Times]:
         n, k = column([s.n for s in specs]), column([s.k for s in specs])
@@ -57,7 +58,8 @@ class Roofline:
 
     def grouped_gemm(self, specs: Sequence[GroupedGemm]) -> Callable[[Array], Times]:
         """Experts that T tokens touch: E (1 - (1 - k/E)^T) under uniform routing. Where experts lie on
-        several ranks the fullest one counts: mean times (1 + skew + the spread that chance gives).
+        several ranks the fullest one counts: mean times (1 + skew + the spread that chance gives), which
+        for n counts of mean c is about sqrt(2 ln n / c) (largest of n Poisson counts).
         """
         bandwidth = self._bandwidth("grouped_gemm_memory")
         experts = column([s.experts for s in specs])
@@ -74,6 +76,7 @@ class Roofline:
 
         def price(tokens: Array) -> Times:
             touched = experts * -np.expm1(tokens * missed)
+            touched = np.minimum(touched + spread * np.sqrt(touched), experts)
             mean = tokens * share * experts  # (token, expert) pairs on this rank
             fullest = np.minimum(1 + skew + spread / np.sqrt(np.maximum(mean, 1.0)), ranks)
             fullest = np.where(ranks > 1, fullest, 1.0)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from planc.cost_model import lower
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance
-from planc.cost_model.collectives import Fabric, group_seconds
+from planc.cost_model.collectives import Fabric, Link, group_seconds, group_source, seconds
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array, Load, StepLoad
 from planc.cost_model.formats import fmt
@@ -108,7 +108,8 @@ class StepModel:
     @property
     def source(self) -> Provenance:
         """The least well founded of what the seconds are made of."""
-        return worst([self.costs.source])
+        links = [group_source(item.ranks, self.gpu, self.fabric) for item in self._collectives]
+        return worst([self.costs.source, *links, *(link.source for link in self._hops())])
 
     @property
     def band(self) -> tuple[float, float]:
@@ -198,6 +199,17 @@ class StepModel:
         found: Array = np.where(rows > 0, total, 0.0)
         return found
 
+    def _hops(self) -> list[Link]:
+        """The link from each pipeline stage to the next: the network where any of their ranks needs it."""
+        ranks, island = self.shape.world // self.shape.pp, self.fabric.scale_up(self.gpu)
+        same = [
+            stage * ranks // island == ((stage + 2) * ranks - 1) // island
+            for stage in range(self.shape.pp - 1)
+        ]
+        return [
+            self.fabric.inner(self.gpu, 2 * ranks) if near else self.fabric.outer(self.gpu) for near in same
+        ]
+
     def _device(self, load: Load) -> Array:
         times, links = self._times(load)
         total = self._kernel_calls @ times.seconds
@@ -210,9 +222,8 @@ class StepModel:
         if self.shape.pp == 1:
             return np.zeros((1, tokens.size))
         size = tokens * self.table.model.hidden * fmt(unquantized(self.shape)).bytes / self.shape.tp
-        stride = self.shape.tp * self.shape.dp * self.shape.cp
-        once = group_seconds("p2p", size, 2, self.gpu, self.fabric, stride=stride)
-        return np.array([[1.0]] * (self.shape.pp - 1) + [[0.0]]) * once
+        hops = [seconds("p2p", size, 2, link) for link in self._hops()]
+        return np.stack([*hops, np.zeros_like(size)])
 
     def _times(self, load: Load) -> tuple[Times, Array]:
         features = self._features(load)

@@ -130,6 +130,19 @@ def test_experts_spread_over_ranks_wait_for_the_fullest() -> None:
     assert 1.1 < spread / even < 1.5
 
 
+def test_a_single_token_meets_more_than_its_share_of_experts_on_some_rank() -> None:
+    """8 experts over 8 ranks: some rank holds two or three of them, and all wait for it."""
+    eighth = GroupedGemm(
+        16, 128, 8, EXPERTS.elements / 8, EXPERTS.flops_per_token / 8, 0.0, 0.0, "bf16", "bf16", 8
+    )
+    rng = np.random.default_rng(0)
+    fullest = [np.bincount(rng.choice(128, 8, replace=False) // 16, minlength=8).max() for _ in range(4000)]
+    gpu = catalogue.gpu("h100_sxm")
+    time = Roofline(gpu).grouped_gemm([eighth])(np.array([[1.0]])).seconds[0, 0] - 12e-6
+    experts = time * gpu.memory_bytes_s * 0.75 / (2 * EXPERTS.elements / 128)
+    assert experts == pytest.approx(np.mean(fullest), rel=0.25)
+
+
 def test_decode_attention_streams_the_cache() -> None:
     gpu = catalogue.gpu("h100_sxm")
     price = Roofline(gpu).attention(

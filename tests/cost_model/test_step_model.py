@@ -205,6 +205,9 @@ def test_bands_and_sources_come_with_the_seconds(model: Make) -> None:
     low, high = step.band
     assert step.source == "roofline"
     assert low < 1 < high
+    assert model(TINY, "l40s", tp=2).source == "assumed"  # over PCIe
+    assert model(TINY, tp=2, pp=8).source == "assumed"  # over the network
+    assert model(TINY, tp=4).source == "roofline"
     found = step.quantity(2.0)
     assert (found.low, found.high, found.source) == (2 * low, 2 * high, "roofline")
 
