@@ -1,0 +1,1 @@
+"""Engine profiles: one YAML file per engine."""
