@@ -13,6 +13,7 @@ layer's own, an argument that collects state) makes a layer a kind of its own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -140,13 +141,18 @@ def _signature(layer: nn.Module, index: int, depth: int, config: Any) -> Any:
 
 
 def _entries(config: Any, index: int, depth: int) -> Any:
-    """The configuration's own word on this layer: the entry of every list that is as long as the model."""
+    """The configuration's own word on this layer: its entry in every list as long as the model, and
+    whether lists of rising numbers (layers that have experts, ...) name it."""
     values = config.to_dict() if config is not None else {}
-    return tuple(
-        (key, repr(value[index]))
-        for key, value in sorted(values.items())
-        if isinstance(value, list | tuple) and len(value) == depth
-    )
+    said: list[tuple[str, str]] = []
+    for key, value in sorted(values.items()):
+        if not isinstance(value, list | tuple) or not value:
+            continue
+        if all(type(item) is int for item in value) and all(a < b for a, b in itertools.pairwise(value)):
+            said.append((key, str(index in value)))
+        elif len(value) == depth:
+            said.append((key, repr(value[index])))
+    return tuple(said)
 
 
 def _value(value: Any) -> Any:
@@ -154,8 +160,12 @@ def _value(value: Any) -> Any:
         return repr(value)
     if isinstance(value, list | tuple | set):
         return f"{type(value).__name__}({', '.join(_value(v) for v in value)})"
+    if isinstance(value, functools.partial):
+        return (
+            f"partial({_value(value.func)}, {_value(value.args)}, {_value(sorted(value.keywords.items()))})"
+        )
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+        return f"{value.__module__}.{value.__qualname__} of {id(getattr(value, '__self__', None))}"
     return f"{type(value).__name__} at {id(value)}"
 
 
@@ -197,8 +207,8 @@ def _described(leaf: Any) -> Any:
 def unfold(module: GraphModule, model: nn.Module, folded: Folded, tied: Mapping[str, str]) -> None:
     """Replaces every marker: repeats by copies of the first layer of their kind, in place.
 
-        y = repeat([x], 7, 3)     ->     the nodes between enter([..], 3) and leave([..], 3), reading
-                                         x, with weights of call 7's layer instead of call 3's
+    y = repeat([x], 7, 3)     ->     the nodes between enter([..], 3) and leave([..], 3), reading
+                                     x, with weights of call 7's layer instead of call 3's
     """
     graph = module.graph
     bodies = _bodies(graph)

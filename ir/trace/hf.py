@@ -6,6 +6,7 @@ The model is built on meta, its parts are raised to the dialect (`planc.ir.trace
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim
-from torch.fx import GraphModule
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node
 
 import planc.ir.ops  # noqa: F401  (registers the dialect)
 from planc.errors import TraceFailed
@@ -81,12 +83,45 @@ def trace_config(
         config=dict(config),
         notes=tuple(f"{part} stays ATen: no op of the dialect computes it" for part in sorted(raising.left)),
     )
+    _out_of_place(program.graph)
     tied = tied_names(model)
     graph = graph_of(program, source, tied=tied)
     unfold(graph.module, model, raising.folded, tied)
     _forget_device(graph.module)
     _bind(graph.module, constants)
     return graph
+
+
+def _out_of_place(graph: FxGraph) -> None:
+    """Arithmetic in place on a fresh tensor that no view looks at becomes ordinary arithmetic.
+
+        y = mul_(x, s); later uses of x     ->     y = mul(x, s); later uses of y
+
+    What is left in place, `graph_of` makes functional by tracing the program once more, which takes long.
+    """
+    for node in list(graph.nodes):
+        if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+            continue
+        changed, *others = node.args
+        packet = getattr(torch.ops.aten, node.target.overloadpacket.__name__.removesuffix("_"), None)
+        plain = getattr(packet, node.target._overloadname, None)
+        same_type = all(
+            not isinstance(o, Node) or o.meta["val"].dtype == changed.meta["val"].dtype for o in others
+        )
+        seen = [changed, *changed.users]
+        if plain is None or not same_type or changed.op == "placeholder" or any(map(_aliases, seen)):
+            continue
+        later = set(itertools.takewhile(lambda n: n is not node, reversed(list(graph.nodes))))
+        changed.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+        node.target = plain
+
+
+def _aliases(node: Node) -> bool:
+    """Whether a call's result may share memory with an argument without being it (a view)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return node.op == "call_function"
+    return not target._schema.is_mutable and any(r.alias_info is not None for r in target._schema.returns)
 
 
 def _forget_device(module: GraphModule) -> None:
