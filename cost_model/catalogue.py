@@ -86,7 +86,7 @@ class Support(Entry):
 class GraphRule(Entry):
     """Which decode batch sizes get a CUDA graph: 1, 2, 4, then in steps up to `largest`.
 
-    memory   MiB that a capture takes per captured size and per 1,000 launches (assumed)
+    mib_fixed, mib_per_size   memory of all captures: a pool, and each size's share (assumed)
     """
 
     small: tuple[int, ...]

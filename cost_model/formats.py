@@ -28,6 +28,7 @@ class Format(Entry):
 
     bits      per element, scales included
     families  op families whose weights may take it; others of the model stay in bf16
+    group     elements of the inner dimension that share a scale and cannot be split over ranks; 0: any can
     """
 
     name: str
@@ -35,6 +36,7 @@ class Format(Entry):
     precision: Precision
     roles: tuple[Role, ...]
     families: tuple[Family, ...] = ("gemm", "grouped_gemm", "gather", "elementwise")
+    group: int = 0
     scale_note: str = ""
     accuracy_drop: Drop
     kv_accuracy_drop: Drop | None = None

@@ -152,9 +152,9 @@ def weight_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) 
     """Weights of one rank that holds `counts` layers of each class.
 
     Rows say which parameters divide and which take another format. Parameters of a class that no row
-    reads stay whole and unquantized; where rows read more than the class owns (an embedding that is
-    tied to the head on the same rank, a projection read twice) they are held once; a last pipeline
-    stage holds its own copy of a tied embedding.
+    reads whole stay unquantized: tables that are looked up, with their vocabulary divided, and small
+    vectors. Where rows read more than the class owns (an embedding tied to the head on the same rank, a
+    projection read twice) they are held once; a last pipeline stage copies a tied embedding.
     """
     total, wide = 0.0, fmt(unquantized(shape)).bytes
     tables = any(count and cls.name == "embedding" for cls, count in zip(table.classes, counts, strict=True))
@@ -169,7 +169,8 @@ def weight_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) 
             held += elements * factors(row, shape).weights * fmt(weight_format(row, shape)).bytes
         if seen > cls.parameters and not copied:
             held *= cls.parameters / seen
-        total += count * (held + max(cls.parameters - seen, 0.0) * wide)
+        rest = max(cls.parameters - seen, 0.0) / _looked_up_by(table, cls, shape)
+        total += count * (held + rest * wide)
     return total
 
 
@@ -215,6 +216,13 @@ def _live(row: Row, shape: EngineShape) -> float:
         width = work.dims["n"] * part.n / (shape.ep if shape.ep > 1 else 1) * shape.dp
         return work.dims["top_k"] * (max(width, work.dims["k"] / shape.ep) + width / 2)
     return work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes
+
+
+def _looked_up_by(table: CostTable, cls: LayerClass, shape: EngineShape) -> int:
+    """Ranks over which a class's tables are divided: engines split the vocabulary of an embedding."""
+    rows = (row for rows in table.rows.values() for row in rows if row.layer_class == cls.name)
+    split = any(row.work.family == "gather" and row.shard.kind == "vocab" for row in rows)
+    return shape.tp if split else 1
 
 
 def _with_weights(table: CostTable, cls: LayerClass) -> list[Row]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from planc.cost_model.catalogue import EngineProfile, Gpu
+from planc.cost_model.formats import formats
 from planc.cost_model.table import CostTable
 
 
@@ -91,6 +92,7 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
                 "ep" if kind == "experts" and shape.ep > 1 else "tp",
                 f"{site}: {units} units do not divide by {degree}",
             )
+    found.extend(_format_refusals(table, shape))
     for cls in table.classes:
         if cls.kv_units and cls.kv_units % shape.tp and shape.tp % cls.kv_units:
             say("tp", f"{cls.name}: {cls.kv_units} KV heads neither divide by nor into {shape.tp}")
@@ -106,14 +108,34 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
     return found
 
 
+def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:
+    """Formats that this model, cut in this way, cannot take. Names that are no formats are left to others."""
+    known = formats().get(shape.weights)
+    if known is None:
+        return []
+    if set(known.families) == {"grouped_gemm"} and not table.model.experts:
+        return [Refusal("weights", f"{shape.weights} is a format of routed experts, and the model has none")]
+    if not known.group:
+        return []
+    ranks = {"row": shape.tp, "experts": 1 if shape.ep > 1 else shape.tp * shape.dp}
+    for row in table.rows.get("prefill", ()):
+        work, degree = row.work, ranks.get(row.shard.kind, 1)
+        inner = work.dims.get("k", 0) if work.family == "gemm" else work.dims.get("n", 0) // 2
+        if degree > 1 and "weight" in row.quantizable and inner / degree % known.group:
+            site = f"{row.layer_class}.{row.site}"
+            reason = f"{site}: {inner} over {degree} ranks splits {shape.weights}'s groups of {known.group}"
+            return [Refusal("weights", reason)]
+    return []
+
+
 def _divisions(table: CostTable, shape: EngineShape) -> set[tuple[str, str, int, int]]:
     """(site, kind, units, degree) of every divided row; experts under EP are counted whole."""
     found: set[tuple[str, str, int, int]] = set()
     for rows in table.rows.values():
         for row in rows:
             kind, units, degree = row.shard.kind, row.shard.units, shape.tp
-            if kind == "experts" and shape.ep > 1:
-                continue
+            if kind == "vocab" or row.layer_class == "head" or (kind == "experts" and shape.ep > 1):
+                continue  # engines pad the vocabulary; experts are counted whole above
             if kind == "experts":
                 degree = shape.tp * shape.dp
             if kind != "replicated" and units:

@@ -105,7 +105,6 @@ def _experts(layer: str, hidden: int, width: int, experts: int, top_k: int) -> l
 def _ends(hidden: int, vocab: int) -> tuple[list[Row], list[Row]]:
     gather = Work(
         "gather",
-        weights=vocab * hidden,
         reads=Amount({"T": 1.0 * hidden}),
         writes=Amount({"T": 1.0 * hidden}),
     )
@@ -191,7 +190,7 @@ def dense_table(
     block = _self_attention("block", hidden, heads, kv_heads, head_dim, span) + _mlp("block", hidden, width)
     rows = [*first, *block, *last]
     classes = [
-        _class("embedding", range(0), rows, 0),
+        _class("embedding", range(0), rows, vocab * hidden),
         _class(
             "block",
             range(layers),
@@ -239,7 +238,7 @@ def moe_table(
     )
     rows = [*first, *block, *last]
     classes = [
-        _class("embedding", range(0), rows, 0),
+        _class("embedding", range(0), rows, vocab * hidden),
         _class(
             "block",
             range(layers),
@@ -308,7 +307,7 @@ def deepseek_v3() -> CostTable:
     kv: dict[str, object] = {"kv_elements": 576, "kv_span": "full"}
     norms = 2 * hidden + 1536 + 512
     classes = [
-        _class("embedding", range(0), prefill, 0),
+        _class("embedding", range(0), prefill, vocab * hidden),
         _class("dense", range(3), prefill, norms, **kv),
         _class("sparse", range(3, 61), prefill, norms + 256, **kv),
         _class("head", range(0), prefill, hidden),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planc.cost_model import catalogue
@@ -15,6 +15,7 @@ H100 = catalogue.gpu("h100_sxm")
 NODE = Fabric(8)
 
 
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(KINDS),
     size=st.floats(1, 1e10),

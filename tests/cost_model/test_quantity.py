@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planc.cost_model import catalogue
@@ -19,6 +19,7 @@ def quantities(draw: st.DrawFn) -> Quantity:
     return Quantity(value, value * draw(st.floats(0.3, 1)), value * draw(st.floats(1, 3)), draw(sources))
 
 
+@settings(deadline=None)
 @given(a=quantities(), b=quantities(), x=st.floats(0, 1), y=st.floats(0, 1))
 def test_every_value_in_the_bands_stays_in_the_result(a: Quantity, b: Quantity, x: float, y: float) -> None:
     one = a.low + x * (a.high - a.low)
@@ -29,6 +30,7 @@ def test_every_value_in_the_bands_stays_in_the_result(a: Quantity, b: Quantity, 
         assert result.source == worst((a.source, b.source))
 
 
+@settings(deadline=None)
 @given(a=quantities(), b=quantities())
 def test_the_larger_of_two(a: Quantity, b: Quantity) -> None:
     assert a.max(b).value == max(a.value, b.value)

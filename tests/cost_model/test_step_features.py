@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planc.cost_model.features import StepLoad
@@ -23,6 +23,7 @@ def seen(span: str, query: int, length: int) -> set[int]:
     return set(range(query + 1))
 
 
+@settings(deadline=None)
 @given(
     span=st.sampled_from(SPANS), cached=st.integers(0, 70), new=st.integers(1, 70), chunks=st.integers(1, 3)
 )
@@ -36,6 +37,7 @@ def test_prompt_chunks(span: str, cached: int, new: int, chunks: int) -> None:
     assert found[f"K:{span}"][0] == pytest.approx(chunks * len(read))
 
 
+@settings(deadline=None)
 @given(
     span=st.sampled_from(("full", "both", "w16", "k16")), context=st.integers(1, 100), seqs=st.integers(1, 9)
 )
