@@ -153,7 +153,7 @@ def _config(shape: Shape, plan: Plan, config: Mapping[str, Any] | None) -> str:
         f"# Written by planc {__version__} from plan {plan.fingerprint.plan}: what was evaluated.\n"
     )
     body = yaml.safe_dump(
-        settings(shape.replica, plan, config), sort_keys=False, default_flow_style=None, width=100
+        settings(shape.replica, plan, config), sort_keys=False, default_flow_style=False, width=100
     )
     return head + body
 

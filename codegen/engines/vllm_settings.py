@@ -16,6 +16,7 @@ from planc.errors import CheckFailed
 from planc.planner.plan import Plan, Replica
 
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_CPU_BLOCK = 32  # vLLM's CPU attention takes blocks of a multiple of this many tokens
 _KV = {"bf16": "auto", "fp16": "auto", "fp32": "auto", "fp8": "fp8"}
 
 
@@ -46,6 +47,7 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
     on_cpu = replica.gpu == "cpu"
     _expressible(replica, on_cpu)
     world = replica.tp * replica.pp * replica.cp
+    block_size, blocks = _blocks(replica, on_cpu)
     out: dict[str, Any] = {
         "served-model-name": plan.model.name.lstrip("-") or "model",  # a leading dash would be an option
         "dtype": _DTYPES.get(replica.weights) or _DTYPES.get(replica.activations, "bfloat16"),
@@ -63,7 +65,7 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
         "max-num-seqs": replica.max_num_seqs,
         "max-num-batched-tokens": replica.max_num_batched_tokens,
         "max-model-len": replica.max_model_len,
-        "block-size": replica.block_size,
+        "block-size": block_size,
         "kv-cache-dtype": _KV[replica.kv],
         _switch("enable-chunked-prefill", replica.chunked_prefill): True,
         _switch("enable-prefix-caching", replica.prefix_caching): True,
@@ -73,7 +75,7 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
     if replica.weights == "fp8" and replica.activations in _DTYPES:
         out |= {"linear-backend": "marlin", "moe-backend": "marlin"}  # fp8 weights, wider products
     if plain_cache(config):
-        out["num-gpu-blocks-override"] = replica.kv_blocks
+        out["num-gpu-blocks-override"] = blocks
     if not on_cpu:
         out["gpu-memory-utilization"] = replica.gpu_memory_utilization
         sizes = sorted(replica.cuda_graph_sizes)
@@ -109,6 +111,14 @@ def environment(replica: Replica) -> dict[str, str]:
         if replica.tp * replica.pp * replica.dp > 1:
             out["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # else it wants a NUMA node per process
     return out
+
+
+def _blocks(replica: Replica, on_cpu: bool) -> tuple[int, int]:
+    """Tokens of a block and number of blocks; on a CPU, blocks it can take for as many tokens in all."""
+    if not on_cpu or replica.block_size % _CPU_BLOCK == 0:
+        return replica.block_size, replica.kv_blocks
+    size = -(-replica.block_size // _CPU_BLOCK) * _CPU_BLOCK
+    return size, max(1, replica.kv_blocks * replica.block_size // size)
 
 
 def _expressible(replica: Replica, on_cpu: bool) -> None:

@@ -1,0 +1,161 @@
+"""vLLM's own parser and engine configuration accept what planc emits, and read it as it was meant."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from planc import api
+from planc.codegen import bundle
+from planc.codegen.engines.checkpoint import text_part
+from planc.errors import Infeasible
+from planc.planner.plan import Plan
+from planc.planner.request import Request
+from tests.codegen.plans import plan as plan_of
+from tests.codegen.plans import replica
+from tests.engines import support
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
+
+MODELS = sorted((support.ROOT / "examples/models").glob("*.json"))
+
+#: Files that a checkpoint has besides weights and tokenizer, which vLLM reads before it configures.
+PROCESSORS: Mapping[str, Mapping[str, Any]] = {
+    "kimi_k25": {
+        "media_proc_cfg": {
+            "in_patch_limit": 16384,
+            "patch_size": 14,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "merge_kernel_size": 2,
+            "fixed_output_tokens": None,
+            "patch_limit_on_one_side": 512,
+            "temporal_merge_kernel_size": 4,
+        }
+    }
+}
+
+#: A plan's settings, one thing at a time, on a small dense and a mixture-of-experts model.
+SHAPES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "tp, fp8 weights and KV": (
+        "llama-3.1-70b",
+        {"tp": 8, "weights": "fp8", "activations": "fp8", "kv": "fp8"},
+    ),
+    "pipeline": ("llama-3.1-70b", {"tp": 2, "pp": 2, "pipeline_layers": [38, 42]}),
+    "data and expert parallel": ("qwen3-30b-a3b", {"dp": 4, "ep": 4, "prefix_caching": True}),
+    "tensor and expert parallel": ("qwen3-30b-a3b", {"tp": 4, "ep": 4, "cuda_graph_sizes": []}),
+    "whole prefills": ("llama-3.1-8b", {"chunked_prefill": False, "max_num_batched_tokens": 8192}),
+    "fp8 weights, bf16 activations": ("llama-3.1-8b", {"weights": "fp8"}),
+    "speculative": (
+        "llama-3.1-8b",
+        {"speculative": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}},
+    ),
+    "cpu": ("qwen3-0.6b", {"gpu": "cpu", "tp": 2, "weights": "fp32", "activations": "fp32", "kv": "fp32"}),
+}
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Everything that is put to vLLM, in one process of its own: name -> plan's replica and vLLM's answer."""
+    work = tmp_path_factory.mktemp("vllm")
+    support.save_tokenizer(work / "tokenizer")
+    plans = {f"model {path.stem}": (planned(path), path) for path in MODELS}
+    for name, (model, settings) in SHAPES.items():
+        path = support.ROOT / f"examples/models/{model}.json"
+        plans[name] = (plan_of(replica(**settings), name=model), path)
+    asked = [_command(name, plan, path, work) for name, (plan, path) in plans.items()]
+    done = subprocess.run(
+        [support.environment() / "python", Path(__file__).with_name("vllm_accepts.py")],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = json.loads(done.stdout)
+    return {name: {**answers[name], "replica": plan.replicas()[0]} for name, (plan, _) in plans.items()}
+
+
+def planned(path: Path) -> Plan:
+    """The planner's own plan for a catalogue model: on one node of eight H200s, else on four."""
+    for nodes in (1, 4):
+        request = Request.model_validate(
+            {
+                "model": str(path),
+                "inventory": {"nodes": [{"gpu": "h200_sxm", "gpus_per_node": 8, "count": nodes}]},
+                "workload": {"isl": 2000, "osl": 500, "concurrency": 16},
+                "constraints": {"engines": ["vllm"], "max_replicas": 1},
+            }
+        )
+        try:
+            return api.compile(request)
+        except Infeasible:
+            continue
+    raise AssertionError(f"no plan for {path.stem} on 32 H200s")
+
+
+def _command(name: str, plan: Plan, model: Path, work: Path) -> dict[str, Any]:
+    config = json.loads(model.read_text())
+    folder = work / name.replace(" ", "_").replace(",", "")
+    bundle.write(plan, folder, config=config)
+    for file in (work / "tokenizer").iterdir():
+        shutil.copy(file, folder / "model")
+    if config["model_type"] in PROCESSORS:
+        (folder / "model/preprocessor_config.json").write_text(json.dumps(PROCESSORS[config["model_type"]]))
+    (script,) = (folder / "engines/vllm").glob("*/launch.sh")
+    caught = support.command(
+        script, work / "shim", MODEL=str(folder / "model"), HEAD_ADDR="127.0.0.1", NODE_RANK="0"
+    )
+    return {"name": name, **caught}
+
+
+@pytest.mark.parametrize("name", [f"model {path.stem}" for path in MODELS] + list(SHAPES))
+def test_accepted_as_meant(name: str, commands: dict[str, dict[str, Any]]) -> None:
+    answer = commands[name]
+    assert answer["error"] is None, answer["error"]
+    mine, theirs = answer["replica"], answer["settings"]
+    assert theirs["tensor_parallel"] == mine.tp
+    assert theirs["pipeline_parallel"] == mine.pp
+    assert theirs["data_parallel"] == mine.dp
+    assert theirs["expert_parallel"] == (mine.ep > 1)
+    assert theirs["max_num_seqs"] == mine.max_num_seqs
+    assert theirs["max_model_len"] == mine.max_model_len
+    assert theirs["prefix_caching"] == mine.prefix_caching
+    assert theirs["cache_dtype"] == ("fp8" if mine.kv == "fp8" else "auto")
+    if mine.gpu != "cpu":
+        assert theirs["gpu_memory_utilization"] == pytest.approx(mine.gpu_memory_utilization)
+        assert theirs["block_size"] == mine.block_size or _latent(name)
+    if not _latent(name):  # vLLM's CPU platform has no chunked prefill for latent caches
+        assert theirs["chunked_prefill"] == mine.chunked_prefill
+        assert theirs["max_num_batched_tokens"] == mine.max_num_batched_tokens
+
+
+def _latent(name: str) -> bool:
+    path = support.ROOT / f"examples/models/{name.removeprefix('model ')}.json"
+    return path.is_file() and bool(text_part(json.loads(path.read_text())).get("kv_lora_rank"))
+
+
+def test_refusals_are_seen(tmp_path: Path) -> None:
+    """The check can fail: vLLM refuses a misspelt option and heads that do not divide."""
+    config = json.loads((support.ROOT / "examples/models/qwen3-0.6b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    support.save_tokenizer(tmp_path)
+    asked = [
+        {"name": "misspelt", "argv": ["serve", str(tmp_path), "--tensor-paralel-size", "2"], "env": {}},
+        {"name": "heads", "argv": ["serve", str(tmp_path), "--tensor-parallel-size", "3"], "env": {}},
+    ]
+    done = subprocess.run(
+        [support.environment() / "python", Path(__file__).with_name("vllm_accepts.py")],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers = json.loads(done.stdout)
+    assert "unrecognized arguments" in answers["misspelt"]["error"]
+    assert "divisible by tensor parallel size" in answers["heads"]["error"]

@@ -1,0 +1,148 @@
+"""Tiny models, compiled by planc and served by vLLM from the bundle alone, answer as the executor does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from planc import api
+from planc.ir.trace.hf import trace_config
+from planc.passes.phases import Phases
+from planc.passes.pipeline import FRONT, run
+from planc.planner.plan import Plan, load_plan
+from planc.planner.request import Request
+from planc.runtime import weights
+from planc.runtime.assemble import decisions
+from planc.runtime.executor import Executor
+from tests.engines import support
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(1200)]
+
+TOKENS = 24
+PROMPTS = [[0, 50, 60, 70, 80, 90], [0, 5, 9, 200, 201, 33, 41, 17, 88, 120, 7], [0, 280, 285, 3, 4]]
+
+
+def _llama(vocabulary: int) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+
+
+def _qwen3_moe(vocabulary: int) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=2048,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+
+
+FAMILIES = {"llama": _llama, "qwen3_moe": _qwen3_moe}
+
+
+def model_folder(family: str, folder: Path) -> Path:
+    """A checkpoint with random fp32 weights and a tokenizer, both made here."""
+    from transformers import AutoModelForCausalLM
+
+    folder.mkdir()
+    config = FAMILIES[family](support.save_tokenizer(folder))
+    config.update({"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def compiled(model: Path, bundle: Path, *, tp: int) -> Plan:
+    """Compiles for `tp` CPUs and writes the bundle; the plan as it was read back from it."""
+    request = Request.model_validate(
+        {
+            "model": str(model),
+            "inventory": {"nodes": [{"gpu": "cpu", "gpus_per_node": tp, "count": 1}]},
+            "workload": {"isl": 32, "osl": 32, "concurrency": 4},
+            "constraints": {
+                "engines": ["vllm"],
+                "weights": ["fp32"],
+                "kv": ["fp32"],
+                "tp": [tp],
+                "max_num_seqs": [4],
+                "max_num_batched_tokens": [512],
+                "gpu_memory_utilization": 0.2,
+                "max_replicas": 1,
+            },
+        }
+    )
+    config = json.loads((model / "config.json").read_text())
+    api.write_bundle(api.compile(request), bundle, config=config)
+    return load_plan(bundle)
+
+
+def executed(plan: Plan, bundle: Path, model: Path) -> list[list[int]]:
+    """Greedy token ids of planc's executor, on the plan's graphs in fp32, all prompts in one batch."""
+    config = json.loads((bundle / "model/config.json").read_text())
+    traced = trace_config(config, plan.model.name, dtype=torch.float32)
+    rewrites = decisions(plan, plan.replicas()[0])
+    prefill, decode = (run(traced, (*FRONT, Phases(phase), *rewrites)) for phase in ("prefill", "decode"))
+    executor = Executor(prefill, decode, weights.from_folder(model), blocks=64, block_size=16)
+    return executor.generate(PROMPTS, TOKENS)
+
+
+def served(plan: Plan, bundle: Path, log: Path) -> list[list[int]]:
+    """The same of `vllm serve`, started by the bundle's own script, which knows where the weights are."""
+    (script,) = (bundle / "engines/vllm").glob("*/launch.sh")
+    with support.serving(
+        script, plan.model.name, log, "--enforce-eager", variables={}, patience_s=900
+    ) as server:
+        return [server.greedy(prompt, TOKENS) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_same_tokens_as_the_executor(family: str, tmp_path: Path) -> None:
+    model = model_folder(family, tmp_path / f"tiny-{family}")
+    plan = compiled(model, tmp_path / "bundle", tp=1)
+    mine = executed(plan, tmp_path / "bundle", model)
+    assert len({token for answer in mine for token in answer}) > TOKENS, "the model repeats itself"
+    assert served(plan, tmp_path / "bundle", tmp_path / "log") == mine
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """TP=2: sums of two halves may round differently, so tokens agree up to the first near tie."""
+    model = model_folder("llama", tmp_path / "tiny-llama")
+    plan = compiled(model, tmp_path / "bundle", tp=2)
+    assert [replica.tp for replica in plan.replicas()] == [2]
+    answers = served(plan, tmp_path / "bundle", tmp_path / "log")
+    log = (tmp_path / "log").read_text(errors="replace")
+    assert "tensor_parallel_size=2" in log
+    mine = executed(plan, tmp_path / "bundle", model)
+    assert [answer[:4] for answer in answers] == [answer[:4] for answer in mine]
+    assert all(len(answer) == TOKENS for answer in answers)
