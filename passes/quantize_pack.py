@@ -51,6 +51,30 @@ def left_alone(tensors: Mapping[str, Tensor]) -> list[str]:
     )
 
 
+#: A plan's (weights, activations) -> the checkpoint that engines load for it.
+CHECKPOINTS: dict[tuple[str, str], str] = {
+    ("fp8", "fp8"): "fp8",
+    ("int8", "int8"): "w8a8",
+    ("int8", "bf16"): "int8",
+    ("int8", "fp16"): "int8",
+    ("w4a16", "bf16"): "w4a16",
+    ("w4a16", "fp16"): "w4a16",
+}
+
+
+def pack_checkpoint(
+    tensors: Mapping[str, Tensor], checkpoint: str, group: int = qf.INT4_GROUP
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A whole checkpoint in memory: its tensors, and the `quantization_config` for its config.json.
+
+    Raises as `pack`.
+    """
+    packed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        packed |= pack(name, tensor, checkpoint, group) if is_target(name, tensor) else {name: tensor}
+    return packed, checkpoint_config(checkpoint, left_alone(tensors), group)
+
+
 def pack(name: str, weight: Tensor, checkpoint: str, group: int = qf.INT4_GROUP) -> dict[str, Tensor]:
     """The stored tensors of one matrix `[n, k]` called "<module>.weight".
 
