@@ -59,7 +59,8 @@ class Roofline:
     def grouped_gemm(self, specs: Sequence[GroupedGemm]) -> Callable[[Array], Times]:
         """Experts that T tokens touch: E (1 - (1 - k/E)^T) under uniform routing. Where experts lie on
         several ranks the fullest one counts: mean times (1 + skew + the spread that chance gives), which
-        for n counts of mean c is about sqrt(2 ln n / c) (largest of n Poisson counts).
+        for n counts of mean c is about sqrt(2 ln n / c) (largest of n Poisson counts; experts touched are
+        binomial, so their spread ends where all are touched).
         """
         bandwidth = self._bandwidth("grouped_gemm_memory")
         experts = column([s.experts for s in specs])
@@ -76,7 +77,7 @@ class Roofline:
 
         def price(tokens: Array) -> Times:
             touched = experts * -np.expm1(tokens * missed)
-            touched = np.minimum(touched + spread * np.sqrt(touched), experts)
+            touched = np.minimum(touched + spread * np.sqrt(touched * (1 - touched / experts)), experts)
             mean = tokens * share * experts  # (token, expert) pairs on this rank
             fullest = np.minimum(1 + skew + spread / np.sqrt(np.maximum(mean, 1.0)), ranks)
             fullest = np.where(ranks > 1, fullest, 1.0)

@@ -17,7 +17,8 @@ class EngineShape:
     dp        attention data parallel inside the engine: each of the dp ranks schedules its own batch
     ep        1, or tp*dp: whole experts are spread over all ranks of a stage. With ep = 1 the routed
               experts' width is divided over tp*dp instead
-    cp        context parallel: the tokens of a prompt and the cache are spread over cp ranks
+    cp        context parallel: the cache is spread over cp ranks. No engine profile allows it yet, and
+              step times do not model it
     class_weights     (layer class, format) pairs that differ from `weights`
     pipeline_layers   layers of each stage; () is the engine's even split
     eager     True: no CUDA graphs
