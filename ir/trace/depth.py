@@ -216,7 +216,7 @@ def unfold(module: GraphModule, model: nn.Module, folded: Folded, tied: Mapping[
     for node in list(graph.nodes):
         if node.target is not torch.ops.planc_trace.repeat.default:
             continue
-        tensors, call, first = node.args
+        _, call, first = node.args
         entry, body, exit_ = bodies[first]
         old, new = folded.layers[first], folded.layers[call]
         copies: dict[Node, Node] = {}
@@ -228,23 +228,31 @@ def unfold(module: GraphModule, model: nn.Module, folded: Folded, tied: Mapping[
 
         for inner in body:
             if inner.target is getitem and inner.args[0] is entry:
-                copies[inner] = tensors[inner.args[1]]
+                copies[inner] = _picked(node, inner)
                 continue
             with graph.inserting_before(node):
                 copies[inner] = graph.node_copy(inner, follow)
             copies[inner].meta = _renamed(inner.meta, old, new)
         for user in list(node.users):
-            user.replace_all_uses_with(follow(exit_.args[0][user.args[1]]))
+            user.replace_all_uses_with(follow(_picked(exit_, user)))
             graph.erase_node(user)
         graph.erase_node(node)
     for entry, _, exit_ in bodies.values():
         for marker in (exit_, entry):
             for user in list(marker.users):
-                user.replace_all_uses_with(marker.args[0][user.args[1]])
+                user.replace_all_uses_with(_picked(marker, user))
                 graph.erase_node(user)
             graph.erase_node(marker)
     graph.lint()
     module.recompile()
+
+
+def _picked(marker: Node, item: Node) -> Node:
+    """The tensor a marker was called with at the place that a getitem of it picks."""
+    tensors: Any = marker.args[0]
+    picked = tensors[item.args[1]]
+    assert isinstance(picked, Node)
+    return picked
 
 
 def _bodies(graph: Graph) -> dict[int, tuple[Node, list[Node], Node]]:

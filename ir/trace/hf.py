@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from functools import partial
+from operator import is_not
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +113,8 @@ def _out_of_place(graph: FxGraph) -> None:
         seen = [changed, *changed.users]
         if plain is None or not same_type or changed.op == "placeholder" or any(map(_aliases, seen)):
             continue
-        later = set(itertools.takewhile(lambda n: n is not node, reversed(list(graph.nodes))))
-        changed.replace_all_uses_with(node, delete_user_cb=lambda user, later=later: user in later)
+        later = set(itertools.takewhile(partial(is_not, node), reversed(list(graph.nodes))))
+        changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
         node.target = plain
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def raise_experts(raising: Raising, model: nn.Module) -> None:
             _raise_llama4(raising, module)
         elif hasattr(module, "_apply_gate"):
             key = (type(module), getattr(module, "alpha", None), getattr(module, "limit", None))
-            gates[module] = raising.probe(key, lambda m=module: _gate_of(m))
+            gates[module] = raising.probe(key, partial(_gate_of, module))
             if gates[module] is None:
                 raising.left.add(type(module).__name__)
 

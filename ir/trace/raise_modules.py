@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,35 +153,36 @@ def _logits(router: Any, flat: Tensor, fp32: bool) -> Tensor:
 
 
 def _routing_of(router: Any, experts: int) -> tuple[Routing, bool] | None:
-    """The routing op and whether logits are taken in fp32, by running the router in fp32 and in bf16."""
-    width = 16
-    x, weight = torch.randn(9, width, device="cpu"), torch.randn(experts, width, device="cpu")
+    """The routing op and whether logits are taken in fp32, by running the router on 16 features."""
+    x, weight = torch.randn(9, 16, device="cpu"), torch.randn(experts, 16, device="cpu")
     bias = torch.randn(experts, device="cpu") * 0.1
-    for dtype in (torch.float32, torch.bfloat16):
-        changed = {"weight": weight.to(dtype), "hidden_dim": width}
-        if isinstance(getattr(router, "bias", None), Tensor):
-            changed["bias"] = bias.to(dtype)
-        if hasattr(router, "e_score_correction_bias"):
-            changed["e_score_correction_bias"] = bias
-        twin = stand_in(router, **changed)
-        given = attempt(lambda t=twin, d=dtype: t.forward(x.to(d)))
-        own_bias = hasattr(router, "e_score_correction_bias")
-        if given is None:
-            given, own_bias = attempt(lambda t=twin, d=dtype: t.forward(x.to(d), bias)), True
-        if not isinstance(given, tuple) or len(given) != 3:
-            return None
-        if dtype is torch.float32:
-            reference, twin32, with_bias = given, twin, own_bias
-    cast = given[1].dtype == torch.bfloat16
-    fp32 = given[0].dtype == torch.float32
-    logits = _logits(twin32, x, fp32)
-    if not equal(logits, reference[0], 1e-5):
+    found, low = (_run_router(router, x.to(d), weight.to(d), bias) for d in (torch.float32, torch.bfloat16))
+    if found is None or low is None:
+        return None
+    twin, corrected, (logits, weights, ids) = found
+    fp32, cast = (t.dtype == dtype for t, dtype in zip(low[2], (torch.float32, torch.bfloat16), strict=False))
+    if not equal(_logits(twin, x, fp32), logits, 1e-5):
         return None
     for candidate in _candidates(router, cast):
-        weights, ids = candidate(logits, bias if with_bias else None)
-        if equal(_dense(weights, ids, experts), _dense(reference[1], reference[2], experts), 1e-5):
+        mine = candidate(logits, bias if corrected else None)
+        if equal(_dense(*mine, experts), _dense(weights, ids, experts), 1e-5):
             return candidate, fp32
     return None
+
+
+def _run_router(router: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Any, bool, Any] | None:
+    """A small twin of the router, whether it takes a correction bias, and (logits, weights, ids)."""
+    changed: dict[str, Any] = {"weight": weight, "hidden_dim": x.shape[1]}
+    if isinstance(getattr(router, "bias", None), Tensor):
+        changed["bias"] = bias.to(x.dtype)
+    corrected = hasattr(router, "e_score_correction_bias")
+    if corrected:
+        changed["e_score_correction_bias"] = bias
+    twin = stand_in(router, **changed)
+    given = attempt(partial(twin.forward, x))
+    if given is None:  # MiniMax hands the bias in
+        given, corrected = attempt(partial(twin.forward, x, bias)), True
+    return (twin, corrected, given) if isinstance(given, tuple) and len(given) == 3 else None
 
 
 def _candidates(router: Any, cast: bool) -> Iterator[Routing]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ def raise_rotary(raising: Raising, model: nn.Module) -> None:
             continue
         parameters = list(inspect.signature(function).parameters)
         if parameters[:4] == ["q", "k", "cos", "sin"]:
-            style = _style(lambda x, c, s, d, f=function: f(x, x, c, s, unsqueeze_dim=d)[0])
-            replacement: Callable[..., Any] | None = style and _pair(style)  # type: ignore[assignment]
+            style = _style(partial(_first_of_pair, function))
+            replacement = None if style is None else _pair(style)
         elif parameters[:3] == ["x", "cos", "sin"]:
-            style = _style(lambda x, c, s, d, f=function: f(x, c, s, unsqueeze_dim=d))
-            replacement = style and _single(style)  # type: ignore[assignment]
+            style = _style(partial(_of_single, function))
+            replacement = None if style is None else _single(style)
         elif parameters == ["xq", "xk", "freqs_cis"]:
             style, replacement = _complex_style(function), _complex
         else:
@@ -41,7 +42,15 @@ def raise_rotary(raising: Raising, model: nn.Module) -> None:
         _raise_tables(raising, model, "mrope")
 
 
-def _style(apply: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> str | None:
+def _first_of_pair(function: Any, x: Tensor, cos: Tensor, sin: Tensor, heads_dim: int) -> Any:
+    return function(x, x, cos, sin, unsqueeze_dim=heads_dim)[0]
+
+
+def _of_single(function: Any, x: Tensor, cos: Tensor, sin: Tensor, heads_dim: int) -> Any:
+    return function(x, cos, sin, unsqueeze_dim=heads_dim)
+
+
+def _style(apply: Callable[[Tensor, Tensor, Tensor, int], Any]) -> str | None:
     """The style of `planc.rope` that a function computes: all probes it accepts must agree."""
     head, probes = 8, []
     x = torch.randn(2, 3, 5, head, device="cpu")
@@ -50,14 +59,11 @@ def _style(apply: Callable[[Tensor, Tensor, Tensor, int], Tensor]) -> str | None
             angles = torch.randn(2, tokens, width // 2, device="cpu")
             for table in (torch.cat([angles, angles], -1), torch.randn(2, tokens, width, device="cpu")):
                 cos, sin = table.cos(), table.sin()
-                given = attempt(lambda c=cos, s=sin, d=heads_dim: apply(x, c, s, d))
+                given = attempt(partial(apply, x, cos, sin, heads_dim))
                 if isinstance(given, Tensor):
                     probes.append((cos, sin, heads_dim, given))
     for style in STYLES:
-        found = [
-            attempt(lambda c=cos, s=sin, d=dim, st=style: rotate(x, c, s, d, st))
-            for cos, sin, dim, _ in probes
-        ]
+        found = [attempt(partial(rotate, x, cos, sin, dim, style)) for cos, sin, dim, _ in probes]
         if probes and all(
             isinstance(f, Tensor) and equal(f, given) for f, (*_, given) in zip(found, probes, strict=True)
         ):

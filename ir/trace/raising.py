@@ -87,9 +87,7 @@ def text_forward(raising: Raising, model: nn.Module) -> Callable[[Tensor, Tensor
     forward = model.forward
 
     def text(input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        torch._check(
-            input_ids.shape == position_ids.shape
-        )  # one batch and one sequence symbol from the start
+        assert input_ids.shape == position_ids.shape  # one batch and one sequence symbol from the start
         raising.positions = position_ids
         # a mask of four dimensions is passed through by transformers; every raised op masks by itself
         nothing = input_ids.new_ones((1, 1, 1, 1))
