@@ -131,8 +131,9 @@ class StepModel:
     def breakdown(self, load: StepLoad, stage: int = 0) -> list[StepPart]:
         """Where the time of a single load goes on one stage, in the table's order.
 
-        The parts sum to the stage's device time; host overhead and the hand-over between stages are
-        parts of layer class "step".
+        The parts sum to the stage's time. The last one, of layer class "step", is what no kernel or
+        collective takes: host overhead, launches that kernels don't hide, the engine's factor on
+        prompts, the hand-over to the next stage. Raises ValueError for more than one load.
         """
         flat = load.arrays()
         if flat.size != 1:
@@ -152,10 +153,9 @@ class StepModel:
         for item, row in zip(self._collectives, links, strict=True):
             total = row[0] * item.calls * counts[order[item.layer_class]]
             if total > 0:
+                source = group_source(item.ranks, self.gpu, self.fabric)
                 found.append(
-                    StepPart(
-                        item.layer_class, item.site, item.kind, float(total), BOUNDS[LINK], self.costs.source
-                    )
+                    StepPart(item.layer_class, item.site, item.kind, float(total), BOUNDS[LINK], source)
                 )
         device = sum(part.seconds for part in found)
         whole = float(self._stage_seconds(flat)[stage, 0])
@@ -188,12 +188,8 @@ class StepModel:
         per_launch = np.where(graphed, 0.0, one * 1e-6)
         if self.gpu.vendor != "cpu":
             device = np.maximum(device, self._launches[:, None] * per_launch)
-        host = np.where(
-            graphed,
-            self.profile.step_us,
-            self.profile.step_eager_us if self.shape.eager else self.profile.step_us,
-        )
-        host = (host + self.profile.per_sequence_us * (load.seqs + load.chunks)) * 1e-6
+        fixed = self.profile.step_eager_us if self.shape.eager else self.profile.step_us
+        host = (fixed + self.profile.per_sequence_us * (load.seqs + load.chunks)) * 1e-6
         hop = self._hand_over(rows)
         total = device + hop + host
         found: Array = np.where(rows > 0, total, 0.0)
