@@ -47,16 +47,17 @@ def load_model(place: Path, config: dict[str, Any], dtype: torch.dtype | None = 
     """The transformers model of a folder (eager attention and experts), checked to be filled."""
     from transformers import AutoModelForCausalLM
 
-    found = transformers_config(config, place.name)
+    settings = transformers_config(config, place.name)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             place,
-            config=found,
+            config=settings,
             dtype=dtype or "auto",
             attn_implementation="eager",
             experts_implementation="eager",
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError) as error:
@@ -66,7 +67,7 @@ def load_model(place: Path, config: dict[str, Any], dtype: torch.dtype | None = 
             mend="Check that the folder's config.json belongs to its safetensors.",
         ) from error
     for problem in ("missing_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in report[problem])
+        names = sorted(str(found[0] if isinstance(found, tuple) else found) for found in report[problem])
         if names:
             raise WeightsMismatch(
                 path=str(place),
