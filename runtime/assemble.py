@@ -36,55 +36,55 @@ class Compiled:
         return found or self.optimised or self.traced
 
 
-def decisions(plan: Plan, replica: Replica, *, rank: int | None = None) -> tuple[Pass, ...]:
+def decisions(
+    plan: Plan, replica: Replica, *, rank: int | None = None, formats: bool = True
+) -> tuple[Pass, ...]:
     """The passes that apply a plan's decisions to a phase graph, in order.
 
-    rank   a tensor-parallel rank of the replica; None: the whole model on one device
+    rank      a tensor-parallel rank of the replica; None: the whole model on one device
+    formats   False leaves the number formats as they are: structure only
     """
-    parallel: tuple[Pass, ...] = ()
+    passes: list[Pass] = []
     if rank is not None and replica.tp > 1:
-        parallel = (TensorParallel(replica.tp, rank % replica.tp, ep=replica.ep > 1),)
+        passes.append(TensorParallel(replica.tp, rank % replica.tp, ep=replica.ep > 1))
     fusions = frozenset(name for layer in plan.layers for name in layer.decisions.fusions)
-    formats = {layer.layer_class: layer.decisions.format for layer in plan.layers}
-    return (
-        *parallel,
-        Fusion(fusions & NAMES),
-        Quantize(formats=formats, activations=replica.activations, kv=replica.kv),
+    passes.append(Fusion(fusions & NAMES))
+    if formats:
+        chosen = {layer.layer_class: layer.decisions.format for layer in plan.layers}
+        passes.append(Quantize(formats=chosen, activations=replica.activations, kv=replica.kv))
+    return tuple(passes)
+
+
+def apply(
+    plan: Plan,
+    traced: Graph,
+    *,
+    rank: int | None = None,
+    formats: bool = True,
+    observe: Callable[[Step], None] | None = None,
+) -> Compiled:
+    """A plan's decisions applied to a traced graph; `observe` hears of every pass."""
+    rewrites = decisions(plan, plan.replicas()[0], rank=rank, formats=formats)
+    if traced.source.kind != "causal_lm":
+        return Compiled(traced, None, None, run(traced, (*FRONT, *rewrites), observe=observe))
+    front = run(traced, FRONT, observe=observe)
+    return Compiled(
+        traced,
+        run(front, (Phases("prefill"), *rewrites), observe=observe),
+        run(front, (Phases("decode"), *rewrites), observe=observe),
+        None,
     )
 
 
 def assemble(
-    plan: Plan,
-    bundle: Path,
-    *,
-    rank: int | None = None,
-    observe: Callable[[str, Step], None] | None = None,
-    trust_remote_code: bool = False,
+    plan: Plan, bundle: Path, *, rank: int | None = None, trust_remote_code: bool = False
 ) -> Compiled:
     """Traces the bundle's model (from the cache where possible) and applies the plan's decisions.
 
-    observe   called with the phase and each step of its pipeline
     Raises InvalidBundle where the bundle has no model, and the passes' errors.
     """
     traced = trace(model_source(plan, bundle), trust_remote_code=trust_remote_code)
-    replica = plan.replicas()[0]
-    rewrites = decisions(plan, replica, rank=rank)
-
-    def compiled(phase: str, passes: tuple[Pass, ...]) -> Graph:
-        def seen(step: Step) -> None:
-            if observe is not None:
-                observe(phase, step)
-
-        return run(traced, (*FRONT, *passes), observe=seen)
-
-    if traced.source.kind != "causal_lm":
-        return Compiled(traced, None, None, compiled("forward", rewrites))
-    return Compiled(
-        traced,
-        compiled("prefill", (Phases("prefill"), *rewrites)),
-        compiled("decode", (Phases("decode"), *rewrites)),
-        None,
-    )
+    return apply(plan, traced, rank=rank)
 
 
 def model_source(plan: Plan, bundle: Path) -> str | Path:

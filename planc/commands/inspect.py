@@ -90,10 +90,10 @@ def inspect_command(
         for name in ("decode", "prefill"):
             part = [r for r in rows if r["phase"] == name]
             whole = sum(r["ms"] for r in part)
-            body = [
-                (r["class"], r["site"], r["op"], f"{r['ms']:.3f}", f"{100 * r['ms'] / whole:.1f} %", r["bound"], r["source"])
-                for r in sorted(part, key=lambda r: -r["ms"])
-            ]  # fmt: skip
+            body = []
+            for r in sorted(part, key=lambda r: -r["ms"]):
+                share = f"{100 * r['ms'] / whole:.1f} %"
+                body.append((r["class"], r["site"], r["op"], f"{r['ms']:.3f}", share, r["bound"], r["source"]))
             if part:
                 title = f"{name} step at the planned load: {whole:.2f} ms"
                 columns = ("layer class", "site", "op", "ms", "share", "bound by", "from")
@@ -181,10 +181,10 @@ def _model(table: CostTable, console: Console) -> None:
         f"{m.layers} layers, hidden {m.hidden}, vocabulary {m.vocab}, "
         f"{table.kv_elements_per_token():,} KV elements/token"
     )
-    rows = [
-        (c.name, c.count, f"{c.parameters / 1e6:,.1f} M", f"{c.kv_elements:,}", c.kv_span or "-", f"{c.state_elements:,}")
-        for c in table.classes
-    ]  # fmt: skip
+    rows = []
+    for c in table.classes:
+        size = f"{c.parameters / 1e6:,.1f} M"
+        rows.append((c.name, c.count, size, f"{c.kv_elements:,}", c.kv_span or "-", f"{c.state_elements:,}"))
     columns = ("layer class", "count", "parameters", "KV elements/token", "reach", "state elements/sequence")
     console.print(grid(columns, rows))
     if m.generic_ops:
