@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -54,9 +55,24 @@ class QuantizeWeight:
 
     def apply(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         (weight,) = tensors
+        if weight.is_meta:
+            like = tuple(weight.shape), weight.dtype
+            shapes = _stored_shapes(self.format, self.group_size, self.transposed, *like)
+            return tuple(torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes)
         if self.transposed:
             weight = weight.transpose(-1, -2)
         return qf.WEIGHT_FORMATS[self.format].quantize(weight, self.group_size)
+
+
+@cache
+def _stored_shapes(
+    format: str, group_size: int, transposed: bool, shape: tuple[int, ...], dtype: torch.dtype
+) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    """Shapes and types of what a format stores of such a weight; a model has few distinct ones."""
+    weight = torch.empty(shape, dtype=dtype, device="meta")
+    weight = weight.transpose(-1, -2) if transposed else weight
+    stored = qf.WEIGHT_FORMATS[format].quantize(weight, group_size)
+    return tuple((part.shape, part.dtype) for part in stored)
 
 
 @dataclass(frozen=True, slots=True)
