@@ -33,11 +33,17 @@ _MOVED = {
 }
 
 
+#: kinds that engines have small-message kernels for
+_CUSTOM = ("all_reduce", "all_gather", "reduce_scatter")
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
     """A kind of wire: one direction, per GPU.
 
-    custom_up_to  messages up to so many bytes use the engine's own all-reduce kernel
+    library       (alpha us, us per hop, share of peak) of a collective launched by itself
+    custom        the same of an engine's own kernel inside a CUDA graph
+    custom_up_to  messages up to so many bytes take the latter
     """
 
     name: str
@@ -109,7 +115,7 @@ def seconds(kind: Kind, size: ArrayLike, ranks: int, link: Link) -> Array:
         return time
 
     time = by(link.library)
-    if kind == "all_reduce" and link.custom_up_to > 0:
+    if kind in _CUSTOM and link.custom_up_to > 0:
         time = np.where(size <= link.custom_up_to, np.minimum(by(link.custom), time), time)
     return np.where(size > 0, time, 0.0)
 
