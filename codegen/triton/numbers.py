@@ -43,7 +43,7 @@ def in_interpreter(kernels: Sequence[Kernel], *, seed: int = 0) -> list[Finding]
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ToolFailed(tool="the Triton interpreter", reason=last, mend="Is the triton package whole?")
     return [Finding(**entry) for entry in json.loads(done.stdout)]
 

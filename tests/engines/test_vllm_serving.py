@@ -102,8 +102,7 @@ def compiled(model: Path, bundle: Path, *, tp: int) -> Plan:
             },
         }
     )
-    config = json.loads((model / "config.json").read_text())
-    api.write_bundle(api.compile(request), bundle, config=config)
+    api.write_bundle(api.compile(request), bundle)
     return load_plan(bundle)
 
 
