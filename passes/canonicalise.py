@@ -125,7 +125,14 @@ def _only_item(node: Node) -> Node | None:
 
 _COPIES = (
     *(aten.detach.default, aten.alias.default, aten.lift_fresh_copy.default, aten.clone.default),
-    *(aten.contiguous.default, aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
+    *(
+        aten.contiguous.default,
+        aten.to.dtype,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten._to_copy.default,
+        aten.type_as.default,
+    ),
 )
 _RESHAPES = (
     *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default),

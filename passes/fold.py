@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import Node
 
 from planc.ir.graph import Graph
@@ -48,11 +49,11 @@ class LayerGroup:
 
 
 def fold(graph: Graph) -> tuple[LayerGroup, ...]:
-    """The layer classes of a graph, in the order they first run; every call is in exactly one layer.
-
-    What depends on no layer is "embedding", what else lies outside them "head".
+    """The layer classes of a graph, in the order they first run. What depends on no layer is
+    "embedding", what else lies outside them "head". Every call that yields tensors is in exactly one
+    layer; arithmetic on sizes is in none.
     """
-    places = layers_of(graph)
+    places = {node: path for node, path in layers_of(graph).items() if _computes(node)}
     layers: dict[str, list[Node]] = {}
     embedding: list[Node] = []
     head: list[Node] = []
@@ -80,14 +81,15 @@ def fold(graph: Graph) -> tuple[LayerGroup, ...]:
 
 
 def layers_of(graph: Graph) -> dict[Node, str | None]:
-    """The layer of every call. A call whose origin is not recorded joins the layer of its operands."""
+    """The layer of every call. One whose origin is not recorded is in the layer that it stands between."""
     found: dict[Node, str | None] = {}
     for node in graph.module.graph.nodes:
         if node.op != "call_function":
             continue
         path = layer_path(node)
         if path is None and not module_stack(node):
-            path = next((p for used in node.all_input_nodes if (p := found.get(used))), None)
+            users = {layer_path(user) for user in node.users}
+            path = next((p for used in node.all_input_nodes if (p := found.get(used)) in users), None)
         found[node] = path
     return found
 
@@ -112,6 +114,10 @@ def traits(graph: Graph, nodes: tuple[Node, ...] | list[Node]) -> dict[str, str]
         elif work.family == "gemm":
             found.setdefault("mlp", "dense")
     return found
+
+
+def _computes(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor | tuple | list)
 
 
 _REACH = {"w": "sliding", "c": "chunked", "k": "sparse"}

@@ -224,7 +224,6 @@ POINTWISE: tuple[Rule, ...] = (
         _layer_norm,
     ),
     Rule("rms_norm", _CORE, _bare_norm),
-    Rule("rms_norm weight", Call(aten.mul.Tensor, WEIGHT, _NORM, commutes=True), _weighted("cast_mul")),
     Rule(
         "rms_norm 1 + weight",
         Call(
@@ -240,6 +239,7 @@ POINTWISE: tuple[Rule, ...] = (
         ),
         _weighted("one_plus"),
     ),
+    Rule("rms_norm weight", Call(aten.mul.Tensor, WEIGHT, _NORM, commutes=True), _weighted("cast_mul")),
     Rule("rms_norm conversions", Call(CASTS, _NORM), _narrowed),
     Rule("nn.RMSNorm", Call(aten.rms_norm.default, X, Any("shape"), Any("weight"), Any("eps")), _whole_norm),
     Rule("silu", Call(aten.mul.Tensor, X, Call(aten.sigmoid.default, X), commutes=True), _silu),

@@ -229,9 +229,7 @@ def _span(rows: list[Row]) -> str:
 
 def _offers(graphs: Mapping[Phase, Graph]) -> tuple[FusionOffer, ...]:
     """The fusions of both phases; the same one of both is offered once."""
-    from planc.passes import fusion
-
-    offers = getattr(fusion, "offers", lambda graph: ())
+    from planc.passes.fusion import offers
 
     found: dict[tuple[str, str], FusionOffer] = {}
     for graph in graphs.values():

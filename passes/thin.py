@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from planc.ir.graph import Graph
 from planc.ir.text import show_type
-from planc.passes.fold import LayerGroup
+from planc.passes.fold import LayerGroup, layers_of
 
 #: Layers kept of each class: the second one shows what happens between equal layers.
 KEPT = 2
@@ -29,23 +29,16 @@ def thin(graph: Graph, groups: Sequence[LayerGroup]) -> Graph:
     A layer can go where each value it hands on has exactly one counterpart, of equal shape and dtype,
     among the values it takes from the layers before it.
     """
-    dropped: dict[Node, str] = {}
-    for group in groups:
-        for path, members in list(zip(group.paths, group.members, strict=True))[KEPT:]:
-            dropped.update(dict.fromkeys(members, path))
+    dropped = {path for group in groups for path in group.paths[KEPT:]}
     nodes = copy.deepcopy(graph.module.graph)
     twins = dict(zip(graph.module.graph.nodes, nodes.nodes, strict=True))
     layers: dict[str, list[Node]] = {}
-    for node in graph.module.graph.nodes:
-        if node in dropped:
-            layers.setdefault(dropped[node], []).append(twins[node])
-    layered = {
-        twins[node]
-        for group in groups
-        for path, members in zip(group.paths, group.members, strict=True)
-        for node in members
-        if path
-    }
+    layered: set[Node] = set()
+    for node, path in layers_of(graph).items():
+        if path is not None:
+            layered.add(twins[node])
+        if path in dropped:
+            layers.setdefault(str(path), []).append(twins[node])
     for layer in layers.values():
         swaps = _swaps(graph, layer, layered)
         if swaps is None:

@@ -78,7 +78,7 @@ def test_a_factory_in_a_file_is_found_by_its_path(tmp_path: Path, monkeypatch: p
 def test_mistakes_in_naming_a_model_have_one_clear_message(
     source: str, error: type[PlancError], said: str
 ) -> None:
-    with pytest.raises(error, match="(?s).*") as caught:
+    with pytest.raises(error) as caught:
         trace(source)
     assert said in str(caught.value)
     assert caught.value.exit_code == 2

@@ -120,7 +120,7 @@ def test_a_shape_that_its_op_does_not_yield_is_found_on_demand(encoder: Graph) -
 
     bad = broken(encoder, swap)
     verify(bad, "bad")
-    with pytest.raises(InvalidGraph, match="float16.*float32"):
+    with pytest.raises(InvalidGraph, match=r"float16.*float32"):
         verify(bad, "bad", rerun=True)
 
 
