@@ -30,6 +30,7 @@ class Kernel:
     spec       what the family's cost function needs besides amounts
     rows       m of a GEMM; routed tokens of a grouped one
     launches   kernels per call; 0 when another kernel does this work
+    traffic    activation elements per token moved by all ranks together, which is what offers count in
     """
 
     layer_class: str
@@ -46,6 +47,7 @@ class Kernel:
     kv: Amount
     reads: Amount
     writes: Amount
+    traffic: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool) -> Kernel:
         kv=(work.kv_reads + work.kv_writes) * divided.kv,
         reads=work.reads * divided.reads,
         writes=work.writes * divided.writes,
+        traffic=_per_token(work.reads + work.writes),
     )
     weight_bytes = work.weights * divided.weights * fmt(weights).bytes
     if work.family == "gemm" and not (work.weights and {"k", "n"} <= work.dims.keys()):
@@ -264,9 +267,11 @@ def _one_group(members: list[Kernel], applied: Sequence[FusionOffer]) -> list[Ke
     points = [k for k in members if k.spec is None]
     others = [k for k in members if k.spec is not None and not isinstance(k.spec, Gemm)]
     launches = float(sum(offer.launches for offer in applied))
+    gone = sum(_per_token(offer.reads + offer.writes) for offer in applied)
     out = list(others)
     if len(gemms) > 1 and len({_left(k) for k in gemms}) == 1:
         launches -= sum(k.calls for k in gemms) - gemms[0].calls
+        gone -= sum(_per_token(k.reads) * k.calls for k in gemms[1:])  # the shared input is read once
         gemms = [_merged(gemms)]
     out.extend(gemms)
     if points:
@@ -275,7 +280,8 @@ def _one_group(members: list[Kernel], applied: Sequence[FusionOffer]) -> list[Ke
         ride = sum(k.calls * k.launches for k in points)
         floor = 0.0 if gemms or others else 1.0
         share = max(min(ride, each - max(launches, 0.0)), floor) / ride if ride else 0.0
-        kept = _kept(points, applied)
+        moved = sum(k.traffic * k.calls for k in points)
+        kept = min(max(1.0 - gone / moved, 0.0), 1.0) if moved else 1.0
         out.extend(replace(k, launches=k.launches * share, nbytes=k.nbytes * kept) for k in points)
     return out
 
@@ -297,13 +303,6 @@ def _merged(gemms: list[Kernel]) -> Kernel:
         flops=total(k.flops * (k.calls / first.calls) for k in gemms),
         writes=total(k.writes * (k.calls / first.calls) for k in gemms),
     )
-
-
-def _kept(points: Sequence[Kernel], applied: Sequence[FusionOffer]) -> float:
-    """Share of the pointwise kernels' traffic that stays."""
-    elements = sum(_per_token(k.reads + k.writes) * k.calls for k in points)
-    gone = sum(_per_token(offer.reads + offer.writes) for offer in applied)
-    return max(1.0 - gone / elements, 0.1) if elements else 1.0
 
 
 def _per_token(amount: Amount) -> float:

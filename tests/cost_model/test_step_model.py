@@ -201,6 +201,21 @@ def test_a_fusion_that_saves_traffic_helps_long_prompts() -> None:
     assert pick(fused) == pytest.approx(pick(apart) * (1 - 512 / (5 * 512)), rel=1e-6)
 
 
+def test_a_merge_saves_its_input_and_nothing_of_what_follows() -> None:
+    """Also where ranks divide the work: offers count whole tensors, kernels a rank's share."""
+    sites = ("mlp.act", "mlp.gate_proj", "mlp.up_proj")
+    merge = FusionOffer("gate_up_merge", "block", sites, 1, reads=Amount({"T": 512.0}))
+    table = replace(TINY, fusions=(merge,))
+    shape, profile = EngineShape("vllm", "h100_sxm", tp=4), catalogue.engine("vllm")
+    load = StepLoad(0, 0, 200_000, 1)
+
+    def act(names: frozenset[str]) -> float:
+        parts = StepModel(table, shape, H100, Fabric(8), profile, names).breakdown(load)
+        return sum(part.seconds for part in parts if part.site == "mlp.act")
+
+    assert act(frozenset({"gate_up_merge"})) == pytest.approx(act(frozenset()), rel=1e-9)
+
+
 def test_bands_and_sources_come_with_the_seconds(model: Make) -> None:
     step = model(TINY)
     low, high = step.band
