@@ -152,10 +152,15 @@ def _config(shape: Shape, plan: Plan, config: Mapping[str, Any] | None) -> str:
         f"# vllm serve <model> --config config.yaml\n# {about}\n"
         f"# Written by planc {__version__} from plan {plan.fingerprint.plan}: what was evaluated.\n"
     )
-    body = yaml.safe_dump(
-        settings(shape.replica, plan, config), sort_keys=False, default_flow_style=False, width=100
+    return head + "".join(
+        f"{key}: {_inline(value)}\n" for key, value in settings(shape.replica, plan, config).items()
     )
-    return head + body
+
+
+def _inline(value: Any) -> str:
+    """A YAML value on one line."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _launch(shape: Shape, plan: Plan, config: Mapping[str, Any] | None) -> str:

@@ -73,7 +73,7 @@ def render(
         undefined=jinja2.StrictUndefined,
         autoescape=False,  # the product is Python, and nothing of a request or a model goes into it
     )
-    stamp = f"\nWritten by planc {__version__} from {kind.template}; any change belongs there."
+    stamp = f"\nWritten by planc from {kind.template}; any change belongs there."
     source = environment.get_template(kind.template).render(kernel=kind, stamp=stamp, **kind.holes) + "\n"
     return Kernel(
         name=kind.name,

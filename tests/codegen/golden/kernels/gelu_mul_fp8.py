@@ -5,7 +5,7 @@ y = gelu(gate) * up
 The two halves come from one merged projection, side by side in a row: gate first, then up.
 Everything is computed in float32 and cast at the store.
 
-Written by planc 0.1.0 from gated.py.jinja; any change belongs there.
+Written by planc from gated.py.jinja; any change belongs there.
 """
 
 import torch

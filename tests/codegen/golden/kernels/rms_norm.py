@@ -5,7 +5,7 @@ y = x / sqrt(mean(x^2) + eps) * (weight + weight_offset)
 One program normalises ROWS whole rows, held in registers as one [ROWS, BLOCK] tile, so each element is
 read once and written once. Everything is computed in float32 and cast at the store.
 
-Written by planc 0.1.0 from rms_norm.py.jinja; any change belongs there.
+Written by planc from rms_norm.py.jinja; any change belongs there.
 """
 
 import torch

@@ -6,7 +6,7 @@ A program handles one token and HEADS heads, either of q or of k and v. The cach
 slots (block * block_size + offset); a negative slot marks a padding token, whose k and v are dropped.
 Everything is computed in float32 and cast at the store.
 
-Written by planc 0.1.0 from rope_kv.py.jinja; any change belongs there.
+Written by planc from rope_kv.py.jinja; any change belongs there.
 """
 
 import torch

@@ -1,0 +1,215 @@
+"""vLLM's files as text: settings, quoting, instances, several nodes, and what cannot be said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from planc.codegen.engines import checkpoint, vllm, writer
+from planc.codegen.engines.vllm_settings import settings, weights
+from planc.errors import CheckFailed, UnknownName
+from planc.planner.plan import Plan
+from planc.version import __version__
+from tests.codegen.plans import memory, plan, replica
+
+ROOT = Path(__file__).parents[2]
+
+
+def config_of(model: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / f"examples/models/{model}.json").read_text())
+    return found
+
+
+LLAMA = config_of("llama-3.1-70b")
+
+
+def two_replicas() -> Plan:
+    shape: dict[str, Any] = {"tp": 4, "weights": "fp8", "activations": "fp8", "kv": "fp8"}
+    return plan(
+        replica(**shape, gpus=[f"a/{i}" for i in range(4)], traffic_share=0.5),
+        replica(**shape, gpus=[f"a/{i}" for i in range(4, 8)], traffic_share=0.5),
+    )
+
+
+def four_nodes(**shape: Any) -> Plan:
+    gpus = [f"n{node}/{index}" for node in range(4) for index in range(8)]
+    return plan(replica(gpus=gpus, **shape), name="deepseek-r1")
+
+
+@pytest.mark.parametrize(
+    ("name", "made", "config"),
+    [
+        ("two_replicas", two_replicas(), LLAMA),
+        (
+            "four_nodes_dp",
+            four_nodes(dp=4, tp=8, ep=32, weights="fp8", activations="fp8"),
+            config_of("deepseek-r1"),
+        ),
+        ("four_nodes_pp", four_nodes(tp=8, pp=4, pipeline_layers=[16, 15, 15, 15]), None),
+        ("exported", plan(replica(weights="w4a16")), LLAMA),
+        ("cpu", plan(replica(gpu="cpu", tp=2, cuda_graph_sizes=[], memory=memory(kv_cache_gib=0.3))), LLAMA),
+    ],
+)
+def test_files(name: str, made: Plan, config: dict[str, Any], golden: Callable[[str, str], None]) -> None:
+    for file, text in vllm.render(made, config).items():
+        fixed = text.replace(made.fingerprint.plan, "PLAN").replace(__version__, "VERSION")
+        golden(f"vllm/{name}/{Path(file).name}", fixed)
+
+
+def test_each_setting_is_the_evaluated_one() -> None:
+    mine = replica(
+        tp=2, dp=2, ep=4, kv="fp8", max_num_seqs=77, max_num_batched_tokens=3333, max_model_len=4444,
+        block_size=32, kv_blocks=5555, gpu_memory_utilization=0.83, cuda_graph_sizes=[4, 1, 2],
+        chunked_prefill=False, prefix_caching=True,
+    )  # fmt: skip
+    found = settings(mine, plan(mine), LLAMA)
+    assert found == {
+        "served-model-name": "llama-3.1-70b",
+        "dtype": "bfloat16",
+        "tensor-parallel-size": 2,
+        "pipeline-parallel-size": 1,
+        "data-parallel-size": 2,
+        "enable-expert-parallel": True,
+        "distributed-executor-backend": "mp",
+        "max-num-seqs": 77,
+        "max-num-batched-tokens": 3333,
+        "max-model-len": 4444,
+        "block-size": 32,
+        "kv-cache-dtype": "fp8",
+        "no-enable-chunked-prefill": True,
+        "enable-prefix-caching": True,
+        "num-gpu-blocks-override": 5555,
+        "gpu-memory-utilization": 0.83,
+        "compilation-config": {"cudagraph_capture_sizes": [1, 2, 4]},
+    }
+
+
+def test_cpu_blocks_hold_the_same_tokens() -> None:
+    mine = replica(gpu="cpu", block_size=16, kv_blocks=100)
+    found = settings(mine, plan(mine), LLAMA)
+    assert (found["block-size"], found["num-gpu-blocks-override"]) == (32, 50)
+    assert "gpu-memory-utilization" not in found
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tp": 4, "ep": 2}, "ep=2"),
+        ({"kv": "int8"}, "kv=int8"),
+        ({"gpu": "cpu", "weights": "fp8"}, "fp8"),
+        ({"gpu": "cpu", "tp": 2, "ep": 2}, "experts"),
+    ],
+)
+def test_what_vllm_cannot_be_told(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckFailed, match=says):
+        vllm.render(plan(replica(**changes)), LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted", "setting", "exported"),
+    [
+        ("llama-3.1-8b", "bf16", None, False),
+        ("llama-3.1-8b", "fp8", "fp8", False),
+        ("llama-3.1-8b", "w4a16", None, True),
+        ("llama-3.1-8b", "int8", None, True),
+        ("deepseek-r1", "fp8", None, False),
+        ("deepseek-r1", "bf16", None, True),
+        ("gpt-oss-120b", "mxfp4", None, False),
+        ("kimi-k2.5", "w4a16", None, False),
+    ],
+)
+def test_weights_by_checkpoint(model: str, wanted: str, setting: str | None, exported: bool) -> None:
+    found = weights(replica(weights=wanted), config_of(model))
+    assert (found.setting, found.exported) == (setting, exported)
+
+
+@pytest.mark.parametrize(
+    ("model", "plain"),
+    [("llama-3.1-8b", True), ("qwen3-235b-a22b", True), ("mixtral-8x7b", True), ("minimax-m2.5", True),
+     ("deepseek-r1", False), ("gpt-oss-20b", False), ("gemma-4-26b-a4b", False), ("llama-4-scout", False),
+     ("qwen3.5-397b-a17b", False), ("glm-5", False), ("kimi-k2.5", False)],
+)  # fmt: skip
+def test_block_count_only_where_blocks_mean_the_same(model: str, plain: bool) -> None:
+    assert checkpoint.plain_cache(config_of(model)) == plain
+
+
+NASTY = "m'; touch pwned #\n$(touch pwned) `touch pwned` --trust-remote-code"
+
+
+def _dry(script: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables}
+    return subprocess.run(
+        ["bash", script, *arguments], capture_output=True, text=True, env=environment, cwd=script.parent
+    )
+
+
+def _script(made: Plan, folder: Path, config: dict[str, Any] | None = None) -> Path:
+    for name, text in vllm.render(made, config).items():
+        (folder / Path(name).name).write_text(text)
+    return folder / "launch.sh"
+
+
+def test_names_cannot_leave_their_quotes(tmp_path: Path) -> None:
+    made = plan(replica(gpus=[f"{NASTY}/0;id"]), name=NASTY, source=f"/models/{NASTY}".replace(":", ""))
+    script = _script(made, tmp_path)
+    done = _dry(script)
+    assert done.returncode == 0, done.stderr
+    assert f"vllm serve /models/{NASTY}" in done.stderr
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.yaml", "launch.sh"]
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["served-model-name"] == NASTY
+
+
+def test_a_name_is_never_an_option() -> None:
+    mine = replica()
+    assert (
+        settings(mine, plan(mine, name="--trust-remote-code"), None)["served-model-name"]
+        == "trust-remote-code"
+    )
+
+
+def test_instances_and_their_gpus(tmp_path: Path) -> None:
+    script = _script(two_replicas(), tmp_path, LLAMA)
+    assert "MODEL" in _dry(script).stderr
+    assert _dry(script).returncode != 0
+    first, second = (_dry(script, which, "--api-key", "a b", MODEL="/w") for which in ("0", "1"))
+    assert "--port 8000 --api-key a b" in first.stderr
+    assert "--port 8001" in second.stderr
+    assert "instances: 0 to 1" in _dry(script, "2", MODEL="/w").stderr
+    assert "gpus=4,5,6,7" in script.read_text()
+
+
+def test_nodes_of_one_instance(tmp_path: Path) -> None:
+    script = _script(four_nodes(dp=4, tp=8), tmp_path)
+    third = _dry(script, "0", MODEL="/w", HEAD_ADDR="10.0.0.1", NODE_RANK="2").stderr
+    assert "--headless --data-parallel-start-rank 2" in third
+    assert "--data-parallel-size-local 1 --data-parallel-address 10.0.0.1" in third
+    assert "HEAD_ADDR" in _dry(script, "0", MODEL="/w").stderr
+    script = _script(four_nodes(tp=8, pp=4), tmp_path)
+    head = _dry(script, "0", MODEL="/w", HEAD_ADDR="10.0.0.1").stderr
+    assert "--nnodes 4 --node-rank 0 --master-addr 10.0.0.1" in head
+    assert "--headless" not in head
+
+
+def test_a_plain_checkpoint_is_refused_where_the_plan_needs_an_exported_one(tmp_path: Path) -> None:
+    script = _script(plan(replica(weights="w4a16")), tmp_path, LLAMA)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    refused = _dry(script, MODEL=str(model))
+    assert refused.returncode == 2
+    assert "planc export" in refused.stderr
+    (model / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    assert _dry(script, MODEL=str(model)).returncode == 0
+
+
+def test_registry() -> None:
+    assert writer("vllm") is vllm
+    with pytest.raises(UnknownName, match="vllm"):
+        writer("vlm")
