@@ -58,7 +58,8 @@ def launch_command(script: Path, scratch: Path, bundle: Path) -> dict[str, Any]:
     stand_in.chmod(0o755)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "CUDA_", "OMP_"))}
     model = str((bundle / "model").absolute())
-    environment = {**inherited, "PATH": f"{scratch}:{inherited['PATH']}", "MODEL": model}
+    first_node = {"HEAD_ADDR": "127.0.0.1", "NODE_RANK": "0", "ANY_WEIGHTS": "1"}
+    environment = {**inherited, **first_node, "PATH": f"{scratch}:{inherited['PATH']}", "MODEL": model}
     done = subprocess.run(["bash", script, "0"], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ToolFailed(

@@ -67,7 +67,7 @@ def engines_command(name: str | None, as_json: bool) -> None:
     if as_json:
         emit_json([entry.model_dump(mode="json") for entry in known])
         return
-    from planc.codegen.engines import RENDERERS
+    from planc.codegen.engines import WRITERS
 
     rows = [
         (
@@ -75,7 +75,7 @@ def engines_command(name: str | None, as_json: bool) -> None:
             entry.version,
             ", ".join(entry.parallel),
             ", ".join(sorted(entry.archs)),
-            "written" if entry.name in RENDERERS else "priced only",
+            "written" if entry.name in WRITERS else "priced only",
             entry.date,
         )
         for entry in known

@@ -205,6 +205,7 @@ def test_a_plain_checkpoint_is_refused_where_the_plan_needs_an_exported_one(tmp_
     refused = _dry(script, MODEL=str(model))
     assert refused.returncode == 2
     assert "planc export" in refused.stderr
+    assert _dry(script, MODEL=str(model), ANY_WEIGHTS="1").returncode == 0
     (model / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     assert _dry(script, MODEL=str(model)).returncode == 0
 

@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = Path(os.environ.get("PLANC_ENGINES_ENV", ROOT / ".venv-engines"))
@@ -48,24 +47,6 @@ def save_tokenizer(folder: Path) -> int:
     )
     whole.save_pretrained(folder)
     return len(whole)
-
-
-def command(script: Path, shim: Path, *arguments: str, **variables: str) -> dict[str, Any]:
-    """What a launch script would run: {"argv", "env"}, caught by a stand-in for `vllm` on the PATH."""
-    shim.mkdir(parents=True, exist_ok=True)
-    caught = shim / "caught.json"
-    stand_in = shim / "vllm"
-    stand_in.write_text(
-        "#!/usr/bin/env python3\nimport json, os, sys\n"
-        "env = {k: v for k, v in os.environ.items() if k.startswith(('VLLM_', 'CUDA_', 'OMP_'))}\n"
-        f"json.dump({{'argv': sys.argv[1:], 'env': env}}, open({str(caught)!r}, 'w'))\n"
-    )
-    stand_in.chmod(0o755)
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM_", "CUDA_", "OMP_"))}
-    path = f"{shim}:{inherited['PATH']}"
-    subprocess.run([script, *arguments], check=True, env={**inherited, "PATH": path, **variables})
-    found: dict[str, Any] = json.loads(caught.read_text())
-    return found
 
 
 @dataclass(frozen=True, slots=True)

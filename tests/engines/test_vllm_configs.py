@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from planc import api
 from planc.codegen import bundle
+from planc.codegen.engines.accept import launch_command, probe
 from planc.codegen.engines.checkpoint import text_part
 from planc.errors import Infeasible
 from planc.planner.plan import Plan
@@ -70,14 +70,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         path = support.ROOT / f"examples/models/{model}.json"
         plans[name] = (plan_of(replica(**settings), name=model), path)
     asked = [_command(name, plan, path, work) for name, (plan, path) in plans.items()]
-    done = subprocess.run(
-        [support.environment() / "python", Path(__file__).with_name("vllm_accepts.py")],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout)
+    answers = probe("vllm", asked, python=str(support.environment() / "python"))
     return {name: {**answers[name], "replica": plan.replicas()[0]} for name, (plan, _) in plans.items()}
 
 
@@ -108,10 +101,7 @@ def _command(name: str, plan: Plan, model: Path, work: Path) -> dict[str, Any]:
     if config["model_type"] in PROCESSORS:
         (folder / "model/preprocessor_config.json").write_text(json.dumps(PROCESSORS[config["model_type"]]))
     (script,) = (folder / "engines/vllm").glob("*/launch.sh")
-    caught = support.command(
-        script, work / "shim", MODEL=str(folder / "model"), HEAD_ADDR="127.0.0.1", NODE_RANK="0"
-    )
-    return {"name": name, **caught}
+    return {"name": name, **launch_command(script, work, folder)}
 
 
 @pytest.mark.parametrize("name", [f"model {path.stem}" for path in MODELS] + list(SHAPES))
@@ -149,13 +139,6 @@ def test_refusals_are_seen(tmp_path: Path) -> None:
         {"name": "misspelt", "argv": ["serve", str(tmp_path), "--tensor-paralel-size", "2"], "env": {}},
         {"name": "heads", "argv": ["serve", str(tmp_path), "--tensor-parallel-size", "3"], "env": {}},
     ]
-    done = subprocess.run(
-        [support.environment() / "python", Path(__file__).with_name("vllm_accepts.py")],
-        input=json.dumps(asked),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answers = json.loads(done.stdout)
+    answers = probe("vllm", asked, python=str(support.environment() / "python"))
     assert "unrecognized arguments" in answers["misspelt"]["error"]
     assert "divisible by tensor parallel size" in answers["heads"]["error"]

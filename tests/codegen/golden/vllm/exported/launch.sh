@@ -10,9 +10,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # The plan has w4a16 weights and the published checkpoint has bf16: vLLM cannot make the
 # one from the other while loading, so MODEL must be a checkpoint that is already in that format.
-if ! grep -qs '"quantization_config"' "$MODEL/config.json"; then
+if [[ -z ${ANY_WEIGHTS:-} ]] && ! grep -qs '"quantization_config"' "$MODEL/config.json"; then
   echo "launch.sh: '$MODEL' is not a quantized checkpoint, and the plan needs w4a16 weights." >&2
   echo "Write one: planc export BUNDLE --engine vllm --weights WEIGHTS -o OUT; then MODEL=OUT" >&2
+  echo "(ANY_WEIGHTS=1 skips this question.)" >&2
   exit 2
 fi
 
