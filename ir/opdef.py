@@ -119,6 +119,13 @@ def declare(op: OpDef) -> OpDef:
     return op
 
 
+def declarations() -> tuple[OpDef, ...]:
+    """Every declared op, planc's and ATen's."""
+    import planc.ir.ops  # noqa: F401  (registers the dialect)
+
+    return tuple(_DECLARED.values())
+
+
 def declaration(node: Node) -> OpDef | None:
     """The declaration of a call node's op, or None: then it is costed generically."""
     import planc.ir.ops  # noqa: F401  (registers the dialect)
