@@ -6,6 +6,7 @@ under the names of its modules: the names that the trace has.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,9 @@ def float_dtype(graph: Graph) -> torch.dtype:
 def at_random(graph: Graph, seed: int = 0) -> dict[str, Tensor]:
     """Random weights of a graph's source model, the same for the same seed, in the traced dtypes."""
     if graph.source.kind == "causal_lm" and graph.source.config:
-        return of_module(build(graph.source.config, dtype=float_dtype(graph), device="cpu", seed=seed))
+        with torch.random.fork_rng(devices=[]):  # transformers' own initialisation draws from the global one
+            torch.manual_seed(seed)
+            return of_module(build(graph.source.config, dtype=float_dtype(graph), device="cpu", seed=seed))
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, tensor in sorted(parameters(graph).items()):
@@ -120,7 +123,7 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         from transformers import AutoTokenizer
 
-        place = Path(folder)
+        place = self._place = Path(folder)
         if not any((place / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             raise FileMissing(
                 what="tokenizer",
@@ -146,6 +149,10 @@ class Tokenizer:
 
     @property
     def eos(self) -> tuple[int, ...]:
-        """Ids that end a text; empty if the tokenizer names none."""
-        found = self._tokenizer.eos_token_id
-        return () if found is None else (int(found),)
+        """Ids that end a text: the tokenizer's and those of `generation_config.json`; may be empty."""
+        found = {self._tokenizer.eos_token_id} - {None}
+        generation = self._place / "generation_config.json"
+        if generation.is_file():
+            ends = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
+            found.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        return tuple(sorted(int(token) for token in found))

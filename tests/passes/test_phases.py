@@ -19,6 +19,7 @@ from planc.passes.pipeline import FRONT, run
 from planc.runtime.binding import bind
 from planc.runtime.executor import cache_shape
 from planc.runtime.kv_cache import KVCache
+from planc.runtime.weights import of_module
 from tests.families import FAMILIES
 from tests.runtime.serving import serving_graph, serving_weights
 
@@ -151,6 +152,14 @@ class TwoAttentions(nn.Module):
         return self.head(x)
 
 
+class Counting(TwoAttentions):
+    """Counts its positions itself instead of reading `position_ids`."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        counted = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        return super().forward(input_ids, counted + 0 * position_ids)
+
+
 class Cumulative(nn.Module):
     """Mixes tokens in a way that no cache is known for."""
 
@@ -180,6 +189,22 @@ def traced(module: nn.Module) -> Graph:
 def test_attentions_over_the_same_keys_share_a_cache() -> None:
     graph = Phases("prefill").apply(traced(TwoAttentions()))
     assert [spec.name for spec in graph.caches] == ["cache_0_k", "cache_0_v"]
+
+
+def test_positions_that_a_model_counts_itself_are_those_of_the_sequence() -> None:
+    """The second half of a sequence, prefilled after the first, does not start from zero again."""
+    graph = traced(Counting())
+    prefill = Phases("prefill").apply(graph)
+    ids = torch.tensor([[3, 9, 4, 30, 7, 7]])
+    weights = of_module(graph.module)
+    whole, module = bind((graph, prefill), weights)
+    caches = [torch.zeros(1, 8, *spec.entry) for spec in prefill.caches]
+    for start, stop in ((0, 3), (3, 6)):
+        at = torch.arange(start, stop)
+        batch = [torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [stop], [[0]])]
+        found = module(ids[:, start:stop], at[None], *batch, at, torch.tensor([0]), *caches)
+    wanted = whole(ids, torch.arange(6)[None])[0, -1:]
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("module", [Cumulative(), Scores()])
