@@ -62,9 +62,12 @@ _Member = tuple[str, int]  # layer class, which of its layers
 def _saved_by(name: str, graph: Graph, member_of: Mapping[str, _Member]) -> dict[_Member, _Saved]:
     """What one fusion saves in each layer; `member_of` is by name of the call."""
     saved: defaultdict[_Member, _Saved] = defaultdict(_Saved)
+    places = dict(member_of)
 
     def observe(old: tuple[Node, ...], new: tuple[Node, ...]) -> None:
-        _add(saved[member_of[old[0].name]], old, new, graph.symbols)
+        place = places[old[0].name]
+        places.update((node.name, place) for node in new)  # which a later step of the rule may replace
+        _add(saved[place], old, new, graph.symbols)
 
     fuse(graph, frozenset({name}), observe)
     return saved

@@ -20,20 +20,26 @@ planc = torch.ops.planc
 
 @dataclass(frozen=True, slots=True)
 class FusionRule:
-    """One rewrite. `rewrite` is called at each call of `anchor` and says whether it changed the graph."""
+    """One rewrite. `rewrite` is called at each call of `anchors` and says whether it changed the graph."""
 
     name: str
-    anchor: Any
+    anchors: frozenset[Any]
     rewrite: Callable[[Rewriter, Node], bool]
 
 
+def _rule(name: str, rewrite: Callable[[Rewriter, Node], bool], *anchors: Any) -> FusionRule:
+    return FusionRule(name, frozenset(anchors), rewrite)
+
+
+_ATTENTION, _PAGED, _ROPE = planc.attention.default, planc.paged_attention.default, planc.rope.default
+
 #: In the order they are applied: merges first, then what feeds a norm, a rotation, a cache.
 RULES: tuple[FusionRule, ...] = (
-    FusionRule("gate_up_merge", planc.gated_activation.default, merge_gate_up),
-    FusionRule("qkv_merge", LINEAR, merge_projections),
-    FusionRule("residual_add_rms_norm", planc.rms_norm.default, add_rms_norm),
-    FusionRule("qk_norm_rope", planc.rope.default, qk_norm_rope),
-    FusionRule("rope_kv_write", planc.paged_attention.default, rope_kv_write),
+    _rule("gate_up_merge", merge_gate_up, planc.gated_activation.default),
+    _rule("qkv_merge", merge_projections, LINEAR),
+    _rule("residual_add_rms_norm", add_rms_norm, planc.rms_norm.default),
+    _rule("qk_norm_rope", qk_norm_rope, _ROPE, _ATTENTION, _PAGED),
+    _rule("rope_kv_write", rope_kv_write, _PAGED),
 )
 NAMES = frozenset(rule.name for rule in RULES)
 
@@ -51,6 +57,6 @@ def fuse(graph: Graph, names: frozenset[str], observe: Observer | None = None) -
     rewriter = Rewriter(graph, observe)
     for rule in RULES:
         if rule.name in names:
-            for node in rewriter.calls(frozenset({rule.anchor})):
+            for node in rewriter.calls(rule.anchors):
                 rule.rewrite(rewriter, node)
     return rewriter.finish("fusion")

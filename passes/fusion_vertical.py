@@ -66,17 +66,55 @@ NORMED_ROPE = Call(
 )
 
 
-def qk_norm_rope(rewriter: Rewriter, rope: Node) -> bool:
+def _turned(name: str) -> Call:
+    turned = Call(
+        planc.rope_single.default, Any(name), Any("cos"), Any("sin"), 2, Any("style"), name=f"{name}_rope"
+    )
+    return Call(aten.transpose.int, turned, 1, 2, name=f"{name}_heads")
+
+
+#: Queries and keys rotated apart, in front of attention (Gemma 4)
+APART = Call((planc.attention.default, planc.paged_attention.default), _turned("q"), _turned("k"))
+
+
+def join_rotations(rewriter: Rewriter, attention: Node) -> Node | None:
+    """The rotations of queries and keys as one call, from which the fusions around it go on.
+
+    before   q = transpose(planc.rope_single(q, cos, sin, 2, style), 1, 2);  k = ...
+    after    q, k = planc.rope(transpose(q, 1, 2), transpose(k, 1, 2), cos, sin, 1, style)
+    """
+    caught = match(APART, attention)
+    if caught is None:
+        return None
+    inner = [caught[f"{t}_{part}"] for t in "qk" for part in ("rope", "heads")]
+    if any(len(node.users) != 1 for node in inner):
+        return None
+    heads = [
+        rewriter.call(aten.transpose.int, (caught[t], 1, 2), before=attention, like=attention) for t in "qk"
+    ]
+    args = (*heads, caught["cos"], caught["sin"], 1, caught["style"])
+    rope = rewriter.call(planc.rope.default, args, before=attention, like=caught["q_rope"])
+    results = rewriter.results(rope, before=attention)
+    for old, new in zip((caught["q_heads"], caught["k_heads"]), results, strict=True):
+        old.replace_all_uses_with(new)
+    rewriter.replaced(sorted(inner), [*heads, rope])
+    return rope
+
+
+def qk_norm_rope(rewriter: Rewriter, node: Node) -> bool:
     """The norms of queries and keys, per head, and their rotation.
 
     before   q = transpose(planc.rms_norm(q, wq), 1, 2)
              k = transpose(planc.rms_norm(k, wk), 1, 2)
              q, k = planc.rope(q, k, cos, sin, 1, style)
     after    q, k = planc.qk_norm_rope(transpose(q, 1, 2), transpose(k, 1, 2), wq, wk, cos, sin, ...)
+
+    Called at rotations, and at attention for those that are rotated apart.
     """
+    rope = node if node.target is planc.rope.default else join_rotations(rewriter, node)
     caught = match(NORMED_ROPE, rope)
-    if caught is None:
-        return False
+    if rope is None or caught is None:
+        return rope is not node
     inner = [caught[f"{t}_{part}"] for t in "qk" for part in ("norm", "heads")]
     if any(len(node.users) != 1 for node in inner):
         return False
@@ -118,6 +156,7 @@ def rope_kv_write(rewriter: Rewriter, attention: Node) -> bool:
 
     The new calls stand where the attention stood, so reads and writes of caches keep their order.
     """
+    join_rotations(rewriter, attention)
     caught = match(ROTATED_ATTENTION, attention)
     if caught is None:
         return False

@@ -19,10 +19,11 @@ VERTICAL = NAMES - MERGES
 
 
 def count(graph: Graph) -> Counter[str]:
+    """How often each op is called; calls that nothing reads do not count."""
     return Counter(
         node.target.name()
         for node in graph.module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
+        if isinstance(node.target, torch._ops.OpOverload) and node.users
     )
 
 
@@ -51,8 +52,25 @@ def test_all_fusions_give_the_same_numbers_from_the_source_weights(family: str) 
 
 #: What is left after fusing, per family: calls of each op in the whole tiny model.
 EXPECTED = {
-    "llama": {"planc::add_rms_norm": 4, "planc::rms_norm": 1, "planc::silu_mul": 2, "aten::linear": 9},
+    "llama": {
+        "planc::add_rms_norm": 4,
+        "planc::rms_norm": 1,
+        "planc::silu_mul": 2,
+        "planc::rope": 2,
+        "aten::linear": 9,
+    },
     "qwen3": {"planc::add_rms_norm": 4, "planc::rms_norm": 1, "planc::qk_norm_rope": 2, "aten::linear": 9},
+    "gpt_oss": {"planc::add_rms_norm": 4, "planc::rms_norm": 1, "planc::rope": 2, "aten::linear": 7},
+    # sandwich norms: 8 a layer that no addition feeds, or that read a sum another norm took
+    "gemma4": {
+        "planc::add_rms_norm": 6,
+        "planc::qk_norm_rope": 3,
+        "planc::gelu_tanh_mul": 3,
+        "planc::rope_single": 0,
+    },
+    # one dense and two mixture layers; q_a with kv_a, the shared expert's gate with its up, routers apart
+    "deepseek_v3": {"planc::add_rms_norm": 6, "planc::silu_mul": 3, "aten::linear": 3 * 5 + 2 + 1},
+    "qwen3_5": {"planc::add_rms_norm": 8, "planc::qk_norm_rope": 1, "planc::silu_mul": 4},
 }
 
 
@@ -60,7 +78,7 @@ EXPECTED = {
 def test_every_site_is_found(family: str) -> None:
     left = count(Fusion().apply(tiny_graph(family)))
     assert {op: left[op] for op in EXPECTED[family]} == EXPECTED[family]
-    assert left["planc::gated_activation"] == left["planc::rope"] * (family == "qwen3") == 0
+    assert left["planc::gated_activation"] == 0
 
 
 def test_the_given_graph_is_untouched() -> None:
