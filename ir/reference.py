@@ -55,7 +55,7 @@ def _aten_ops() -> Iterator[str]:
     yield "### ATen ops that are declared\n"
     yield "What else a graph holds is costed by the bytes of its operands, and reported.\n"
     names = {op.name.removeprefix("aten::").split(".")[0] for op in _namespace("aten")}
-    for _, found in groupby(sorted(names, key=_bare), key=lambda name: _bare(name)[0]):
+    for _, found in groupby(sorted(sorted(names), key=_bare), key=lambda name: _bare(name)[0]):
         yield f"{', '.join(f'`{name}`' for name in found)}  "
     yield ""
 
@@ -69,7 +69,7 @@ def _namespace(namespace: str) -> list[OpDef]:
 
 
 def _signature(op: OpDef) -> str:
-    """`rms_norm(x, weight?, eps: float, mode: str) -> 1`: tensors bare, optional ones with a question mark."""
+    """`rms_norm(x, weight?, eps: float, mode: str)`: tensors bare, optional ones with a question mark."""
     schema = op.target._schema
     written = []
     for argument in schema.arguments:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch.fx import Node
 
@@ -74,7 +74,7 @@ def show_target(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target.name().replace("::", ".")
         return name.removesuffix(".default")
-    return getattr(node.target, "__name__", None) or str(node.target)
+    return str(getattr(node.target, "__name__", "")) or str(node.target)
 
 
 def show_value(value: Any, layer: str | None = None) -> str:
