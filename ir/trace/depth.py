@@ -243,6 +243,7 @@ def unfold(module: GraphModule, model: nn.Module, folded: Folded, tied: Mapping[
                 user.replace_all_uses_with(_picked(marker, user))
                 graph.erase_node(user)
             graph.erase_node(marker)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
     module.recompile()
 

@@ -86,8 +86,10 @@ def transformers_config(
         )
     model_type = SAME_AS.get(given, given)
 
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as ENCODERS
 
     if model_type not in KNOWN:
         if part.get("auto_map"):
@@ -106,12 +108,18 @@ def transformers_config(
             if near
             else "Give the model as 'package.module:factory' or an exported .pt2.",
         )
+    if model_type in ENCODERS and not part.get("is_decoder"):
+        raise UnsupportedModel(
+            model=name,
+            reason=f"model_type '{given}' is an encoder, and this door is for causal language models",
+            mend="Give it as 'package.module:factory' that returns the module and example inputs.",
+        )
     values = {k: v for k, v in part.items() if k not in (*_IGNORED, "model_type")}
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UnsupportedModel(
             model=name,
-            reason=f"transformers refuses its configuration ({type(error).__name__}: {error})",
+            reason=f"transformers refuses its configuration ({' '.join(str(error).split())})",
             mend="Compare the named key with the model card's config.json.",
         ) from error
