@@ -22,7 +22,9 @@ from planc.planner.plan import Plan, Replica
 from planc.planner.request import Request, make_request
 from planc.planner.traffic import Traffic, traffic
 
-_TOLERANCE = 0.02
+#: step times jump where kernels change tiles and graphs are padded; two ways to the operating point may
+#: land on different sides of a jump
+_TOLERANCE = 0.06
 GIB = 1024.0**3
 
 
@@ -200,6 +202,8 @@ def _operating_points(plan: Plan, request: Request, table: CostTable) -> Iterato
         return
     rate = plan.predicted["requests_s"].value
     nodes = {catalogue.gpu(n.gpu).name: n for n in request.inventory.nodes}
+    if any(replica.gpu not in nodes for replica in plan.replicas()):
+        return  # already reported by the placement
     kinds = {r.model_dump_json(exclude={"gpus", "traffic_share"}): r for r in plan.replicas()}
     mean = 0.0
     for key, replica in kinds.items():
@@ -230,8 +234,10 @@ def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float) -> flo
         alone = min(1.0, steps / batch)
         stall = alone * max(fresh / room, 1.0) * (mixed - plain) + (1 - alone) * fresh / room * (full - plain)
         free = max(1 - rate * max(stall, 0.0), 1e-9) ** replica.dp
-        tpot = replica.pp * plain / free
-        following = min(rate * steps * tpot, float(replica.max_num_seqs))
+        base = replica.pp * plain / free
+        variance = (load.arrival_cv2 + load.isl_cv2) * rate * (stall * base / (replica.pp * plain)) ** 2
+        tpot = base + variance / (2 * steps)
+        following = min(rate * steps * base, float(replica.max_num_seqs))
         if abs(following - batch) < 1e-7 * batch:
             break
         batch = 0.5 * (batch + following)

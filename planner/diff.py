@@ -8,6 +8,7 @@ mirror of `diff(a, b)`, and a plan has no difference from itself.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -161,7 +162,7 @@ def _same(old: Any, new: Any) -> bool:
     """Equal, numbers to the nine digits that a saved plan keeps."""
     if isinstance(old, float) or isinstance(new, float):
         number = isinstance(old, int | float) and isinstance(new, int | float)
-        return number and f"{old:.8g}" == f"{new:.8g}"
+        return number and math.isclose(old, new, rel_tol=1e-8)
     return bool(old == new)
 
 
@@ -298,7 +299,8 @@ def _predicted(old: Mapping[str, Predicted], new: Mapping[str, Predicted]) -> It
             a, b = old[name], new[name]
             yield from _values("predicted", name, a.value, b.value)
             yield from _values("predicted", f"{name}.percentiles", a.percentiles, b.percentiles)
-            yield from _values("predicted", f"{name}.band", [a.low, a.high], [b.low, b.high])
+            for end in ("low", "high"):
+                yield from _values("predicted", f"{name}.{end}", getattr(a, end), getattr(b, end))
             yield from _values("predicted", f"{name}.source", a.source, b.source)
 
 

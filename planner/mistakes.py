@@ -136,7 +136,9 @@ def _unknown_key(loc: Loc, model: type[BaseModel], where: str) -> UnknownField:
 
 def _unknown_objective(key: str, where: str) -> UnknownField:
     unit = _UNIT.fullmatch(key)
-    if unit:
+    if unit and unit[3] == "ms":
+        mend = f"A percentile lies above p0 and below p100, e.g. '{unit[1]}_p99_ms'."
+    elif unit:
         mend = f"Times are in milliseconds: write '{unit[1]}_{unit[2]}_ms' and give the value in ms."
     elif _NO_STAT.fullmatch(key):
         metric = key.split("_")[0]

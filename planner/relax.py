@@ -70,6 +70,11 @@ def why(search: Search) -> str:
             if best > limit
         ]
         return "; ".join(missed) or "no engine meets all objectives at once, even at the lightest load"
+    if not search.found:
+        free = unbounded(search)
+        if free.bench.engines:
+            return why(free)
+        search = free
     if search.found:
         needs = [search.room(c).memory(1, 1024) for c in search.found]
         least = min(needs, key=lambda m: m.weights / m.capacity)
@@ -77,7 +82,7 @@ def why(search: Search) -> str:
             f"the model does not fit into memory: even spread widest, in the narrowest allowed format, "
             f"weights take {least.weights / 2**30:.1f} GiB of each GPU's {least.capacity / 2**30:.1f} GiB"
         )
-    reasons = ", ".join(f"{reason} ({count})" for reason, count in search.pruned.most_common(4))
+    reasons = ", ".join(f"{reason} ({count})" for reason, count in search.pruned.most_common(4) if count)
     return f"no candidate engine is left: {reasons}"
 
 
@@ -140,7 +145,16 @@ def with_load(workload: Workload, load: float, closed: bool) -> Workload:
     return workload.model_copy(update={"concurrency": int(load)} if closed else {"request_rate": load})
 
 
+def unbounded(search: Search) -> Search:
+    """The search without candidates left out because an objective bounds them."""
+    if not any(reason.startswith("bound") and count for reason, count in search.pruned.items()):
+        return search
+    free = Search(search.request.changed(slo={}), search.table, models=search.models, load=search.traffic)
+    return free.with_slos(search.request)
+
+
 def _looser_objective(search: Search, base: Request) -> Iterator[Relaxation]:
+    search = unbounded(search)
     for key, limit in sorted(base.slo.items()):
         rest = {k: v for k, v in base.slo.items() if k != key}
 
@@ -284,12 +298,15 @@ def _lifted_constraints(search: Search, base: Request) -> Iterator[Relaxation]:
         changed = base.changed(constraints=limits.model_copy(update={key: value}))
         if solved(search, changed) is not None:
             yield Relaxation(f"constraints: {key} {stated:g} -> {value:g}", changed)
-    for key in ("tp", "pp", "dp", "ep", "max_num_seqs", "max_num_batched_tokens"):
-        if getattr(limits, key) is None:
+    listed = [k for k in ("tp", "pp", "dp", "ep") if getattr(limits, k) is not None]
+    helped = False
+    for keys in [(key,) for key in listed] + [("max_num_seqs",), ("max_num_batched_tokens",), tuple(listed)]:
+        if not keys or (helped and len(keys) > 1) or all(getattr(limits, key) is None for key in keys):
             continue
-        changed = base.changed(constraints=limits.model_copy(update={key: None}))
+        changed = base.changed(constraints=limits.model_copy(update=dict.fromkeys(keys)))
         if solved(search, changed) is not None:
-            yield Relaxation(f"constraints: leave {key} open", changed)
+            helped = True
+            yield Relaxation(f"constraints: leave {' and '.join(keys)} open", changed)
 
 
 def _up(value: float) -> float:

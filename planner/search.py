@@ -115,7 +115,9 @@ class Search:
         self.traffic = load or traffic(request, table.model.kind)
         self.slos: tuple[Slo, ...] = request.slos()
         self.max_model_len = model_len(request, table, self.traffic)
-        self.found, self.pruned = candidates(table, self.groups, request.constraints, self.slos, self.traffic)
+        self.found, self.pruned = candidates(
+            table, self.groups, request.constraints, self.slos if bench else (), self.traffic
+        )
         self.considered = len(self.found) + sum(self.pruned.values())
         self.say(f"{len(self.found)} candidate engines")
         self.failing: Counter[str] = Counter()
@@ -196,11 +198,15 @@ class Search:
         self.say("solving")
         if objective in ("min_latency", "min_energy"):
             return self._by_level(objective, time_limit)
-        offers, columns = self._columns()
+        limits = self._limits(self.demand)
+        by_price = objective == "min_cost" and self.demand is None
+        offers, columns = self._columns(limits, prune=not by_price)
+        if not offers and objective == "max_goodput" and self.demand is not None:
+            limits = replace(limits, demand=None)
+            offers, columns = self._columns(limits)
         if not offers:
             return None
-        limits = self._limits(self.demand)
-        if objective == "min_cost" and self.demand is None:
+        if by_price:
             return self._cheapest_token(offers, columns)
         solution = solve.solve(columns, limits, time_limit=time_limit)
         if solution is None and objective == "max_goodput":
@@ -225,24 +231,38 @@ class Search:
             max_watts=power * 1e3 if power is not None else None,
         )
 
-    def _columns(self) -> tuple[list[Offer], list[solve.Column]]:
-        """Precise columns of the offers that may matter."""
+    def _columns(self, limits: solve.Limits, prune: bool = True) -> tuple[list[Offer], list[solve.Column]]:
+        """Precise columns of the offers that may matter, by two bounds: an offer that another of its
+        family surely replaces, and a family that even with 5 % more capacity is worse than the best."""
         rough = [self._column(offer, offer.capacity) for offer in self.offers]
-        cautious = [replace(column, load=column.load * _NEAR) for column in rough]
-        keep = [
-            i
-            for i in range(len(rough))
-            if not any(
-                solve.replaces(cautious[j], rough[i]) and not solve.replaces(cautious[i], rough[j])
-                for j in range(len(rough))
-                if j != i
-            )
-        ]
-        offers = [self._precise(self.offers[i]) for i in keep]
-        columns = [self._column(offer, offer.capacity) for offer in offers]
-        chosen = solve.undominated(columns)
-        self.pruned["dominated"] = len(rough) - len(chosen)
-        return [offers[i] for i in chosen], [columns[i] for i in chosen]
+        hopeful = [replace(column, load=column.load / _NEAR) for column in rough]
+        families: dict[str, list[int]] = {}
+        for i, column in enumerate(rough):
+            mine = [j for j, other in enumerate(rough) if other.family == column.family and j != i]
+            if not any(solve.replaces(rough[j], hopeful[i]) for j in mine):
+                families.setdefault(column.family, []).append(i)
+        best_hope = {
+            name: solve.solve([hopeful[i] for i in members], limits, first_only=True)
+            for name, members in families.items()
+        }
+        sign = 1.0 if limits.demand is not None else -1.0
+        order = sorted((sign * hope.value, name) for name, hope in best_hope.items() if hope is not None)
+        offers: list[Offer] = []
+        columns: list[solve.Column] = []
+        best = math.inf
+        for hope, name in order:
+            if prune and hope > best + 1e-9 * abs(best):
+                break
+            members = [self._precise(self.offers[i]) for i in families[name]]
+            made = [self._column(offer, offer.capacity) for offer in members]
+            chosen = solve.undominated(made)
+            offers += [members[i] for i in chosen]
+            columns += [made[i] for i in chosen]
+            found = solve.solve([made[i] for i in chosen], limits, first_only=True)
+            if found is not None:
+                best = min(best, sign * found.value)
+        self.pruned["dominated"] = len(rough) - len(columns)
+        return offers, columns
 
     def _precise(self, offer: Offer) -> Offer:
         found = Precise(offer.engine, offer.limits, self.traffic).capacity(self.slos)
@@ -257,6 +277,7 @@ class Search:
             size=size,
             load=load,
             weight=candidate.usd if weight is None else weight,
+            family=f"{candidate.shape.weights}/{candidate.shape.kv}",
             drop=candidate.drop,
             watts=candidate.shape.world * float(watts(candidate.group.gpu, 1.0)),
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ class Column:
     weight                what one costs in the primary objective
     drop                  relative accuracy loss
     watts                 power at this load
+    family                formats: a fleet keeps to one family, so that all replicas answer alike
     """
 
     group: int
@@ -40,6 +41,7 @@ class Column:
     weight: float
     drop: float
     watts: float
+    family: str = ""
 
     @property
     def gpus(self) -> int:
@@ -88,7 +90,7 @@ def undominated(columns: Sequence[Column]) -> list[int]:
 def replaces(a: Column, b: Column) -> bool:
     """Whether `a` may stand in for `b` everywhere, at no loss."""
     return (
-        (a.group, a.pieces, a.size) == (b.group, b.pieces, b.size)
+        (a.group, a.pieces, a.size, a.family) == (b.group, b.pieces, b.size, b.family)
         and a.load >= b.load
         and a.weight <= b.weight
         and a.drop <= b.drop
@@ -96,30 +98,58 @@ def replaces(a: Column, b: Column) -> bool:
     )
 
 
-def solve(columns: Sequence[Column], limits: Limits, *, time_limit: float | None = None) -> Solution | None:
+def solve(
+    columns: Sequence[Column],
+    limits: Limits,
+    *,
+    time_limit: float | None = None,
+    first_only: bool = False,
+) -> Solution | None:
     """The best fleet; None when the demand cannot be met.
 
     With a demand: least total weight that carries it. Without: most load (ties: least weight).
+    Families are solved one by one and the best is kept; ties go to less accuracy loss, more load,
+    then the earlier columns.
+
+    first_only   stop after the primary objective
     """
-    if not columns:
+    best: tuple[tuple[float, ...], Solution] | None = None
+    bounds, proved = [], True
+    for family in dict.fromkeys(column.family for column in columns):
+        mine = [i for i, column in enumerate(columns) if column.family == family]
+        found = _Master([columns[i] for i in mine], limits, columns, time_limit).run(first_only)
+        if found is None:
+            continue
+        rank, solution = found
+        bounds.append(solution.bound)
+        proved = proved and solution.status == "optimal"
+        if best is None or rank < best[0]:
+            counts = dict(zip(mine, solution.counts, strict=True))
+            whole = tuple(counts.get(i, 0) for i in range(len(columns)))
+            best = rank, replace(solution, counts=whole)
+    if best is None:
         return None
-    found = _Master(columns, limits, time_limit).run()
-    if found is None:
-        return None
-    _check(columns, limits, found.counts)
-    return found
+    _check(columns, limits, best[1].counts)
+    bound = best[1].value if proved else (min(bounds) if limits.demand is not None else max(bounds))
+    return replace(best[1], bound=bound, status="optimal" if proved else "feasible")
 
 
 class _Master:
     """One integer program, solved for one objective after another."""
 
-    def __init__(self, columns: Sequence[Column], limits: Limits, time_limit: float | None) -> None:
+    def __init__(
+        self, columns: Sequence[Column], limits: Limits, every: Sequence[Column], time_limit: float | None
+    ) -> None:
+        """`every`: the columns of all families, which share the integer scales."""
         from ortools.math_opt.python import mathopt
 
         self.mathopt = mathopt
         self.columns, self.limits, self.time_limit = columns, limits, time_limit
         self.model = mathopt.Model(name="fleet")
-        self.loads = integer_loads(columns, limits.demand)
+        whole = limits.demand if limits.demand is not None else max(c.load for c in every)
+        self.unit = max(whole, 1e-300) / UNIT
+        self.loads = integer_loads(columns, max(whole, 1e-300))
+        self.weights, self.scale = integer_weights([c.weight for c in columns], [c.weight for c in every])
         self.counts = [
             self.model.add_integer_variable(lb=0, ub=self._most(c), name=f"n{i}")
             for i, c in enumerate(columns)
@@ -161,6 +191,8 @@ class _Master:
             given = dict.fromkeys(sizes, 0)
             for island in sorted(set(islands)):
                 ways = patterns([s for s in sizes if s <= island], island) if sizes[0] <= island else []
+                if not ways:
+                    continue
                 used = [self.model.add_integer_variable(lb=0, ub=islands.count(island)) for _ in ways]
                 self.model.add_linear_constraint(sum(used) <= islands.count(island))
                 for way, count in zip(ways, used, strict=True):
@@ -169,28 +201,39 @@ class _Master:
             for size in sizes:
                 self.model.add_linear_constraint(need[size] <= given[size])
 
-    def run(self) -> Solution | None:
-        weights, scale = integer_weights([c.weight for c in self.columns])
-        if self.limits.demand is not None:
-            first = self._optimise(self._sum(weights), minimise=True)
-            if first is None:
-                return None
-            value, bound, proved = first
-            value, bound = value / scale, bound / scale
-        else:
-            first = self._optimise(self._sum(self.loads), minimise=False)
-            if first is None or first[0] <= 0:
-                return None
-            unit = max(c.load for c in self.columns) / UNIT
-            value, bound, proved = first[0] * unit, first[1] * unit, first[2]
-            self._optimise(self._sum(weights), minimise=True)
+    def run(self, first_only: bool) -> tuple[tuple[float, ...], Solution] | None:
+        """(rank for comparing families, solution); None when nothing is feasible."""
+        weights, loads = self._sum(self.weights), self._sum(self.loads)
         drops = [round(c.drop * 1e6 * load / UNIT) for c, load in zip(self.columns, self.loads, strict=True)]
-        if any(drops):
-            self._optimise(self._sum(drops), minimise=True)
         if self.limits.demand is not None:
-            self._optimise(self._sum(self.loads), minimise=False)
-        self._optimise(self._sum([(i + 1) * 1009 + i * i for i in range(len(self.columns))]), minimise=True)
-        return Solution(self.best, "optimal" if proved else "feasible", value, bound)
+            first = self._optimise(weights, minimise=True)
+            unit = 1 / self.scale
+        else:
+            first = self._optimise(loads, minimise=False)
+            unit = self.unit
+        if first is None or (self.limits.demand is None and first[0] <= 0):
+            return None
+        found, bound, proved = first
+        if not first_only:
+            if self.limits.demand is None:
+                self._optimise(weights, minimise=True)
+            if any(drops):
+                self._optimise(self._sum(drops), minimise=True)
+            if self.limits.demand is not None:
+                self._optimise(loads, minimise=False)
+            order = [(i + 1) * 1009 + i * i for i in range(len(self.columns))]
+            self._optimise(self._sum(order), minimise=True)
+        totals = [
+            sum(n * v for n, v in zip(self.best, values, strict=True))
+            for values in (self.weights, drops, self.loads)
+        ]
+        rank = (
+            (totals[0], totals[1], -totals[2])
+            if self.limits.demand is not None
+            else (-totals[2], *totals[:2])
+        )
+        status: Literal["optimal", "feasible"] = "optimal" if proved else "feasible"
+        return rank, Solution(self.best, status, found * unit, bound * unit)
 
     def _optimise(self, expression: Any, *, minimise: bool) -> tuple[float, float, bool] | None:
         """(value, bound, proved) of one objective, which is then fixed for the following ones."""
@@ -231,10 +274,11 @@ class _Master:
     best: tuple[int, ...] = ()
 
 
-def integer_loads(columns: Sequence[Column], demand: float | None) -> list[int]:
-    """Loads in millionths of the demand (of the largest load when there is none), rounded down; a load
-    that was made as an exact share of the demand (1/n) is rounded up, so that n of them reach it."""
-    whole = demand if demand is not None else max((c.load for c in columns), default=1.0)
+def integer_loads(columns: Sequence[Column], whole: float | None) -> list[int]:
+    """Loads in millionths of `whole` (None: of the largest load), rounded down; a load that was made as an
+    exact share of it (1/n) is rounded up, so that n of them reach it."""
+    if whole is None:
+        whole = max((c.load for c in columns), default=1.0)
     found = []
     for column in columns:
         share = column.load / whole
@@ -243,16 +287,15 @@ def integer_loads(columns: Sequence[Column], demand: float | None) -> list[int]:
     return found
 
 
-def integer_weights(weights: Sequence[float]) -> tuple[list[int], float]:
-    """Weights as integers of at most about 1e6, and the scale; exact where all are multiples of 1e-4."""
-    most = max(weights, default=0.0)
+def integer_weights(weights: Sequence[float], every: Sequence[float] = ()) -> tuple[list[int], float]:
+    """Weights as integers of at most about 1e6 (over `every` weight), and the scale; exact where all are
+    multiples of 1e-4."""
+    every = every or weights
+    most = max(every, default=0.0)
     if most <= 0:
         return [0] * len(weights), 1.0
-    scale = (
-        1e4
-        if most * 1e4 <= 1e7 and all(abs(w * 1e4 - round(w * 1e4)) < 1e-6 for w in weights)
-        else 1e6 / most
-    )
+    round_ones = most * 1e4 <= 1e7 and all(abs(w * 1e4 - round(w * 1e4)) < 1e-6 for w in every)
+    scale = 1e4 if round_ones else 1e6 / most
     return [round(w * scale) for w in weights], scale
 
 

@@ -14,6 +14,10 @@ the share of time that prompts take is P = rate X and
 
     TPOT = D / (1 - P),   rate = B / (S TPOT)  =>  rate = B / (S D + B X)          (Little's law)
 
+Prompts come in bursts: over the life of a request the time they take has variance V per second, with
+V = rate X^2 TPOT^2 / D^2 for Poisson arrivals (long-run variance of the busy time of M/G/1), so that
+a request's TPOT has variance V TPOT / S and its mean exceeds the time average by V / 2S.
+
 The batch that a sequence meets is B + 1 under Poisson arrivals (size-biased mean), B in a closed
 loop. TTFT = wait for a seat + wait for the prompt queue + rest of the running step + own chunks +
 constant. The prompt queue is G/G/1 with service I F / budget (Kingman; exact M/G/1 by
@@ -144,7 +148,8 @@ class Steady:
 
 
 def steady(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale: float = 1.0) -> Steady:
-    """The steady state with `batch` sequences decoding on average per scheduler.
+    """The steady state with about `batch` sequences decoding on average per scheduler: the parameter
+    that everything is explicit in. The result's own `batch` adds what bursts of prompts hold back.
 
     batch   [N, K], at most `seats`
     seats   [N, 1] sequences that may run at once
@@ -166,18 +171,25 @@ def steady(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale
     extra = np.maximum(extra, 0.0)
     rate = _rate(batch, steps * times.pp * decode, extra, times.dp)
     prompt_share = 1 - (1 - np.minimum(rate * extra, 1.0)) ** times.dp
+    variability = (_arrivals(traffic) + traffic.isl_cv2) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         tpot = np.where(prompt_share < 1, times.pp * decode / (1 - prompt_share), np.inf)
+        # prompts come in bursts: variance of the stalls that one request meets, and its mean's excess
+        stalls = 2 * variability * (extra * tpot / (times.pp * decode)) ** 2 * rate
+        tpot = tpot + stalls / (2 * steps)
 
     service = fresh / budget * full
     busy = rate * service
-    variability = (_arrivals(traffic) + traffic.isl_cv2) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         queue = np.where(busy < known.stable, busy / (1 - busy) * service * variability, np.inf)
     partial = np.ceil(chunks - 1e-9) - chunks  # the last chunk is a partial one: a plain step and its share
-    own = (chunks - 1 + times.pp) * mixed + partial * decode
+    room = np.maximum(budget - np.minimum(fresh, budget), 1.0)
+    # prompts that arrive after this one and still ride in its step (those before it are in the queue's wait)
+    shared = np.clip(rate * mixed / 2 * fresh / room, 0.0, 1.0) * (1 - np.minimum(fresh / budget, 1.0))
+    last = mixed + np.maximum(full - mixed, 0.0) * np.where(chunks <= 1, shared, 0.0)
+    own = (chunks - 2 + times.pp) * mixed + last + partial * decode
     mixed_share = np.minimum(rate * chunks * mixed, 1.0)
-    residual = 0.5 * ((1 - mixed_share) * decode + mixed_share * np.where(chunks <= 1, mixed, 0.0))
+    residual = 0.5 * ((1 - mixed_share) * decode + mixed_share * np.where(chunks <= 1, last, 0.0))
 
     stay = own + steps * tpot
     taken = rate * stay
@@ -195,12 +207,11 @@ def steady(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale
     )
     with np.errstate(invalid="ignore"):
         slope = np.maximum(over * scale - decode, 0.0) * tpot / decode
-        stalls = extra * np.sqrt(np.maximum(batch, 0.0)) / steps
-        tpot_sd = np.zeros_like(tpot) if closed else np.hypot(slope, stalls)
+        tpot_sd = np.hypot(0.0 if closed else slope, np.sqrt(stalls * tpot / steps))
         users = rate * (np.where(impossible, 0.0, ttft) + steps * tpot)
     return Steady(
         traffic=traffic,
-        batch=batch,
+        batch=rate * steps * tpot,
         rate=rate,
         ttft=ttft,
         tpot=tpot,
@@ -264,7 +275,7 @@ def _rate(batch: Array, cycle: Array, extra: Array, dp: Array) -> Array:
     rate = batch / (cycle + batch * extra)
     if np.all(dp == 1):
         return rate
-    for _ in range(12):  # Newton from the right on a convex, increasing function
+    for _ in range(40):  # Newton from the right on a convex, increasing function
         free = np.maximum(1 - rate * extra, 0.0)
         value = rate * cycle - batch * free**dp
         slope = cycle + batch * dp * extra * free ** (dp - 1)
