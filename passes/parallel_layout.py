@@ -27,7 +27,7 @@ from torch.fx import Node
 
 from planc.ir.graph import Graph
 from planc.ir.opdef import ShardRule
-from planc.passes.parallel_rules import Operand, Outcome, Rulebook, alike, operands
+from planc.passes.parallel_rules import Cuts, Operand, Outcome, Rulebook, alike, operands
 from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Groups, State
 from planc.passes.parallel_views import LINEAR_VIEWS, Resize
 
@@ -62,12 +62,13 @@ class _Learned:
     to gather for and slice after, partial sums to add up at once."""
 
     undivided: set[Node] = field(default_factory=set)
-    sections: dict[Node, tuple[int, ...]] = field(default_factory=dict)
+    sections: dict[Node, Cuts] = field(default_factory=dict)
     resliced: set[Node] = field(default_factory=set)
     completed: set[Node] = field(default_factory=set)
 
     def size(self) -> int:
-        return len(self.undivided) + len(self.sections) + len(self.resliced) + len(self.completed)
+        kept = sum(1 + len(cuts.kept) for cuts in self.sections.values())
+        return len(self.undivided) + kept + len(self.resliced) + len(self.completed)
 
 
 def lay_out(graph: Graph, *, ep: bool = False, undivided: frozenset[Node] = frozenset()) -> Layout:
@@ -181,7 +182,7 @@ class _Round:
         for seed in seeds - self.learned.sections.keys():
             state = self.layout.states[seed][0]
             if isinstance(state, Axis) and state.size == sum(sizes):
-                self.learned.sections[seed] = sizes
+                self.learned.sections[seed] = Cuts(sizes)
                 fresh = True
         return fresh
 
@@ -195,7 +196,21 @@ class _Round:
         if single and _shape(consumer) == _shape(value) and self._taken_in_pieces(consumer):
             self.learned.resliced.add(consumer)
             return
-        self.learned.undivided |= self.seeds.get(value, frozenset())
+        for seed in self.seeds.get(value, frozenset()):
+            self._keep(seed, state)
+
+    def _keep(self, seed: Node, gathered: State) -> None:
+        """Keeps whole what a gathered value came from: sections of a projection, or all of it."""
+        begun = self.layout.states[seed][0]
+        cuts = self.learned.sections.get(seed)
+        if cuts is not None and isinstance(begun, Axis) and isinstance(gathered, Axis):
+            find = self.layout.groups.find
+            groups = {find(section.group) for section in gathered.sections}
+            kept = cuts.kept | {i for i, s in enumerate(begun.sections) if find(s.group) in groups}
+            if len(kept) < len(cuts.sizes):
+                self.learned.sections[seed] = Cuts(cuts.sizes, kept)
+                return
+        self.learned.undivided.add(seed)
 
     def _taken_in_pieces(self, start: Node) -> bool:
         """Whether ranks take pieces of this whole value again, past views and pointwise ops only."""

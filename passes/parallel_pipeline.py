@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.graph import Graph as Nodes
 from torch.fx.node import map_arg
 
+from planc.cost_model.local import even_split
 from planc.errors import InvalidField
 from planc.ir.graph import HIDDEN, Graph, WeightStep
 from planc.ir.layers import layer_of
@@ -27,8 +28,8 @@ from planc.ir.layers import layer_of
 
 @dataclass(frozen=True, slots=True)
 class PipelineCut:
-    """Stage `stage` of `stages`. Layers are dealt out evenly, or as `layers` says, one number per stage
-    (as a plan's `pipeline_layers`).
+    """Stage `stage` of `stages`. Layers are dealt out evenly, as the cost model and vLLM do, or as `layers`
+    says, one number per stage (a plan's `pipeline_layers`).
 
     Raises InvalidField where there are fewer layers than stages or the numbers do not add up.
     """
@@ -53,9 +54,7 @@ class PipelineCut:
         """The layers [start, stop) of this stage."""
         self._check("stages", self.stages, 1 <= self.stages <= max(count, 1), f"the model has {count} layers")
         self._check("stage", self.stage, 0 <= self.stage < self.stages, f"there are {self.stages} stages")
-        sizes = self.layers or tuple(
-            count // self.stages + (i < count % self.stages) for i in range(self.stages)
-        )
+        sizes = self.layers or even_split(count, self.stages)
         fits = len(sizes) == self.stages and sum(sizes) == count and min(sizes) > 0
         self._check(
             "layers", sizes, fits, f"{self.stages} stages must hold {count} layers between them, none empty"

@@ -61,6 +61,14 @@ class Outcome:
     refine: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """Sections that a weight is laid out in (q | k | v): their sizes, and those that stay whole."""
+
+    sizes: tuple[int, ...]
+    kept: frozenset[int] = frozenset()
+
+
 def operands(node: Node, state: Callable[[Node], State]) -> list[Operand]:
     """The tensor operands of a call or of the output, lists opened."""
     names: list[str] = []
@@ -100,9 +108,7 @@ class Rulebook:
         self.groups = groups
         self.ep = ep
 
-    def outcome(
-        self, node: Node, given: list[Operand], *, divide: bool, sections: tuple[int, ...] | None
-    ) -> Outcome:
+    def outcome(self, node: Node, given: list[Operand], *, divide: bool, sections: Cuts | None) -> Outcome:
         """How a call runs. divide: it may begin an axis. sections: how to lay out the one it begins."""
         if not results(node):  # sizes: read off any piece, since only whole dimensions are symbolic
             return Outcome(tuple(o.state for o in given), ())
@@ -138,12 +144,19 @@ class Rulebook:
                     return None
                 if found.refine:
                     return Outcome((WHOLE,), (WHOLE,) * count, refine=found.refine)
-                return Outcome((axis,), found.results, found.resizes)
+                if found.in_step:
+                    for section in axis.sections:
+                        self.groups.unite(axis.sections[0].group, section.group)
+                return Outcome((axis,), tuple(self._state(a) for a in found.results), found.resizes)
             case "free" if count == 1 and node.target in LINEAR_VIEWS:
                 return Outcome((FREE,), (FREE,))
             case "partial" if node.target in LINEAR_VIEWS:
                 return Outcome((PARTIAL,), (PARTIAL,) * count)
         return None
+
+    def _state(self, axis: Axis) -> State:
+        """An axis, or WHOLE where every rank holds all of its sections."""
+        return WHOLE if all(self.groups.kept(section.group) for section in axis.sections) else axis
 
     # -- pointwise -------------------------------------------------------------------------
 
@@ -201,7 +214,7 @@ class Rulebook:
         declared: OpDef,
         given: list[Operand],
         divide: bool,
-        sections: tuple[int, ...] | None,
+        sections: Cuts | None,
     ) -> Outcome | None:
         if any(isinstance(o.state, Axis) and o.state.outer != Count() for o in given):
             return self._by_rows(node, declared, given)
@@ -315,7 +328,7 @@ class _Cut:
         node: Node,
         rule: ShardRule,
         given: list[Operand],
-        sections: tuple[int, ...] | None,
+        sections: Cuts | None,
     ) -> None:
         self.groups, self.node, self.rule = groups, node, rule
         self._sections: dict[int, tuple[Section, ...]] = {}
@@ -326,13 +339,19 @@ class _Cut:
             ):
                 self._sections.setdefault(operand.state.size, operand.state.sections)
         self._base = self._base_size(given)
-        self._noun = NOUNS.get(rule.name, "pieces")
+        self._noun = "experts" if rule.first else NOUNS.get(rule.name, "pieces")
         if self._base not in self._sections:
-            cut = sections if sections and sum(sections) == self._base else (self._base,)
-            group = groups.new(self._base, self._noun)
-            self._sections[self._base] = tuple(Section(size, group) for size in cut)
+            cut = sections if sections and sum(sections.sizes) == self._base else Cuts((self._base,))
+            self._sections[self._base] = tuple(self._section(i, cut) for i in range(len(cut.sizes)))
         if rule.name == "heads":
             self._share(given)
+
+    def _section(self, index: int, cut: Cuts) -> Section:
+        size = cut.sizes[index]
+        group = self.groups.new(size, self._noun)
+        if index in cut.kept:
+            self.groups.keep(group)
+        return Section(size, group)
 
     def _base_size(self, given: list[Operand]) -> int:
         active, weights = [], []

@@ -135,6 +135,15 @@ class Groups:
         if self.find(group) != self.find(by):
             self._shared_by[self.find(group)] = by
 
+    def keep(self, group: int) -> None:
+        """Never divide this group: every rank holds all of it."""
+        root = self.find(group)
+        self._units[root] = 1
+        self._shared_by[root] = root
+
+    def kept(self, group: int) -> bool:
+        return self.shared(group) and self.units(group) == 1
+
     def units(self, group: int) -> int:
         return self._units[self.find(group)]
 

@@ -27,11 +27,13 @@ Resize: TypeAlias = tuple[tuple[int, ...], tuple[Section, ...]]
 @dataclass(frozen=True, slots=True)
 class Followed:
     """results: one axis per result. refine: the op cuts the axis at these sizes, so that whoever
-    divides it first must lay it out in sections of these sizes."""
+    divides it first must lay it out in sections of these sizes. in_step: it cuts equal pieces, so
+    that all sections must be divided alike."""
 
     results: tuple[Axis, ...]
     resizes: tuple[Resize, ...] = ()
     refine: tuple[int, ...] = ()
+    in_step: bool = False
 
 
 Follow: TypeAlias = Callable[[Node, Axis], Followed | None]
@@ -193,10 +195,10 @@ def _split(node: Node, axis: Axis) -> Followed | None:
     given = node.args[1]
     if isinstance(given, list | tuple):
         return Followed(axes, tuple(((1, i), kept) for i, kept in enumerate(cut)))
-    if len({section.group for section in axis.sections}) > 1 or len(set(sizes)) > 1:
+    if len(set(sizes)) > 1:
         return None
     by_size = node.target is _aten.split.Tensor
-    return Followed(axes, (((1,), cut[0]),) if by_size else ())
+    return Followed(axes, (((1,), cut[0]),) if by_size else (), in_step=True)
 
 
 def _along(index: int, default: int = -1) -> Follow:

@@ -203,30 +203,39 @@ def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
                 reason=f"no result after {timeout_s:g} s (ranks still running: {late})",
                 mend="Give more time, or look for ranks that wait for each other.",
             )
-        for receiver in ready:
-            assert isinstance(receiver, Connection)
-            rank = receivers.index(receiver)
-            try:
-                kind, value = pickle.loads(receiver.recv_bytes())  # from our own fork
-            except EOFError:
-                raise ToolFailed(
-                    tool=f"rank {rank}",
-                    reason="the process died without a word",
-                    mend="It was killed from outside, often for want of memory.",
-                ) from None
-            if kind == "error":
-                raised, fields = value
-                raise raised(**fields)
-            if kind == "traceback":
-                raise ToolFailed(tool=f"rank {rank}", reason=f"it raised\n{value}", mend="See its traceback.")
-            results[rank] = value
+        heard = {receivers.index(r): _hear(r) for r in ready if isinstance(r, Connection)}
+        for rank, (kind, value) in sorted(heard.items(), key=lambda item: item[1][0] != "died"):
+            match kind:  # a rank that died comes first: others only lost their connection to it
+                case "died":
+                    raise ToolFailed(
+                        tool=f"rank {rank}",
+                        reason="the process died without a word",
+                        mend="It was killed from outside, often for want of memory.",
+                    )
+                case "error":
+                    raised, fields = value
+                    raise raised(**fields)
+                case "traceback":
+                    raise ToolFailed(
+                        tool=f"rank {rank}", reason=f"it raised\n{value}", mend="See its traceback."
+                    )
+                case _:
+                    results[rank] = value
     return [results[rank] for rank in range(len(receivers))]
+
+
+def _hear(receiver: Connection) -> tuple[str, Any]:
+    try:
+        kind, value = pickle.loads(receiver.recv_bytes())  # from our own fork
+    except EOFError:
+        return "died", None
+    return kind, value
 
 
 def _rank_main(
     task: Callable[[int], Any], rank: int, world: int, store: Path, pipe: Connection, timeout_s: float
 ) -> None:
-    """A rank's process: one thread, loopback only."""
+    """A rank's process: one thread, loopback only. Says how it went through the pipe, once."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)  # a forked child must not enter its parent's thread pool
     try:
@@ -244,6 +253,6 @@ def _rank_main(
     except Exception:  # anything a rank raises is the parent's to report
         message = ("traceback", traceback.format_exc(limit=8))
     pipe.send_bytes(pickle.dumps(message))
-    pipe.close()
-    if message[0] == "result":
-        dist.destroy_process_group()
+    if message[0] != "result":
+        time.sleep(timeout_s)  # until the parent ends it: closed connections would make others fail too
+    dist.destroy_process_group()
