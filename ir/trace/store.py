@@ -193,6 +193,7 @@ class _Reader:
         self.renamed: dict[str, str] = {}
         self._symbols: dict[str, sympy.Expr] = {}
         self._sizes: dict[str, int | torch.SymInt] = {}
+        self._tensors: dict[str, Tensor] = {}
 
     def add(self, graph: torch.fx.Graph, item: dict[str, Any]) -> None:
         target = self._target(item) if item["op"] == "call_function" else item["target"]
@@ -233,16 +234,24 @@ class _Reader:
         if isinstance(value, list):
             return [self._value(item) for item in value]
         if isinstance(value, dict) and "shape" in value:
+            return self._tensor(value)
+        if isinstance(value, dict) and "size" in value:
+            return self._size(value["size"], value["hint"])
+        return self._argument(value)
+
+    def _tensor(self, value: dict[str, Any]) -> Tensor:
+        """A fake tensor; equal ones are one object, as nothing of them but their description is used."""
+        described = repr(value)
+        if described not in self._tensors:
             shape = [
                 self._size(size, hint) for size, hint in zip(value["shape"], value["hints"], strict=True)
             ]
             stride = [self._size(step, None) for step in value["stride"]]
-            dtype = getattr(torch, value["dtype"])
             with self.mode:
-                return torch.empty_strided(shape, stride, dtype=dtype, device=value["device"])
-        if isinstance(value, dict) and "size" in value:
-            return self._size(value["size"], value["hint"])
-        return self._argument(value)
+                self._tensors[described] = torch.empty_strided(
+                    shape, stride, dtype=getattr(torch, value["dtype"]), device=value["device"]
+                )
+        return self._tensors[described]
 
     def _declare(self, value: Any) -> None:
         """Makes the symbols that an input's sizes introduce."""
