@@ -146,14 +146,18 @@ def _row(graph: Graph, group: LayerGroup, node: Node, shard: Shard) -> Row | Non
 
 
 def _takes(call: object, name: str, role: str) -> bool:
-    """Whether an operand that may take another format is there; a weight must be a parameter."""
+    """Whether an operand that may take another format is there; a weight must be a parameter that
+    `Quantize` would take."""
     from torch.fx import Node
 
     from planc.ir.opdef import Call
+    from planc.passes.quantize_scope import keeps_precision
 
     assert isinstance(call, Call)
     given = call.arg(name)
-    return isinstance(given, Node) and (role != "weight" or given.op == "get_attr")
+    if not isinstance(given, Node) or role != "weight":
+        return isinstance(given, Node)
+    return given.op == "get_attr" and not keeps_precision(str(given.target).rpartition(".")[0])
 
 
 # -- classes -----------------------------------------------------------------------------
