@@ -118,6 +118,7 @@ class EngineProfile(Entry):
                          kernels hide it while they take longer
     launch_eager_us      the same for an engine that runs eagerly, Python of the modules included
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
+    serves               kinds of model it runs
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
     fusions              patterns of fusion names that the engine's own kernels always apply
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
@@ -133,6 +134,7 @@ class EngineProfile(Entry):
     max_num_seqs: int
     max_num_batched_tokens: int
     scheduling: Literal["mixed", "prefill_first"]
+    serves: tuple[Literal["causal_lm", "encoder", "module"], ...] = ("causal_lm",)
     reserves_output: bool
     parallel: tuple[Literal["tp", "pp", "dp", "ep", "cp"], ...]
     ep_degrees: Literal["tp_dp", "free"]

@@ -64,6 +64,8 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
     found: list[Refusal] = []
     say = lambda field, reason: found.append(Refusal(field, reason))  # noqa: E731
     degrees: dict[str, Any] = {name: getattr(shape, name) for name in ("tp", "pp", "dp", "ep", "cp")}
+    if table.model.kind not in profile.serves:
+        say("engine", f"{profile.name} serves no model of kind '{table.model.kind}'")
     for name, degree in degrees.items():
         if degree < 1:
             say(name, f"{name} must be at least 1")

@@ -108,6 +108,7 @@ class ModelFacts:
     top_k: int = 0
     tied_embeddings: bool = False
     generic_ops: tuple[str, ...] = ()  # ATen ops that were costed generically, for coverage
+    notes: tuple[str, ...] = ()  # what a user should know of how the model was traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +131,17 @@ class CostTable:
     def from_json(text: str) -> CostTable:
         raw: dict[str, Any] = json.loads(text)
         return CostTable(
-            model=ModelFacts(**{**raw["model"], "generic_ops": tuple(raw["model"]["generic_ops"])}),
+            model=_facts(raw["model"]),
             fingerprint=raw["fingerprint"],
             classes=tuple(LayerClass(**{**c, "layers": tuple(c["layers"])}) for c in raw["classes"]),
             rows={phase: tuple(_row(r) for r in rows) for phase, rows in raw["rows"].items()},
             fusions=tuple(_fusion(f) for f in raw["fusions"]),
         )
+
+
+def _facts(raw: dict[str, Any]) -> ModelFacts:
+    lists = {name: tuple(raw.get(name, ())) for name in ("generic_ops", "notes")}
+    return ModelFacts(**{**raw, **lists})
 
 
 _AMOUNTS = ("flops", "reads", "writes", "kv_reads", "kv_writes")

@@ -1,6 +1,6 @@
 """A module of one's own, compiled from Python: a convolutional classifier on one L4.
 
-    python examples/own_module.py
+python examples/own_module.py
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Writes a tiny Llama with random weights and a byte-level tokenizer, to try `planc run` without a download.
 
-    python examples/tiny_model.py out/tiny-llama
+python examples/tiny_model.py out/tiny-llama
 """
 
 import sys

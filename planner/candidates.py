@@ -15,8 +15,9 @@ from planc.planner.inventory import Group
 from planc.planner.request import Constraints, Slo
 from planc.planner.traffic import Traffic
 
-#: engines considered when the request names none: those whose configuration planc writes
-DEFAULT_ENGINES = ("vllm",)
+#: engines considered when the request names none, by kind of model: those that planc writes files for, and
+#: planc's own executor for what no serving engine loads
+DEFAULT_ENGINES = {"causal_lm": ("vllm",), "encoder": ("planc",), "module": ("planc",)}
 MAX_PIPELINE = 8
 MAX_WORLD = 128
 
@@ -96,7 +97,7 @@ def _all(
         if allowed is not None and group.gpu.name not in allowed:
             pruned["gpu not allowed"] += 1
             continue
-        for engine in limits.engines or DEFAULT_ENGINES:
+        for engine in limits.engines or DEFAULT_ENGINES[table.model.kind]:
             profile = catalogue.engine(engine)
             kinds = formats(table, group, profile, limits)
             if not kinds:
