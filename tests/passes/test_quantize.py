@@ -10,12 +10,16 @@ from torch import Tensor
 
 from planc.errors import InvalidField, UnknownName
 from planc.ir.graph import Graph
+from planc.ir.layers import module_path, relative
 from planc.ir.ops import quantized_formats as qf
 from planc.ir.verify import verify
 from planc.passes.fold import fold
 from planc.passes.fusion import Fusion
 from planc.passes.phases import Phases
+from planc.passes.pipeline import FRONT
+from planc.passes.pipeline import run as run_passes
 from planc.passes.quantize import Quantize, QuantizeWeight, prepare
+from planc.passes.tabulate import tabulate
 from planc.runtime.executor import Executor, Request
 from tests.families import FAMILIES, tiny_graph
 from tests.passes.running import family_weights, run, tokens
@@ -164,3 +168,21 @@ def test_quantized_phases_serve() -> None:
     quantized = [Quantize("int8", "int8", "fp8").apply(graph) for graph in graphs]
     exact, rounded = serve(graphs, "qwen3_moe"), serve(quantized, "qwen3_moe")
     assert float((rounded[:1] - exact[:1]).norm() / exact[:1].norm()) < 0.25
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4", "qwen3_5"])
+def test_cost_rows_and_the_pass_agree_on_what_may_change(family: str) -> None:
+    """The search prices as quantized exactly the products that the pass quantizes."""
+    graph = tiny_graph(family)
+    priced = {
+        (row.layer_class, row.site) for row in tabulate(graph).rows["decode"] if "weight" in row.quantizable
+    }
+    quantized = Quantize("int8").apply(Phases("decode").apply(run_passes(graph, FRONT)))
+    taken = {
+        (group.name, relative(module_path(node), path))
+        for group in fold(quantized)
+        for path, member in zip(group.paths, group.members, strict=True)
+        for node in member
+        if "_int8" in str(node.target)
+    }
+    assert taken == priced
