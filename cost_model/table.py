@@ -148,8 +148,8 @@ _AMOUNTS = ("flops", "reads", "writes", "kv_reads", "kv_writes")
 
 
 def _row(raw: dict[str, Any]) -> Row:
-    work = {k: Amount(v["terms"]) if k in _AMOUNTS else v for k, v in raw["work"].items()}
-    shard = {k: Amount(v["terms"]) if k == "moved" else v for k, v in raw["shard"].items()}
+    work: dict[str, Any] = {k: Amount(v["terms"]) if k in _AMOUNTS else v for k, v in raw["work"].items()}
+    shard: dict[str, Any] = {k: Amount(v["terms"]) if k == "moved" else v for k, v in raw["shard"].items()}
     return Row(
         **{
             **raw,

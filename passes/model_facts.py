@@ -42,6 +42,7 @@ def facts(graph: Graph, classes: tuple[LayerClass, ...], rows: tuple[Row, ...]) 
         top_k=max((row.work.dims["top_k"] for row in routed), default=0),
         tied_embeddings=_tied(graph),
         generic_ops=tuple(coverage(graph).generic),
+        notes=graph.source.notes,
     )
 
 
