@@ -11,6 +11,9 @@ from planc.codegen.triton.kernel import Kernel
 from planc.planner.plan import Plan
 from planc.version import __version__
 
+_NO_FILES = "planc writes no files for this engine yet."
+_WITHOUT_FILES = {"planc": "`planc run BUNDLE --prompt TEXT` executes it with planc's own executor."}
+
 
 def readme(plan: Plan, kernels: Sequence[Kernel]) -> str:
     """Markdown. Names from a request or model are shown as plain text."""
@@ -36,14 +39,15 @@ def readme(plan: Plan, kernels: Sequence[Kernel]) -> str:
         if engine in WRITERS:
             lines += [writer(engine).readme(plan)]
         else:
-            lines += [f"## {_plain(engine)}", "", "planc writes no files for this engine yet.", ""]
+            lines += [f"## {_plain(engine)}", "", _WITHOUT_FILES.get(engine, _NO_FILES), ""]
     if kernels:
         lines += [
             "## Kernels",
             "",
             "`kernels/` holds one Triton file per fused operation; each has a `launch` with the shapes in "
-            "its docstring. `planc verify` runs them in Triton's interpreter against float64 references and "
-            "compiles them ahead of time for the plan's GPUs.",
+            "its docstring, for use in PyTorch; vLLM has kernels of its own for these. `planc verify` "
+            "runs them in Triton's interpreter against float64 references and compiles them ahead of time "
+            "for the plan's GPUs.",
             "",
             *(f"- `{kernel.file}`: {kernel.op}" for kernel in kernels),
             "",

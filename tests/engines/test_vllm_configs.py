@@ -14,7 +14,7 @@ from planc import api
 from planc.codegen import bundle
 from planc.codegen.engines.accept import launch_command, probe
 from planc.codegen.engines.checkpoint import text_part
-from planc.errors import Infeasible
+from planc.errors import Infeasible, PlancError
 from planc.planner.plan import Plan
 from planc.planner.request import Request
 from tests.codegen.plans import plan as plan_of
@@ -65,13 +65,20 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     """Everything that is put to vLLM, in one process of its own: name -> plan's replica and vLLM's answer."""
     work = tmp_path_factory.mktemp("vllm")
     support.save_tokenizer(work / "tokenizer")
-    plans = {f"model {path.stem}": (planned(path), path) for path in MODELS}
+    plans: dict[str, tuple[Plan, Path]] = {}
+    unplanned: dict[str, dict[str, Any]] = {}
+    for path in MODELS:
+        try:
+            plans[f"model {path.stem}"] = (planned(path), path)
+        except PlancError as error:  # fails that model's test, not the others'
+            unplanned[f"model {path.stem}"] = {"error": f"not planned: {error}"}
     for name, (model, settings) in SHAPES.items():
         path = support.ROOT / f"examples/models/{model}.json"
         plans[name] = (plan_of(replica(**settings), name=model), path)
     asked = [_command(name, plan, path, work) for name, (plan, path) in plans.items()]
     answers = probe("vllm", asked, python=str(support.environment() / "python"))
-    return {name: {**answers[name], "replica": plan.replicas()[0]} for name, (plan, _) in plans.items()}
+    met = {name: {**answers[name], "replica": plan.replicas()[0]} for name, (plan, _) in plans.items()}
+    return met | unplanned
 
 
 def planned(path: Path) -> Plan:
@@ -89,7 +96,7 @@ def planned(path: Path) -> Plan:
             return api.compile(request)
         except Infeasible:
             continue
-    raise AssertionError(f"no plan for {path.stem} on 32 H200s")
+    pytest.fail(f"no plan for {path.stem} on 32 H200s")
 
 
 def _command(name: str, plan: Plan, model: Path, work: Path) -> dict[str, Any]:
