@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,7 +179,7 @@ def run_ranks(world: int, task: Callable[[int], T], *, timeout_s: float = 120.0)
                 process.start()
             for _, sender in pipes:
                 sender.close()
-            return _collect([receiver for receiver, _ in pipes], timeout_s)
+            return _collect(ranks, [receiver for receiver, _ in pipes], timeout_s)
         finally:
             for process in ranks:
                 if process.is_alive():
@@ -189,21 +190,26 @@ def run_ranks(world: int, task: Callable[[int], T], *, timeout_s: float = 120.0)
                 receiver.close()
 
 
-def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
-    """One result per pipe; raises at the first failure, closed pipe, or when time is up."""
+def _collect(ranks: Sequence[BaseProcess], receivers: Sequence[Connection], timeout_s: float) -> list[Any]:
+    """One result per rank; raises at the first failure or death, or when time is up."""
     ends = time.monotonic() + timeout_s
     results: dict[int, Any] = {}
-    while len(results) < len(receivers):
-        waiting = [r for i, r in enumerate(receivers) if i not in results]
-        ready = wait(waiting, max(ends - time.monotonic(), 0.0))
-        if not ready:
-            late = sorted(i for i in range(len(receivers)) if i not in results)
+    while len(results) < len(ranks):
+        late = [rank for rank in range(len(ranks)) if rank not in results]
+        signs = [sign for rank in late for sign in (receivers[rank], ranks[rank].sentinel)]
+        if not wait(signs, max(ends - time.monotonic(), 0.0)):
             raise ToolFailed(
                 tool=f"rank {late[0]}",
                 reason=f"no result after {timeout_s:g} s (ranks still running: {late})",
                 mend="Give more time, or look for ranks that wait for each other.",
             )
-        heard = {receivers.index(r): _hear(r) for r in ready if isinstance(r, Connection)}
+        heard: dict[int, tuple[str, Any]] = {}
+        for rank in late:
+            dead = not ranks[rank].is_alive()
+            if receivers[rank].poll():
+                heard[rank] = pickle.loads(receivers[rank].recv_bytes())  # from our own fork
+            elif dead:
+                heard[rank] = ("died", None)
         for rank, (kind, value) in sorted(heard.items(), key=lambda item: item[1][0] != "died"):
             match kind:  # a rank that died comes first: others only lost their connection to it
                 case "died":
@@ -222,14 +228,6 @@ def _collect(receivers: list[Connection], timeout_s: float) -> list[Any]:
                 case _:
                     results[rank] = value
     return [results[rank] for rank in range(len(receivers))]
-
-
-def _hear(receiver: Connection) -> tuple[str, Any]:
-    try:
-        kind, value = pickle.loads(receiver.recv_bytes())  # from our own fork
-    except EOFError:
-        return "died", None
-    return kind, value
 
 
 def _rank_main(
