@@ -100,7 +100,8 @@ class WeightStep(Protocol):
 class Graph:
     """A stage of the model.
 
-    symbols        size symbol -> role: "batch", "seq" (traced), "T", "S" (phases), "blocks", "table"
+    symbols        size symbol -> role: "batch", "seq" (traced); "T", "S", "blocks", "block_size", "table",
+                   "states" (phases)
     history        names of the passes applied, in order
     weight_steps   what the passes did to the parameters, in order (merged, quantized, divided)
     """
