@@ -22,7 +22,8 @@ from planc.passes.recognise_rules import CASTS, Builder, Rule, is_number, is_ten
 aten = torch.ops.aten
 planc = torch.ops.planc
 
-_SPREAD = (aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.slice.Tensor, *CASTS)
+#: What a mask may pass through on its way; not slices, which may move the diagonal.
+_SPREAD = (aten.unsqueeze.default, aten.expand.default, aten.view.default, *CASTS)
 _ONES = Either(
     (
         Call(aten.ones.default),
@@ -120,7 +121,10 @@ def _attention(make: Builder, caught: Caught, scale: float | None, causal: bool)
     query, key, value = tensor(q), tensor(k), tensor(v)
     if any(t.dim() != 4 or t.dtype not in _DTYPES for t in (query, key, value)):
         return None
-    grouped = same_size(key.shape[1], value.shape[1]) and query.shape[1] % key.shape[1] == 0
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        return None  # a dynamic size is no number of heads: the layout is another one
+    grouped = same_size(kv_heads, value.shape[1]) and heads % kv_heads == 0
     if not grouped or (causal and not same_size(query.shape[2], key.shape[2])):
         return None
     if not all(same_size(query.shape[0], t.shape[0]) for t in (key, value)):

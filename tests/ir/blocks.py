@@ -95,6 +95,9 @@ class Attention(nn.Module):
                 scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
                 bar = torch.full((tokens, tokens), float("-inf"), device=q.device).triu(1)
                 return torch.matmul(F.softmax(scores + bar.to(q.dtype), dim=-1), v)
+            case "moved":
+                keep = torch.ones(2 * tokens, 2 * tokens, dtype=torch.bool, device=q.device).tril()
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=keep[tokens:, :tokens])
             case "window":
                 keep = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril().triu(-3)
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=keep)

@@ -82,8 +82,9 @@ def test_attention_is_raised_however_it_is_written(how: str, causal: bool) -> No
     same(before, after, torch.randn(3, 9, 32))
 
 
-def test_attention_under_a_mask_that_is_not_understood_stays_aten() -> None:
-    before, after = front(Attention(how="window"), torch.randn(2, 6, 32))
+@pytest.mark.parametrize("how", ["window", "moved"])
+def test_attention_under_a_mask_that_is_not_understood_stays_aten(how: str) -> None:
+    before, after = front(Attention(how=how), torch.randn(2, 6, 32))
     assert "planc.attention" not in coverage(after).raised
     assert coverage(after).declared["aten.scaled_dot_product_attention"] == 1
     same(before, after, torch.randn(3, 9, 32))
