@@ -26,7 +26,6 @@ from planc.passes.parallel_fakes import Fakes
 from planc.passes.parallel_layout import Layout
 from planc.passes.parallel_rules import operands
 from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Section, State
-from planc.passes.parallel_views import Resize
 from planc.passes.parallel_weights import TakePieces, Zero
 
 _ops = torch.ops.planc
@@ -172,9 +171,7 @@ class RankGraph:
             return made
         key = (value, want)
         if key not in self._converted:
-            whole = made
-            if state == PARTIAL or isinstance(state, Axis):
-                whole = self._whole_of(value, state, made)
+            whole = made if state == WHOLE else self._whole_of(value, state, made)
             self._converted[key] = self._slice(whole, want) if isinstance(want, Axis) else whole
         return self._converted[key]
 
@@ -265,10 +262,8 @@ class RankGraph:
 
     def _changed(self, node: Node, args: object, kwargs: object) -> bool:
         """Whether any operand's fake value, or any size argument, is another than before."""
-        mine: list[Node] = []
-        map_arg((args, kwargs), mine.append)
-        theirs: list[Node] = []
-        map_arg((node.args, node.kwargs), theirs.append)
+        mine = _nodes_in((args, kwargs))
+        theirs = _nodes_in((node.args, node.kwargs))
         vals = [m.meta.get("val") is t.meta.get("val") for m, t in zip(mine, theirs, strict=False)]
         return not all(vals) or len(mine) != len(theirs) or bool(self.layout.resizes.get(node))
 
@@ -277,6 +272,10 @@ class RankGraph:
         sizes_only = old is not None and not any(isinstance(v, Tensor) for v in pytree.tree_leaves(old))
         if changed and not sizes_only:
             made.meta["val"] = self._fakes.value(made)
+
+
+def _nodes_in(value: object) -> list[Node]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Node)]
 
 
 def _held(found: Any, step: TakePieces | Zero | None) -> Any:
@@ -328,17 +327,16 @@ def _rebuilt(
     return value
 
 
-def _resized(args: Any, path: Resize | tuple[int, ...], size: int) -> Any:
+def _resized(args: Any, path: tuple[int, ...], size: int) -> Any:
     """args with the int at `path` replaced, where there is a static one."""
-    head, *rest = path
-    if head >= len(args):  # type: ignore[operator]
+    head, rest = path[0], path[1:]
+    if head >= len(args):
         return args
     items = list(args)
-    old = items[head]  # type: ignore[call-overload]
     if rest:
-        items[head] = _resized(old, tuple(rest), size)  # type: ignore[call-overload]
-    elif isinstance(old, int) and old != -1:
-        items[head] = size  # type: ignore[call-overload]
+        items[head] = _resized(items[head], rest, size)
+    elif isinstance(items[head], int) and items[head] != -1:
+        items[head] = size
     return tuple(items) if isinstance(args, tuple) else items
 
 

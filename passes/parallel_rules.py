@@ -354,7 +354,8 @@ class _Cut:
         return Section(size, group)
 
     def _base_size(self, given: list[Operand]) -> int:
-        active, weights = [], []
+        active: list[int] = []
+        weights: list[int] = []
         for operand, dim in self._named(given):
             (weights if _is_weight(operand) else active).append(int(operand.shape[dim]))
         active += [int(out.shape[held % out.dim()]) for held, out in self._divided_results()]

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final, Literal, TypeAlias
+from typing import Final, TypeAlias
 
 import sympy
 from torch import SymInt
@@ -87,7 +87,8 @@ class Axis:
         return Axis(self.dim, tuple(grown), self.outer)
 
 
-State: TypeAlias = Axis | Literal["whole", "partial", "free"]
+#: An axis, or one of WHOLE, PARTIAL, FREE.
+State: TypeAlias = Axis | str
 Size: TypeAlias = "int | SymInt"
 
 

@@ -31,6 +31,7 @@ from planc.errors import CheckFailed, PlancError, ToolFailed
 from planc.ir.graph import Graph
 from planc.ir.ops.collectives import bound_groups
 from planc.passes.parallel import PipelineCut, TensorParallel
+from planc.passes.pipeline import Pass
 from planc.runtime.binding import bind
 from planc.runtime.distributed_stage import PipelineExecutor, run_stage
 
@@ -41,13 +42,15 @@ T = TypeVar("T")
 class Ranks:
     """A parallel layout: `tp` ranks per stage, `pp` stages; ep divides routed experts as whole experts.
 
-    pipeline_layers: layers per stage; empty: dealt out evenly.
+    pipeline_layers: layers per stage; empty: dealt out evenly. after: passes applied to each rank's
+    graph once it is divided (fusion, quantization).
     """
 
     tp: int = 1
     pp: int = 1
     ep: bool = False
     pipeline_layers: tuple[int, ...] = ()
+    after: tuple[Pass, ...] = ()
 
     @property
     def world(self) -> int:
@@ -60,6 +63,8 @@ class Ranks:
             graph = TensorParallel(self.tp, tp_rank, self.ep).apply(graph)
         if self.pp > 1:
             graph = PipelineCut(self.pp, stage, self.pipeline_layers).apply(graph)
+        for each in self.after:
+            graph = each.apply(graph)
         return graph
 
     def groups(self, rank: int) -> dict[str, dist.ProcessGroup]:
@@ -157,7 +162,7 @@ def run_ranks(world: int, task: Callable[[int], T], *, timeout_s: float = 120.0)
     The first rank that raises or dies ends them all: a PlancError is raised again here, anything
     else as ToolFailed with the rank's own traceback. So does running longer than `timeout_s`.
     """
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ToolFailed(
             tool="run_ranks",
             reason="CUDA is in use in this process, which cannot be forked any more",
@@ -239,7 +244,7 @@ def _rank_main(
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(store), world),
+            store=torch._C._distributed_c10d.FileStore(str(store), world),
             rank=rank,
             world_size=world,
             timeout=datetime.timedelta(seconds=timeout_s),

@@ -30,7 +30,8 @@ def run_stage(
     hidden = [receive(node.meta["val"].dtype, stage - 1, group) for node in arriving]
     out = module(*inputs, *hidden, *caches)
     if stage == stages - 1:
-        return out[0] if isinstance(out, tuple) else out
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
     for value in out if isinstance(out, tuple) else (out,):
         transmit(value, stage + 1, group)
     return None

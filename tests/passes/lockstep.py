@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 
 from planc.ir.graph import Graph
 from planc.passes.parallel import TensorParallel, shard_weights
+from planc.passes.pipeline import Pass, run
 
 
 def _all_reduce(parts: Sequence[Tensor], group: str, ranks: int) -> list[Tensor]:
@@ -33,10 +34,15 @@ _COLLECTIVES: Mapping[object, Callable[..., list[Tensor]]] = {
 
 
 def run_in_step(
-    graph: Graph, weights: Mapping[str, Tensor], *inputs: Tensor, tp: int, ep: bool = False
+    graph: Graph,
+    weights: Mapping[str, Tensor],
+    *inputs: Tensor,
+    tp: int,
+    ep: bool = False,
+    after: Sequence[Pass] = (),
 ) -> list[Tensor]:
-    """Every rank's output of a traced graph divided over `tp` ranks."""
-    parts = [TensorParallel(tp, rank, ep).apply(graph) for rank in range(tp)]
+    """Every rank's output of a traced graph divided over `tp` ranks, then rewritten by passes `after`."""
+    parts = [run(graph, (TensorParallel(tp, rank, ep), *after)) for rank in range(tp)]
     held = [shard_weights(graph, part, weights) for part in parts]
     values: list[dict[Node, Any]] = [{} for _ in parts]
     feeds = [iter(inputs) for _ in parts]

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from planc.errors import InvalidField, ToolFailed
 from planc.ir.graph import Graph
 from planc.ir.ops.collectives import bound_groups
+from planc.passes.fusion import Fusion
 from planc.passes.phases import Phases
 from planc.runtime.distributed import Ranks, forward, generate, run_ranks
 from planc.runtime.executor import Executor
@@ -74,6 +75,10 @@ def test_ranks_with_whole_experts_generate_the_models_tokens(family: str) -> Non
 @pytest.mark.parametrize("family", ["llama", "qwen3_5"])
 def test_stages_of_divided_ranks_generate_the_models_tokens(family: str) -> None:
     assert together(family, Ranks(tp=2, pp=2)) == alone(family)
+
+
+def test_divided_ranks_run_fused() -> None:
+    assert together("llama", Ranks(tp=2, pp=2, after=(Fusion(),))) == alone("llama")
 
 
 # -- collectives ------------------------------------------------------------------------
