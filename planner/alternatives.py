@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from planc.planner.offers import Deployed, Fleet, Offer
 from planc.planner.plan import Rejected
-from planc.planner.search import Deployed, Fleet, Offer, Search
+from planc.planner.search import Search
 
 DECISIONS = ("gpu", "engine", "tp", "pp", "dp", "ep", "cp", "weights", "activations", "kv")
 _MOST = 24

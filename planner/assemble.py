@@ -15,9 +15,10 @@ from planc.errors import CheckFailed
 from planc.planner import priors
 from planc.planner.candidates import Candidate
 from planc.planner.inventory import Group, place
+from planc.planner.offers import Deployed, Fleet
 from planc.planner.plan import Coverage, LayerDecisions, LayerPlan, Pool, Replica
 from planc.planner.predict import memory
-from planc.planner.search import Deployed, Fleet, Search
+from planc.planner.search import Search
 
 
 def pools(search: Search, fleet: Fleet) -> list[Pool]:

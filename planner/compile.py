@@ -9,10 +9,11 @@ from planc.errors import CheckFailed, InvalidField
 from planc.planner import assemble
 from planc.planner.alternatives import rejected
 from planc.planner.check import check
+from planc.planner.offers import Fleet
 from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
 from planc.planner.predict import predicted
 from planc.planner.request import Request
-from planc.planner.search import Fleet, Progress, Search
+from planc.planner.search import Progress, Search
 
 
 def plan(

@@ -64,8 +64,9 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     """
     from planc.planner import assemble
     from planc.planner.evaluate import Engine, Limits, Precise
+    from planc.planner.offers import Deployed
     from planc.planner.predict import predicted
-    from planc.planner.search import Deployed, Search
+    from planc.planner.search import Search
 
     chosen = _parsed(settings)
     fixed = _fixed(request, table, chosen)

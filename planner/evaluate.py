@@ -17,9 +17,10 @@ import numpy as np
 from planc.cost_model.memory import MemoryMap, memory_map
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
+from planc.errors import InvalidField
 from planc.planner.candidates import TOKEN_BUDGETS, Candidate
 from planc.planner.priors import priors
-from planc.planner.request import Constraints, Slo
+from planc.planner.request import Constraints, Request, Slo
 from planc.planner.steady_state import Array, Steady, steady
 from planc.planner.step_times import Curves, Exact
 from planc.planner.traffic import Traffic
@@ -268,3 +269,30 @@ def full_step(limits: Limits, traffic: Traffic) -> int:
     if traffic.decode_steps:
         return limits.budget
     return max(min(limits.budget, int(limits.max_num_seqs * traffic.new_tokens)), 1)
+
+
+def model_len(request: Request, table: CostTable, load: Traffic) -> int:
+    """Longest sequence the engine must take: the stated one, else the next power of two above the
+    workload's longest request. Raises InvalidField when that exceeds what the model was made for."""
+    longest, most = load.longest, table.model.max_position
+    stated = request.constraints.max_model_len
+    if stated is not None and stated < longest:
+        raise InvalidField(
+            where="request",
+            field="constraints.max_model_len",
+            value=stated,
+            reason=f"the workload has requests of {longest} tokens",
+            mend=f"Give at least {longest}, or shorten isl and osl.",
+        )
+    if most and (stated or longest) > most:
+        raise InvalidField(
+            where="request",
+            field="constraints.max_model_len" if stated else "workload",
+            value=stated or longest,
+            reason=f"longer than the model's {most} positions",
+            mend=f"Keep isl + osl within {most} tokens.",
+        )
+    if stated is not None:
+        return stated
+    wanted = max(1 << math.ceil(math.log2(max(longest, 2))), 2048)
+    return min(wanted, most) if most else wanted

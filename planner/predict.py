@@ -11,10 +11,11 @@ from planc.cost_model.catalogue import Provenance
 from planc.cost_model.energy import watts
 from planc.cost_model.memory import MemoryMap
 from planc.cost_model.quantity import worst
+from planc.planner.levels import running_share
+from planc.planner.offers import Deployed
 from planc.planner.plan import Memory, Predicted
 from planc.planner.priors import priors
 from planc.planner.request import Metric, Slo
-from planc.planner.search import Deployed, running_share
 from planc.planner.steady_state import Steady
 from planc.planner.traffic import Traffic
 

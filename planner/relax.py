@@ -15,8 +15,9 @@ from planc.cost_model import catalogue
 from planc.cost_model.formats import fmt
 from planc.errors import Infeasible
 from planc.planner.inventory import groups
+from planc.planner.offers import Fleet
 from planc.planner.request import Request
-from planc.planner.search import Fleet, Search
+from planc.planner.search import Search
 from planc.planner.workload import Workload
 
 _BISECTIONS = 7
