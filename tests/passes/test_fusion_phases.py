@@ -8,13 +8,15 @@ from torch import Tensor
 
 from planc.ir.graph import Graph
 from planc.ir.verify import verify
-from planc.passes.fusion import Fusion
+from planc.passes.fusion import Fusion, weights_for
+from planc.passes.parallel import TensorParallel
 from planc.passes.phases import Phases
+from planc.passes.quantize import Quantize
 from planc.runtime.executor import Executor, Request
 from tests.families import FAMILIES, tiny_graph
 from tests.passes.running import family_weights
 
-PROMPTS = [[5, 9, 77, 12, 3, 8, 100, 31], [44, 2, 7], [9] * 15]
+PROMPTS = [[5, 9, 77, 12, 3, 8, 100, 31, 60, 61], [44, 2, 7]]
 
 
 def phases(family: str) -> list[Graph]:
@@ -22,13 +24,13 @@ def phases(family: str) -> list[Graph]:
 
 
 def serve(graphs: list[Graph], family: str) -> tuple[list[list[int]], Tensor]:
-    """Tokens of three requests of different lengths, prefilled in chunks, and the logits of every step."""
+    """Tokens of two requests of different lengths, prefilled in chunks, and the logits of every step."""
     prefill, decode = graphs
     executor = Executor(
-        prefill, decode, family_weights(family), blocks=32, block_size=4, max_num_batched_tokens=16
+        prefill, decode, family_weights(family), blocks=32, block_size=4, max_num_batched_tokens=8
     )
     logits: list[Tensor] = []
-    requests = [Request(tuple(prompt), 3) for prompt in PROMPTS]
+    requests = [Request(tuple(prompt), 2) for prompt in PROMPTS]
     tokens = executor.run(requests, observe=lambda step, found: logits.append(found))
     return tokens, torch.cat(logits)
 
@@ -38,7 +40,7 @@ def test_fused_phases_serve_the_same_tokens(family: str) -> None:
     graphs = phases(family)
     fused = [Fusion().apply(graph) for graph in graphs]
     for graph in fused:
-        verify(graph, "fusion", rerun=True)
+        verify(graph, "fusion")
     assert fused[0].weight_steps == fused[1].weight_steps
     tokens, logits = serve(graphs, family)
     fused_tokens, fused_logits = serve(fused, family)
@@ -69,3 +71,20 @@ def test_a_rotation_that_something_else_reads_is_left() -> None:
     targets = [node.target for node in left.module.graph.nodes]
     assert targets.count(torch.ops.planc.rope.default) == 1
     assert targets.count(torch.ops.planc.rope_kv_write.default) == 1
+
+
+def test_ranks_of_a_divided_model_are_fused_and_quantized_alike() -> None:
+    """The order of the compiler: divide, fuse, quantize. Every rank's weights come from the whole model's."""
+    graph = phases("llama")[1]
+    weights = family_weights("llama")
+    for rank in range(2):
+        divided = TensorParallel(2, rank).apply(graph)
+        ready = Quantize("fp8", "fp8", "fp8").apply(Fusion().apply(divided))
+        verify(ready, "quantize", rerun=True)
+        bound = weights_for(ready, weights)
+        held = {**dict(ready.module.named_parameters()), **dict(ready.module.named_buffers())}
+        read = [str(node.target) for node in ready.module.graph.nodes if node.op == "get_attr"]
+        assert "model.layers.0.self_attn.qkv_proj.weight_scale" in read
+        assert {n: (bound[n].shape, bound[n].dtype) for n in read} == {
+            n: (held[n].shape, held[n].dtype) for n in read
+        }
