@@ -149,7 +149,7 @@ def test_compiles_for_h100_without_spilling(tmp_path: Path) -> None:
 def test_spilling_is_refused() -> None:
     """A row of 8192 in one warp cannot be held: the compiler says nothing, the check does."""
     kernel = render.render(KINDS["rms_norm"], sizes=({"n": 8192},))
-    narrow = replace(kernel, source=kernel.source.replace("min(16, max(4, tile // 1024))", "1"))
+    narrow = replace(kernel, source=kernel.source.replace("min(32, max(4, tile // 1024))", "1"))
     from planc.codegen.triton.resources import resources
 
     (finding,) = resources([narrow], ["sm_90"])

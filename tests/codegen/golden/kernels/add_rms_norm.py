@@ -54,7 +54,7 @@ def configure(n: int) -> dict[str, int]:
     """Compile-time constants and launch options for rows of n elements: about 4096 elements per program."""
     block = triton.next_power_of_2(n)
     tile = max(block, 4096 if block <= 1024 else block)
-    return {"ROWS": max(1, tile // block), "BLOCK": block, "num_warps": min(16, max(4, tile // 1024))}
+    return {"ROWS": max(1, tile // block), "BLOCK": block, "num_warps": min(32, max(4, tile // 1024))}
 
 
 def grid(rows: int, n: int) -> tuple[int]:
@@ -71,7 +71,8 @@ def launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns y [..., n], then x + residual [..., n].
 
-    x is [..., n], dense in its last dimension, rows evenly apart; float32, float16 or bfloat16.
+    x is [..., n], dense in its last dimension, rows evenly apart; float32, float16 or bfloat16; n is at
+    most 32768.
     """
     n = x.shape[-1]
     flat = x.reshape(-1, n)
