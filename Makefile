@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= out/llama-3.1-70b-8xh200
 
-.PHONY: demo test test-slow test-engines lint format examples docs clean help
+.PHONY: demo test test-slow test-engines lint format examples readme check-readme clean help
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow     every catalogue model at full depth"
 	@echo "make test-engines  serve compiled bundles with a real vLLM (CPU build, own environment)"
 	@echo "make examples      every example request"
+	@echo "make readme        run the README's commands and write down what they print"
 	@echo "make lint          ruff, mypy --strict, import contracts"
 
 $(VENV)/.installed: pyproject.toml
@@ -36,6 +37,12 @@ test-slow: $(VENV)/.installed
 
 examples: $(VENV)/.installed
 	@BIN=$(abspath $(BIN)) bash examples/run.sh
+
+readme: $(VENV)/.installed
+	@$(BIN)/python docs/readme.py
+
+check-readme: $(VENV)/.installed
+	@$(BIN)/python docs/readme.py --check
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff format --check .
