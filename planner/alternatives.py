@@ -102,7 +102,7 @@ def _lost(search: Search, fleet: Fleet, decision: str, item: Deployed) -> Reject
         reason = f"same price, but {plan} loses more accuracy ({100 * item.candidate.drop:.2g} %)"
     else:
         spare = f"{item.count * item.capacity:.4g} {_unit(search)}"
-        reason = f"no better: {plan} costs the same and has less to spare ({spare})"
+        reason = f"no better: {plan} costs the same and carries up to {spare}"
     return Rejected(decision=decision, reason=reason, predicted=dict(sorted(numbers.items())))
 
 

@@ -159,10 +159,10 @@ class Search:
             return by_level(self, objective, time_limit)
         limits = self.master_limits(self.demand)
         by_price = objective == "min_cost" and self.demand is None
-        offers, columns = self._columns(limits, prune=not by_price)
+        offers, columns = self._columns(limits, time_limit, prune=not by_price)
         if not offers and objective == "max_goodput" and self.demand is not None:
             limits = replace(limits, demand=None)
-            offers, columns = self._columns(limits)
+            offers, columns = self._columns(limits, time_limit)
         if not offers:
             return None
         if by_price:
@@ -190,7 +190,9 @@ class Search:
             max_watts=power * 1e3 if power is not None else None,
         )
 
-    def _columns(self, limits: solve.Limits, prune: bool = True) -> tuple[list[Offer], list[solve.Column]]:
+    def _columns(
+        self, limits: solve.Limits, time_limit: float | None, prune: bool = True
+    ) -> tuple[list[Offer], list[solve.Column]]:
         """Precise columns of the offers that may matter, by two bounds: an offer that another of its
         family surely replaces, and a family that even with 5 % more capacity is worse than the best."""
         rough = [self.column(offer, offer.capacity) for offer in self.offers]
@@ -201,11 +203,11 @@ class Search:
             if not any(solve.replaces(rough[j], hopeful[i]) for j in mine):
                 families.setdefault(column.family, []).append(i)
         best_hope = {
-            name: solve.solve([hopeful[i] for i in members], limits, first_only=True)
+            name: solve.solve([hopeful[i] for i in members], limits, time_limit=time_limit, first_only=True)
             for name, members in families.items()
         }
         sign = 1.0 if limits.demand is not None else -1.0
-        order = sorted((sign * hope.value, name) for name, hope in best_hope.items() if hope is not None)
+        order = sorted((sign * hope.bound, name) for name, hope in best_hope.items() if hope is not None)
         offers: list[Offer] = []
         columns: list[solve.Column] = []
         best = math.inf
@@ -217,7 +219,7 @@ class Search:
             chosen = solve.undominated(made)
             offers += [members[i] for i in chosen]
             columns += [made[i] for i in chosen]
-            found = solve.solve([made[i] for i in chosen], limits, first_only=True)
+            found = solve.solve([made[i] for i in chosen], limits, time_limit=time_limit, first_only=True)
             if found is not None:
                 best = min(best, sign * found.value)
         self.pruned["dominated"] = len(rough) - len(columns)

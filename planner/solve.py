@@ -205,35 +205,61 @@ class _Master:
         """(rank for comparing families, solution); None when nothing is feasible."""
         weights, loads = self._sum(self.weights), self._sum(self.loads)
         drops = [round(c.drop * 1e6 * load / UNIT) for c, load in zip(self.columns, self.loads, strict=True)]
-        if self.limits.demand is not None:
-            first = self._optimise(weights, minimise=True)
-            unit = 1 / self.scale
-        else:
-            first = self._optimise(loads, minimise=False)
-            unit = self.unit
-        if first is None or (self.limits.demand is None and first[0] <= 0):
+        covering = self.limits.demand is not None
+        goal = (weights, True, 1 / self.scale) if covering else (loads, False, self.unit)
+        first = self._optimise(goal[0], minimise=goal[1])
+        if first is None and self.out_of_time:
+            first = self._simple()
+        if first is None or (not covering and first[0] <= 0):
             return None
         found, bound, proved = first
-        if not first_only:
-            if self.limits.demand is None:
+        if not first_only and proved:
+            if not covering:
                 self._optimise(weights, minimise=True)
             if any(drops):
                 self._optimise(self._sum(drops), minimise=True)
-            if self.limits.demand is not None:
+            if covering:
                 self._optimise(loads, minimise=False)
             order = [(i + 1) * 1009 + i * i for i in range(len(self.columns))]
             self._optimise(self._sum(order), minimise=True)
-        totals = [
+        weight, drop, load = (
             sum(n * v for n, v in zip(self.best, values, strict=True))
             for values in (self.weights, drops, self.loads)
-        ]
-        rank = (
-            (totals[0], totals[1], -totals[2])
-            if self.limits.demand is not None
-            else (-totals[2], *totals[:2])
         )
+        rank = (weight, drop, -load) if covering else (-load, weight, drop)
         status: Literal["optimal", "feasible"] = "optimal" if proved else "feasible"
-        return rank, Solution(self.best, status, found * unit, bound * unit)
+        return rank, Solution(self.best, status, found * goal[2], bound * goal[2])
+
+    def _simple(self) -> tuple[float, float, bool] | None:
+        """When time ran out before any solution: the best fleet of one kind, and the bound of the problem
+        without placement (every GPU and every piece of load divisible at will)."""
+        limits, found = self.limits, None
+        for i, column in enumerate(self.columns):
+            most = self._most(column)
+            for cap, each in (
+                (limits.max_gpus, column.gpus),
+                (limits.max_replicas, 1),
+                (limits.max_watts, math.ceil(column.watts)),
+            ):
+                most = min(most, int(cap // each)) if cap is not None else most
+            count = most if limits.demand is None else -(-UNIT // max(self.loads[i], 1))
+            if not 1 <= count <= most:
+                continue
+            value = count * (self.weights[i] if limits.demand is not None else -self.loads[i])
+            if found is None or value < found[0]:
+                found = value, tuple(count if j == i else 0 for j in range(len(self.columns)))
+        if found is None:
+            return None
+        self.best = found[1]
+        if limits.demand is not None:
+            bound = UNIT * min(w / load for w, load in zip(self.weights, self.loads, strict=True) if load)
+            return found[0], float(bound), False
+        gpus = min(limits.max_gpus or math.inf, sum(sum(islands) for islands in limits.islands))
+        return (
+            -found[0],
+            max(load / c.gpus for c, load in zip(self.columns, self.loads, strict=True)) * gpus,
+            False,
+        )
 
     def _optimise(self, expression: Any, *, minimise: bool) -> tuple[float, float, bool] | None:
         """(value, bound, proved) of one objective, which is then fixed for the following ones."""
@@ -254,6 +280,7 @@ class _Master:
             return None
         if not result.has_primal_feasible_solution():
             if reason == kinds.NO_SOLUTION_FOUND:
+                self.out_of_time = True
                 return None
             raise ToolFailed(
                 tool="HiGHS",
@@ -272,6 +299,7 @@ class _Master:
         return rounded, float(rounded) if proved else bound, proved
 
     best: tuple[int, ...] = ()
+    out_of_time = False
 
 
 def integer_loads(columns: Sequence[Column], whole: float | None) -> list[int]:

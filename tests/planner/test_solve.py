@@ -185,3 +185,17 @@ def test_shares_of_the_demand_add_up() -> None:
         found = solve([column], Limits(((n,),), 7.0))
         assert found is not None
         assert found.counts == (n,)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(instances())
+def test_out_of_time_gives_a_fleet_and_an_honest_bound(instance: tuple[list[Column], Limits]) -> None:
+    columns, limits = instance
+    best, hurried = solve(columns, limits), solve(columns, limits, time_limit=1e-9)
+    if best is None:
+        assert hurried is None
+    elif hurried is not None:
+        sign = 1 if limits.demand is not None else -1
+        assert sign * hurried.bound <= sign * best.value * (1 + sign * 1e-5)
+        assert sign * best.value <= sign * hurried.value * (1 + sign * 1e-5)
+        assert hurried.status == ("optimal" if hurried.gap == 0 else "feasible")
