@@ -25,9 +25,9 @@ from planc.ir.graph import Graph
 from planc.ir.opdef import amount
 from planc.ir.work import NONE
 from planc.passes.parallel_layout import Layout, lay_out
+from planc.passes.parallel_operands import operands
 from planc.passes.parallel_pipeline import PipelineCut
 from planc.passes.parallel_rank import RankGraph, check_rank
-from planc.passes.parallel_rules import operands
 from planc.passes.parallel_state import PARTIAL, WHOLE, Axis
 from planc.passes.parallel_views import LINEAR_VIEWS
 

@@ -27,7 +27,9 @@ from torch.fx import Node
 
 from planc.ir.graph import Graph
 from planc.ir.opdef import ShardRule
-from planc.passes.parallel_rules import Cuts, Operand, Outcome, Rulebook, alike, operands
+from planc.passes.parallel_cut import Cuts
+from planc.passes.parallel_operands import Operand, alike, operands
+from planc.passes.parallel_rules import Outcome, Rulebook
 from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Groups, State
 from planc.passes.parallel_views import LINEAR_VIEWS, Resize
 

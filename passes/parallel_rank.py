@@ -24,7 +24,7 @@ from planc.ir.opdef import ShardRule
 from planc.ir.ops import collectives
 from planc.passes.parallel_fakes import Fakes
 from planc.passes.parallel_layout import Layout
-from planc.passes.parallel_rules import operands
+from planc.passes.parallel_operands import operands
 from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Section, State
 from planc.passes.parallel_weights import TakePieces, Zero
 

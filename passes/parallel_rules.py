@@ -6,7 +6,7 @@ dimensions (`parallel_views`); pointwise ops, which carry any axis. Anything els
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,39 +14,17 @@ import torch
 from torch.fx import Node
 
 from planc.ir.opdef import Call, Held, OpDef, ShardRule, declaration
-from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Groups, Section, State
+from planc.passes.parallel_cut import Cut, Cuts
+from planc.passes.parallel_operands import Operand, alike, held_dim, results
+from planc.passes.parallel_state import FREE, PARTIAL, WHOLE, Axis, Count, Groups, State
 from planc.passes.parallel_views import ALONG, LINEAR_VIEWS, Followed, Resize
 
 _aten = torch.ops.aten
-
-NOUNS = {
-    "column": "columns",
-    "row": "rows",
-    "heads": "heads",
-    "experts": "columns of each expert",
-    "vocab": "vocabulary rows",
-}
 
 #: Pointwise ops that keep sums in each operand (product: in one operand at a time).
 _SUMS = frozenset({_aten.add.Tensor, _aten.sub.Tensor, _aten.neg.default})
 _PRODUCTS = frozenset({_aten.mul.Tensor, _aten.mul.Scalar})
 _QUOTIENTS = frozenset({_aten.div.Tensor, _aten.div.Scalar})
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """One tensor operand of a call: where it stands in the arguments, its name in the schema."""
-
-    path: tuple[str | int, ...]
-    name: str
-    node: Node
-    state: State
-
-    @property
-    def shape(self) -> torch.Size:
-        found = self.node.meta["val"]
-        assert isinstance(found, torch.Tensor)
-        return found.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,46 +37,6 @@ class Outcome:
     rule: ShardRule | None = None
     seed: bool = False
     refine: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Cuts:
-    """Sections that a weight is laid out in (q | k | v): their sizes, and those that stay whole."""
-
-    sizes: tuple[int, ...]
-    kept: frozenset[int] = frozenset()
-
-
-def operands(node: Node, state: Callable[[Node], State]) -> list[Operand]:
-    """The tensor operands of a call or of the output, lists opened."""
-    names: list[str] = []
-    if isinstance(node.target, torch._ops.OpOverload):
-        names = [argument.name for argument in node.target._schema.arguments]
-    out: list[Operand] = []
-
-    def walk(value: object, path: tuple[str | int, ...], name: str) -> None:
-        if isinstance(value, Node):
-            if isinstance(value.meta.get("val"), torch.Tensor):
-                out.append(Operand(path, name, value, state(value)))
-        elif isinstance(value, list | tuple):
-            for i, item in enumerate(value):
-                walk(item, (*path, i), name)
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                walk(item, (*path, key), name)
-
-    for i, value in enumerate(node.args):
-        walk(value, (i,), names[i] if i < len(names) else str(i))
-    for key, value in node.kwargs.items():
-        walk(value, (key,), key)
-    return out
-
-
-def results(node: Node) -> list[torch.Tensor]:
-    """The tensors a call gives; sizes and other scalars are not among them."""
-    val = node.meta.get("val")
-    found = val if isinstance(val, list | tuple) else [val]
-    return [v for v in found if isinstance(v, torch.Tensor)]
 
 
 class Rulebook:
@@ -222,7 +160,7 @@ class Rulebook:
         if rule is None:
             return self._pointwise(node, given) if declared.pointwise else None
         begins = not any(isinstance(o.state, Axis) for o in given)
-        cut = _Cut(self.groups, node, rule, given, sections if begins else None)
+        cut = Cut(self.groups, node, rule, given, sections if begins else None)
         wants = tuple(cut.want(o) for o in given)
         for operand, want in zip(given, wants, strict=True):
             if isinstance(want, Axis):
@@ -283,19 +221,6 @@ class Rulebook:
         return all(isinstance(size, int) for size in sizes) and any(size > 1 for size in sizes)
 
 
-def alike(one: Axis, other: Axis) -> bool:
-    """Whether two axes are laid out alike, whatever groups divide them."""
-    sizes = [section.size for section in one.sections] == [section.size for section in other.sections]
-    return one.dim == other.dim and one.outer == other.outer and sizes
-
-
-def held_dim(held: Held | None, operand: Operand) -> int | None:
-    """The dimension a rule divides an operand along, counted from the front."""
-    if isinstance(held, str) and held.startswith("halves:"):
-        held = int(held.removeprefix("halves:"))
-    return held % len(operand.shape) if isinstance(held, int) and operand.shape else None
-
-
 def _fit(operand: Operand, held: Held) -> str:
     """match: as it is. free: nothing to do. slice: ranks drop what they hold too much of. no: a gather.
     never: a whole value cannot become a partial sum."""
@@ -312,120 +237,6 @@ def _fit(operand: Operand, held: Held) -> str:
             return "match"
         case _:
             return "never" if held == PARTIAL else ("slice" if dim is not None else "same")
-
-
-class _Cut:
-    """One application of a rule: which sections every named dimension gets.
-
-    Dimensions of one size are cut alike. In a rule by heads, activations with fewer heads than the
-    most (keys and values of grouped-query attention) get a group of their own, shared by the large
-    one; weights and caches follow whichever their size fits.
-    """
-
-    def __init__(
-        self,
-        groups: Groups,
-        node: Node,
-        rule: ShardRule,
-        given: list[Operand],
-        sections: Cuts | None,
-    ) -> None:
-        self.groups, self.node, self.rule = groups, node, rule
-        self._sections: dict[int, tuple[Section, ...]] = {}
-        for operand in given:
-            if (
-                isinstance(operand.state, Axis)
-                and held_dim(rule.operands.get(operand.name), operand) is not None
-            ):
-                self._sections.setdefault(operand.state.size, operand.state.sections)
-        self._base = self._base_size(given)
-        self._noun = "experts" if rule.first else NOUNS.get(rule.name, "pieces")
-        if self._base not in self._sections:
-            cut = sections if sections and sum(sections.sizes) == self._base else Cuts((self._base,))
-            self._sections[self._base] = tuple(self._section(i, cut) for i in range(len(cut.sizes)))
-        if rule.name == "heads":
-            self._share(given)
-
-    def _section(self, index: int, cut: Cuts) -> Section:
-        size = cut.sizes[index]
-        group = self.groups.new(size, self._noun)
-        if index in cut.kept:
-            self.groups.keep(group)
-        return Section(size, group)
-
-    def _base_size(self, given: list[Operand]) -> int:
-        active: list[int] = []
-        weights: list[int] = []
-        for operand, dim in self._named(given):
-            (weights if _is_weight(operand) else active).append(int(operand.shape[dim]))
-        active += [int(out.shape[held % out.dim()]) for held, out in self._divided_results()]
-        return max(active or weights)
-
-    def _named(self, given: list[Operand]) -> Iterator[tuple[Operand, int]]:
-        for operand in given:
-            dim = held_dim(self.rule.operands.get(operand.name), operand)
-            if dim is not None and not self._in_halves(operand):
-                yield operand, dim
-
-    def _divided_results(self) -> Iterator[tuple[int, torch.Tensor]]:
-        for held, out in zip(self.rule.results, results(self.node), strict=True):
-            if isinstance(held, int):
-                yield held, out
-
-    def _share(self, given: list[Operand]) -> None:
-        base = self._sections[self._base]
-        for section in base:
-            self.groups.limit(section.group, section.size, self._noun if len(base) == 1 else "")
-        for operand, dim in self._named(given):
-            size = int(operand.shape[dim])
-            if _is_weight(operand) or size == 1 or size >= self._base:
-                continue
-            if size not in self._sections:
-                self._sections[size] = (Section(size, self.groups.new(size, "KV heads")),)
-            if len(base) == len(self._sections[size]) == 1:
-                small = self._sections[size][0].group
-                self.groups.share(small, by=base[0].group)
-                self.groups.limit(small, size, "KV heads")
-
-    def _in_halves(self, operand: Operand) -> bool:
-        held = self.rule.operands.get(operand.name)
-        return isinstance(held, str) and held.startswith("halves:")
-
-    def want(self, operand: Operand) -> State:
-        held = self.rule.operands.get(operand.name, WHOLE)
-        dim = held_dim(held, operand)
-        if dim is None:
-            return PARTIAL if held == PARTIAL else WHOLE
-        size = int(operand.shape[dim])
-        if self._in_halves(operand):
-            half = self._at(size // 2)
-            return Axis(dim, half + half)
-        return Axis(dim, self._at(size)) if size > 1 else WHOLE
-
-    def results(self) -> tuple[State, ...]:
-        out: list[State] = []
-        for held, tensor in zip(self.rule.results, results(self.node), strict=True):
-            if not isinstance(held, int):
-                out.append(PARTIAL if held == PARTIAL else WHOLE)
-                continue
-            dim = held % tensor.dim()
-            size = int(tensor.shape[dim])
-            out.append(Axis(dim, self._at(size)) if size > 1 else WHOLE)
-        return tuple(out)
-
-    def _at(self, size: int) -> tuple[Section, ...]:
-        if size in self._sections:
-            return self._sections[size]
-        base = self._sections[self._base]
-        assert len(base) == 1 or size % self._base == 0, f"{self.node}: {size} in step with {self._base}"
-        if len(base) == 1:
-            return (Section(size, base[0].group),)
-        return tuple(Section(s.size * size // self._base, s.group) for s in base)
-
-
-def _is_weight(operand: Operand) -> bool:
-    """FREE and without a symbolic size: a parameter, or what was made of one; caches have blocks."""
-    return operand.state == FREE and all(isinstance(size, int) for size in operand.shape)
 
 
 def _shifted(axis: Axis, by: int) -> Axis:

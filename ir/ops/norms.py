@@ -68,6 +68,12 @@ def _work(call: Call) -> Work:
     )
 
 
+def _heads_first(call: Call) -> bool:
+    """Whether dimension 1 is not the one that is normalised: [B, heads, S, D]."""
+    x = call.tensor("x")
+    return x is not None and x.dim() > 2
+
+
 def _gated_work(call: Call) -> Work:
     return Work(
         "elementwise",
@@ -83,7 +89,7 @@ declare(
     OpDef(
         torch.ops.planc.rms_norm.default,
         work=_work,
-        shards=(ShardRule("heads", {"x": -2}, (-2,)), ShardRule("heads", {"x": 1}, (1,))),
+        shards=(ShardRule("heads", {"x": -2}, (-2,)), ShardRule("heads", {"x": 1}, (1,), _heads_first)),
     )
 )
 declare(

@@ -28,7 +28,7 @@ TOLERANCE = {"qwen3_5": 1e-3}
 
 def kinds(graph: Graph, layer: str) -> dict[str, tuple[str, int, str | None]]:
     """Site -> (kind, units, collective) of the products and attention of one layer."""
-    found = {}
+    found: dict[str, tuple[str, int, str | None]] = {}
     for node, shard in shard_rows(graph).items():
         path = module_path(node)
         name = str(node.target)
@@ -214,7 +214,8 @@ class _Layer(nn.Module):
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, hidden))
         inner = self.norms[1](x)
         gate, up = self.gate_up(inner).chunk(2, -1) if self.merged else (self.gate(inner), self.up(inner))
-        return x + self.down(F.silu(gate) * up)
+        out: Tensor = x + self.down(F.silu(gate) * up)
+        return out
 
 
 class _Block(nn.Module):
@@ -242,7 +243,8 @@ class _Block(nn.Module):
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)  # type: ignore[no-any-return]
+        logits: Tensor = self.head(x)
+        return logits
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
@@ -271,6 +273,19 @@ def test_any_transformer_divides(
     assert reduced == 5  # the embedding, and two per layer
 
 
+class _FlatNorm(nn.Module):
+    """A norm over all heads together, of tokens in one row: dimension 1 is divided and normalised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 6)
+        self.weight = nn.Parameter(torch.rand(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(torch.ops.planc.rms_norm(self.a(x), self.weight, 1e-5, "cast_mul"))
+        return out
+
+
 class _Odd(nn.Module):
     """Nothing here has a rule for what follows it: every divided value must be gathered or kept whole."""
 
@@ -280,12 +295,14 @@ class _Odd(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sorted_ = self.a(x).sort(-1).values.flip(-1)
-        return self.b(sorted_).cumsum(-1) + x.mean()
+        out: Tensor = self.b(sorted_).cumsum(-1) + x.mean()
+        return out
 
 
-def test_ops_without_rules_run_whole() -> None:
+@pytest.mark.parametrize("kind", [_Odd, _FlatNorm])
+def test_ops_without_rules_run_whole(kind: type[nn.Module]) -> None:
     torch.manual_seed(1)
-    model, x = _Odd().eval(), torch.randn(5, 8)
+    model, x = kind().eval(), torch.randn(5, 8)
     graph = trace(model, inputs=(x,))
     with torch.no_grad():
         whole = model(x)

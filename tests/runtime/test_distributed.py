@@ -88,7 +88,7 @@ def test_collectives_do_what_they_say() -> None:
     def task(rank: int) -> dict[str, torch.Tensor]:
         x = torch.arange(8.0).view(2, 4) + 10 * rank
         ops = torch.ops.planc
-        with bound_groups({"tp": dist.group.WORLD}):
+        with bound_groups({"tp": dist.new_group()}):
             got = ops.send(x, 1, "tp") if rank == 0 else ops.recv(x, 0, "tp")
             return {
                 "all_reduce": ops.all_reduce(x, "tp", 2),
@@ -125,7 +125,7 @@ def test_a_group_must_be_bound_even_for_one_rank() -> None:
 
 def test_a_graph_for_other_ranks_is_refused() -> None:
     def task(rank: int) -> None:
-        with bound_groups({"tp": dist.group.WORLD}):
+        with bound_groups({"tp": dist.new_group()}):
             torch.ops.planc.all_reduce(torch.ones(2), "tp", 4)
 
     with pytest.raises(InvalidField, match="the graph is for 4 ranks, the bound group has 2"):
