@@ -97,9 +97,11 @@ def fold_depth(raising: Raising, model: nn.Module) -> Folded:
     """Makes layers of one kind share a trace until the raising ends. Call before parts are raised."""
     folded, firsts = Folded(), dict[Any, _First]()
     kinds: dict[str, Any] = {}
+    config: Any = getattr(model, "config", None)
+    settings = {} if config is None else config.to_dict()
     for path, layers in _stacks(model):
         for index, layer in enumerate(layers):
-            kinds[f"{path}.{index}"] = _signature(layer, index, len(layers), getattr(model, "config", None))
+            kinds[f"{path}.{index}"] = _signature(layer, index, len(layers), settings)
     counts: dict[Any, int] = {}
     for kind in kinds.values():
         counts[kind] = counts.get(kind, 0) + 1
@@ -121,9 +123,9 @@ def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
             yield path, module
 
 
-def _signature(layer: nn.Module, index: int, depth: int, config: Any) -> Any:
+def _signature(layer: nn.Module, index: int, depth: int, settings: Mapping[str, Any]) -> Any:
     """What must agree for two layers to compute alike."""
-    parts: list[Any] = [_entries(config, index, depth)]
+    parts: list[Any] = [_entries(settings, index, depth)]
     for path, module in layer.named_modules():
         tensors = [
             (name, tuple(t.shape), t.dtype)
@@ -140,12 +142,11 @@ def _signature(layer: nn.Module, index: int, depth: int, config: Any) -> Any:
     return tuple(parts)
 
 
-def _entries(config: Any, index: int, depth: int) -> Any:
+def _entries(settings: Mapping[str, Any], index: int, depth: int) -> Any:
     """The configuration's own word on this layer: its entry in every list as long as the model, and
     whether lists of rising numbers (layers that have experts, ...) name it."""
-    values = config.to_dict() if config is not None else {}
     said: list[tuple[str, str]] = []
-    for key, value in sorted(values.items()):
+    for key, value in sorted(settings.items()):
         if not isinstance(value, list | tuple) or not value:
             continue
         if all(type(item) is int for item in value) and all(a < b for a, b in itertools.pairwise(value)):
@@ -205,7 +206,7 @@ def _described(leaf: Any) -> Any:
 
 
 def unfold(module: GraphModule, model: nn.Module, folded: Folded, tied: Mapping[str, str]) -> None:
-    """Replaces every marker: repeats by copies of the first layer of their kind, in place.
+    """Replaces every marker: repeats by copies of the first layer of their kind. The caller recompiles.
 
     y = repeat([x], 7, 3)     ->     the nodes between enter([..], 3) and leave([..], 3), reading
                                      x, with weights of call 7's layer instead of call 3's
@@ -245,7 +246,6 @@ def unfold(module: GraphModule, model: nn.Module, folded: Folded, tied: Mapping[
             graph.erase_node(marker)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
-    module.recompile()
 
 
 def _picked(marker: Node, item: Node) -> Node:
@@ -299,6 +299,8 @@ class _Weights:
             return source
         name = new + target[len(old) :]
         name = self.tied.get(name, name)
+        if name not in self.values:
+            return source  # a constant that the layer's code made, not a weight
         if name not in self.nodes:
             _attach(self.module, name, self.values[name])
             assert self.last is not None

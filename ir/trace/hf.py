@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from operator import is_not
 from pathlib import Path
@@ -90,8 +91,20 @@ def trace_config(
     graph = graph_of(program, source, tied=tied)
     unfold(graph.module, model, raising.folded, tied)
     _forget_device(graph.module)
+    graph.module.recompile()
     _bind(graph.module, constants)
-    return graph
+    lost = _lost_constants(graph.module, model)
+    return replace(graph, source=replace(source, notes=(*source.notes, *lost))) if lost else graph
+
+
+def _lost_constants(module: nn.Module, model: nn.Module) -> tuple[str, ...]:
+    """Notes on constants that no checkpoint holds and that have no value on meta."""
+    known = model.state_dict().keys()
+    return tuple(
+        f"{name} is in no checkpoint and has no value here: the graph can be costed, not run"
+        for name, buffer in module.named_buffers()
+        if buffer.device.type == "meta" and name not in known
+    )
 
 
 def _out_of_place(graph: FxGraph) -> None:
@@ -141,7 +154,6 @@ def _forget_device(module: GraphModule) -> None:
             module.graph.erase_node(node)
         else:
             node.target, node.args, node.kwargs = torch.ops.aten.to.dtype, (source, dtype), {}
-    module.recompile()
 
 
 def _bind(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

@@ -91,22 +91,28 @@ def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
 def derived_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Real CPU values of the buffers that follow from the configuration (rotary frequencies, ...).
 
-    They are not in any checkpoint, so a graph traced on meta carries them itself.
+    They are not in any checkpoint, so a graph traced on meta carries them itself. transformers'
+    own initialisation computes them; a buffer that it does not set is left out.
     """
     found: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        names = [n for n in module._buffers if n in module._non_persistent_buffers_set]
-        held = {n: b for n in names if (b := module._buffers[n]) is not None}
+        held = {n: b for n, b in module._buffers.items() if b is not None}
+        held = {n: b for n, b in held.items() if n in module._non_persistent_buffers_set}
         if not held:
             continue
-        try:
-            for n, buffer in held.items():
-                module._buffers[n] = torch.full_like(buffer, math.nan, device="cpu")
-            model._init_weights(module)  # type: ignore[operator]
-            for n in held:
-                value = module._buffers[n]
-                assert value is not None
-                found[f"{path}.{n}" if path else n] = value
-        finally:
-            module._buffers.update(held)
+        zeros, ones = (_initialised(model, module, held, fill) for fill in (0, 1))
+        same = (n for n in held if torch.equal(zeros[n], ones[n]))  # set, whatever was there before
+        found |= {f"{path}.{n}" if path else n: ones[n] for n in same}
     return found
+
+
+def _initialised(
+    model: nn.Module, module: nn.Module, buffers: Mapping[str, Tensor], fill: int
+) -> dict[str, Tensor]:
+    """What transformers' initialisation makes of a module's buffers that hold `fill`."""
+    try:
+        module._buffers.update({n: torch.full_like(b, fill, device="cpu") for n, b in buffers.items()})
+        model._init_weights(module)  # type: ignore[operator]
+        return {n: value for n in buffers if (value := module._buffers[n]) is not None}
+    finally:
+        module._buffers.update(buffers)

@@ -235,22 +235,64 @@ def _raise_gemma_router(raising: Raising, router: Any) -> None:
 
 
 def _raise_indexer(raising: Raising, indexer: Any) -> None:
-    """GLM-5's: its projections stay linears; scores and choice become `planc.dsa_indexer`."""
+    """Its projections stay linears; scores and choice become `planc.dsa_indexer` (DeepSeek-V3.2, GLM-5)."""
+    style = raising.probe(type(indexer), lambda: _indexer_style(indexer))
+    if style is None:
+        raising.left.add(type(indexer).__name__)
+        return
 
     def forward(
         hidden_states: Tensor, q_resid: Tensor, position_embeddings: tuple[Tensor, Tensor], *_: Any, **__: Any
-    ) -> Any:
-        batch, tokens, _hidden = hidden_states.shape
-        rope, rest = indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim
-        q = indexer.wq_b(q_resid).view(batch, tokens, -1, indexer.head_dim)
-        k = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)
-        q_rot, q_pass = torch.split(q, [rope, rest], -1)
-        k_rot, k_pass = torch.split(k, [rope, rest], -1)
-        cos, sin = position_embeddings
-        q_rot, k_rot = torch.ops.planc.rope(q_rot, k_rot, cos, sin, 2, "interleaved")
-        q, k = torch.cat([q_rot, q_pass], -1), torch.cat([k_rot, k_pass], -1).squeeze(2)
-        weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
-        weights = weights * indexer.n_heads**-0.5
-        return torch.ops.planc.dsa_indexer(q, k, weights, indexer.index_topk, indexer.softmax_scale)
+    ) -> Tensor:
+        return _indexed(indexer, hidden_states, q_resid, position_embeddings, style)
 
     raising.set(indexer, "forward", forward)
+
+
+def _indexed(
+    indexer: Any, hidden: Tensor, q_resid: Tensor, tables: tuple[Tensor, Tensor], style: str
+) -> Tensor:
+    batch, tokens, _ = hidden.shape
+    rope, rest = indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim
+    q = indexer.wq_b(q_resid).view(batch, tokens, -1, indexer.head_dim)
+    k = indexer.k_norm(indexer.wk(hidden)).unsqueeze(2)
+    q_rot, q_pass = torch.split(q, [rope, rest], -1)
+    k_rot, k_pass = torch.split(k, [rope, rest], -1)
+    q_rot, k_rot = torch.ops.planc.rope(q_rot, k_rot, *tables, 2, style)
+    q, k = torch.cat([q_rot, q_pass], -1), torch.cat([k_rot, k_pass], -1).squeeze(2)
+    weights = indexer.weights_proj(hidden.to(indexer.weights_proj.weight.dtype)).float()
+    weights = weights * indexer.n_heads**-0.5
+    chosen = torch.ops.planc.dsa_indexer(q, k, weights, indexer.index_topk, indexer.softmax_scale)
+    assert isinstance(chosen, Tensor)
+    return chosen
+
+
+def _indexer_style(indexer: Any) -> str | None:
+    """The rotary style with which the op chooses the keys that the indexer's own forward chooses."""
+    width, tokens = 8, 12
+
+    def linear(n: int) -> nn.Linear:
+        return nn.Linear(width, n, bias=False, device="cpu")
+
+    twin = stand_in(
+        indexer,
+        wq_b=linear(indexer.n_heads * indexer.head_dim),
+        wk=linear(indexer.head_dim),
+        weights_proj=linear(indexer.n_heads),
+        k_norm=nn.LayerNorm(indexer.head_dim, eps=indexer.k_norm.eps, device="cpu"),
+        index_topk=4,
+    )
+    hidden, q_resid = torch.randn(1, tokens, width, device="cpu"), torch.randn(1, tokens, width, device="cpu")
+    angles = torch.randn(1, tokens, indexer.qk_rope_head_dim // 2, device="cpu")
+    tables = (torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin())
+    causal = torch.ones(1, tokens, tokens, dtype=torch.bool, device="cpu").tril()
+    given = attempt(lambda: twin.forward(hidden, q_resid, tables, causal, None))
+    if not isinstance(given, Tensor):
+        return None
+    queries = torch.arange(tokens, device="cpu")[:, None]
+    theirs = given.long().masked_fill(given > queries, -1).sort(-1)[0]
+    for style in ("interleaved", "half"):
+        mine = attempt(lambda s=style: _indexed(twin, hidden, q_resid, tables, s))  # type: ignore[misc]
+        if isinstance(mine, Tensor) and torch.equal(mine.long().sort(-1)[0], theirs):
+            return style
+    return None
