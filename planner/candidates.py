@@ -81,7 +81,7 @@ def candidates(
         if reasons:
             pruned[f"illegal: {reasons[0].field}"] += 1
         elif limits.max_accuracy_drop is not None and candidate.drop > limits.max_accuracy_drop + 1e-12:
-            pruned["accuracy"] += 1
+            pruned["loses more accuracy than allowed"] += 1
         elif _too_slow(table, candidate, slos, load):
             pruned["bound: weights cannot be read in time"] += 1
         else:

@@ -48,7 +48,7 @@ def plan(
     if progress:
         progress("checking the plan")
     found = assembled(search, fleet, time.perf_counter() - start)
-    wrong = check(found, table)
+    wrong = check(found, table, request)
     if wrong:
         raise CheckFailed(what="the plan", reason=wrong[0], mend="Please report the request.")
     return found

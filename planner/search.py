@@ -94,7 +94,7 @@ class Search:
             if limits:
                 found.append(Engine(candidate, self.model(candidate), limits))
             else:
-                self.pruned["memory"] += 1
+                self.pruned["does not fit into memory"] += 1
         return found
 
     def room(self, candidate: Candidate) -> Room:
