@@ -118,21 +118,26 @@ class Quantize:
         return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats.values())
 
     def _by_node(self, graph: Graph) -> dict[str, str]:
-        """Call -> the weight format of its layer class."""
+        """Call -> the weight format of its layer class.
+
+        Fusion sets the first layer of a class apart (its norm has no addition to take along) and prefill
+        the last one, so "decoder" speaks for "decoder.1" too unless that is named itself.
+        """
         groups = fold(graph)
-        if not isinstance(self.formats, str):
-            known = {group.name for group in groups}
-            for name in self.formats:
-                if name not in known:
-                    raise UnknownName(
-                        field="formats",
-                        value=name,
-                        kind="layer class",
-                        mend=f"This model has {', '.join(sorted(known))}.",
-                    )
         of = self.formats
+        if isinstance(of, str):
+            return {node.name: of for group in groups for member in group.members for node in member}
+        known = {name for group in groups for name in (group.name, _kind(group.name))} | _ENDS
+        for name in of:
+            if name not in known and _kind(name) not in known:
+                raise UnknownName(
+                    field="formats",
+                    value=name,
+                    kind="layer class",
+                    mend=f"This model has {', '.join(sorted(known))}.",
+                )
         return {
-            node.name: of if isinstance(of, str) else of.get(group.name, "")
+            node.name: of.get(group.name, of.get(_kind(group.name), ""))
             for group in groups
             for member in group.members
             for node in member
@@ -141,6 +146,16 @@ class Quantize:
     def _storing(self, weight_format: str) -> _Storing:
         rounding = self.activations if self.activations in ROUNDINGS else ""
         return _Storing(weight_format, rounding, self.group_size if weight_format == "w4a16" else 0)
+
+
+#: Classes of count one that any model may be said to have.
+_ENDS = {"embedding", "head"}
+
+
+def _kind(layer_class: str) -> str:
+    """ "decoder" of "decoder.1": `fold` numbers classes that differ in nothing that has a name."""
+    name, _, number = layer_class.rpartition(".")
+    return name if number.isdigit() else layer_class
 
 
 def prepare(graph: Graph, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

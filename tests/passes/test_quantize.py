@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Literal
 
 import pytest
 import torch
@@ -118,6 +119,20 @@ def test_formats_are_chosen_per_layer_class() -> None:
         if n.target is torch.ops.planc.linear_int8.default
     }
     assert layers == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("family", "phase", "split"), [("deepseek_v3", "prefill", "moe"), ("llama", "decode", "decoder")]
+)
+def test_a_class_is_quantized_whole_where_fusion_split_it(
+    family: str, phase: Literal["prefill", "decode"], split: str
+) -> None:
+    fused = Fusion().apply(Phases(phase).apply(tiny_graph(family)))
+    assert {split, f"{split}.1"} <= {group.name for group in fold(fused)}
+    formats = {"embedding": "bf16", "head": "bf16", split: "fp8"}
+    formats |= {"dense": "fp8"} if family == "deepseek_v3" else {}
+    named = Quantize(formats, "fp8").apply(fused)
+    assert ops_of(named) == ops_of(Quantize("fp8", "fp8").apply(fused))
 
 
 def test_full_precision_changes_nothing() -> None:
