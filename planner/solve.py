@@ -141,7 +141,7 @@ class _Master:
         self, columns: Sequence[Column], limits: Limits, every: Sequence[Column], time_limit: float | None
     ) -> None:
         """`every`: the columns of all families, which share the integer scales."""
-        from ortools.math_opt.python import mathopt
+        from ortools.math_opt.python import mathopt  # type: ignore[import-untyped]
 
         self.mathopt = mathopt
         self.columns, self.limits, self.time_limit = columns, limits, time_limit
