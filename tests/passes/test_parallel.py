@@ -25,6 +25,9 @@ from tests.passes.running import family_weights, run, tokens, weights_of
 #: A rounding of every weight moves qwen3_5's logits by 4e-4 (the delta rule amplifies it), others' by 2e-5.
 TOLERANCE = {"qwen3_5": 1e-3}
 
+#: Families whose every fake value is computed again; between them they have every kind of division.
+RERUN = ("deepseek_v3", "gpt_oss", "minimax_m2", "qwen3_5")
+
 
 def kinds(graph: Graph, layer: str) -> dict[str, tuple[str, int, str | None]]:
     """Site -> (kind, units, collective) of the products and attention of one layer."""
@@ -107,7 +110,7 @@ def test_ranks_add_up_to_the_model(family: str) -> None:
     graph, weights, inputs = tiny_graph(family), family_weights(family), tokens()
     whole = run(graph, weights, *inputs)
     for rank in range(2):
-        verify(TensorParallel(2, rank).apply(graph), "tensor_parallel", rerun=rank == 0)
+        verify(TensorParallel(2, rank).apply(graph), "tensor_parallel", rerun=rank == 0 and family in RERUN)
     routed = any("experts" in str(node.target) for node in graph.module.graph.nodes)
     for ep in (False, True) if routed else (False,):
         for out in run_in_step(graph, weights, *inputs, tp=2, ep=ep):

@@ -40,12 +40,13 @@ def assert_between(found: Amount, low: Amount, high: Amount, what: str) -> None:
         assert 0.999 * low.terms[feature] <= value <= 1.001 * high.terms[feature], f"{what}: {feature}"
 
 
-@pytest.mark.parametrize("ep", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+DENSE = ("llama", "qwen3")
+CASES = [(family, ep) for family in FAMILIES for ep in (False, True) if not (ep and family in DENSE)]
+
+
+@pytest.mark.parametrize(("family", "ep"), CASES)
 def test_rank_rows_are_what_the_table_predicts(family: str, ep: bool) -> None:
     whole = Phases("decode").apply(tiny_graph(family))
-    if ep and not any("experts" in str(node.target) for node in whole.module.graph.nodes):
-        pytest.skip("a dense model has no experts to divide")
     shards = shard_rows(whole, ep=ep)
     part = TensorParallel(TP, 0, ep).apply(whole)
     local = work_of(part)
