@@ -22,7 +22,7 @@ from tests.families import FAMILIES
 from tests.passes.running import run, tokens
 from tests.runtime.serving import serving_graph, serving_weights
 
-#: Whole experts per rank: one family per layout of experts (plain, with a shared one, interleaved, scaled input).
+#: Whole experts per rank: one family per kind (plain, beside a shared one, interleaved, scaled input).
 EXPERTS = ["qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"]
 PROMPTS = [
     [17, 3, 99, 4, 180],
