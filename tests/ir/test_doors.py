@@ -37,7 +37,7 @@ def test_example_modules_give_their_own_numbers_at_other_batch_sizes(name: str) 
     ("factory", "parameters", "kind", "roles"),
     [
         ("convnet:resnet18", 11_689_512, "module", {"batch"}),
-        ("encoder:base", 108_890_112, "encoder", {"batch", "seq"}),
+        pytest.param("encoder:base", 108_890_112, "encoder", {"batch", "seq"}, marks=pytest.mark.slow),
     ],
 )
 def test_modules_on_meta_are_traced_without_being_allocated(

@@ -58,9 +58,9 @@ def test_encoders_and_networks_of_stages_fold_by_structure() -> None:
         "encoder": (0, 1, 2),
         "head": (),
     }
-    found = fold(run(trace("examples.modules.convnet:resnet18"), FRONT))
-    assert sum(group.count for group in found if group.name.startswith("blocks")) == 8
-    assert found[1].layers == (0, 1), "the two blocks of the first stage are equal"
+    found = fold(run(trace("examples.modules.convnet:tiny"), FRONT))
+    blocks = [group for group in found if group.name.startswith("blocks")]
+    assert [group.layers for group in blocks] == [(0,), (1,), (2,)], "no two of its blocks are equal"
 
 
 def test_a_model_without_layers_is_one_class() -> None:
@@ -104,10 +104,10 @@ def test_layers_that_are_no_chain_are_left_as_they_are() -> None:
     verify(thin(graph, fold(graph)), "thin", rerun=True)
 
 
-def test_eighty_layers_fold_in_a_moment() -> None:
-    blocks = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.SiLU()) for _ in range(80)]
+def test_forty_layers_fold_in_a_moment() -> None:
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.SiLU()) for _ in range(40)]
     graph = trace_module(nn.Sequential(*blocks), torch.randn(2, 8))
     start = time.process_time()
     (group,) = fold(graph)
-    assert time.process_time() - start < 2.0
-    assert group.count == 80
+    assert time.process_time() - start < 1.0
+    assert group.count == 40

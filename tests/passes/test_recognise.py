@@ -164,7 +164,7 @@ class Drawn(nn.Module):
         return x
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_drawn_graphs_give_the_same_numbers_before_and_after(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 99), label="seed"))
