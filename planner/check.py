@@ -157,12 +157,14 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
             _cache_share(cls.kv_units, replica.tp) * cls.count * cls.kv_elements for cls in table.classes
         )
         if held and table.model.layers:
-            most = held * fmt(replica.kv).bytes * tokens * longest / table.model.layers / GIB
+            whole = held * fmt(replica.kv).bytes * tokens / table.model.layers / GIB
+            # the map is that of the fullest stage, which need not be the one of most layers
+            few, most = (whole * layers for layers in (min(replica.pipeline_layers), longest))
             uneven = len({(c.kv_elements, c.kv_units) for c in table.classes if c.layers}) > 1
             if (
                 not uneven
                 and m.kv_cache_gib > 0
-                and abs(m.kv_cache_gib / most - 1) > 0.02
+                and not few * 0.98 <= m.kv_cache_gib <= most * 1.02
                 and not _states(table)
             ):
                 yield f"replica {number}: the cache weighs {most:.2f} GiB, not {m.kv_cache_gib:.2f}"

@@ -80,8 +80,8 @@ def _round_as_hardware_does() -> None:
     """
     import numpy as np
     import torch
-    import triton.language as tl
-    from triton.runtime import interpreter
+    import triton.language as tl  # type: ignore[import-untyped]
+    from triton.runtime import interpreter  # type: ignore[import-untyped]
 
     theirs = interpreter._convert_float
     targets = {tl.bfloat16: (torch.bfloat16, np.uint16), tl.float8e4nv: (torch.float8_e4m3fn, np.uint8)}
