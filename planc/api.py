@@ -51,13 +51,13 @@ def compile(
     return plan(request, table, time_limit=time_limit, progress=progress)
 
 
-def estimate(request: Request | str | Path, **settings: Any) -> Estimate:
+def estimate(request: Request | str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Estimate:
     """Evaluates one fixed configuration, without search: `estimate(request, tp=4, weights="fp8")`."""
     from planc.planner.estimate import estimate as evaluate
 
     if not isinstance(request, Request):
         request = load_request(request)
-    return evaluate(request, cost_table(request), **settings)
+    return evaluate(request, cost_table(request, trust_remote_code=trust_remote_code), **settings)
 
 
 def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:

@@ -54,9 +54,8 @@ def cli() -> None:
 def main() -> None:
     """Entry point of the `planc` script."""
     try:
-        cli.main(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = cli.main(standalone_mode=False)  # the code of click's Exit, or None
+        sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
