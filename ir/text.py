@@ -73,7 +73,7 @@ def show_target(node: Node) -> str:
     """`planc.rms_norm`, `aten.add.Tensor` (the default overload is not named), `getitem`."""
     if isinstance(node.target, torch._ops.OpOverload):
         name = node.target.name().replace("::", ".")
-        return name.removesuffix(".default")
+        return str(name.removesuffix(".default"))
     return str(getattr(node.target, "__name__", "")) or str(node.target)
 
 
