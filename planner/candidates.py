@@ -46,6 +46,12 @@ class Candidate:
         assert found is not None, "candidates are only made where they can lie"
         return found
 
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Where and how it is cut, whatever its formats."""
+        s = self.shape
+        return (self.group.index, s.tp, s.pp, s.dp, s.ep, s.cp)
+
     def key(self) -> tuple[object, ...]:
         """Canonical order: ties between equal plans are broken by it."""
         s = self.shape

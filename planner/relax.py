@@ -104,16 +104,16 @@ def relaxations(search: Search) -> list[Relaxation]:
 
 
 def solved(search: Search, request: Request, isl: float = 1.0, osl: float = 1.0) -> Fleet | None:
-    """The changed request, solved from the start (step models are shared)."""
+    """The changed request, solved among the promising layouts: a plan found there is a plan."""
     load = search.traffic.scaled(isl=isl, osl=osl) if (isl, osl) != (1.0, 1.0) else None
-    return Search(request, search.table, models=search.models, load=load).fleet()
+    return Search(request, search.table, models=search.models, load=load, layouts=search.promising).fleet()
 
 
 def _most(search: Search, request: Request | None = None) -> float:
     """The most that the inventory carries within objectives and constraints."""
     chosen = (request or search.request).changed(objective="max_goodput")
     load = replace(search.traffic, rate=None) if search.traffic.concurrency is None else search.traffic
-    found = Search(chosen, search.table, models=search.models, load=load).fleet()
+    found = Search(chosen, search.table, models=search.models, load=load, layouts=search.promising).fleet()
     return found.capacity if found else 0.0
 
 

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from planc.planner.steady_state import Array
 from planc.planner.traffic import Traffic, traffic
 
 Progress = Callable[[str], None]
+#: layouts kept per ranking while relaxations are looked for
+_PROMISING = 10
+
 Models = dict[tuple[object, ...], StepModel]
 
 
@@ -38,6 +42,7 @@ class Search:
     models   step models, which may be shared between searches of the same table
     load     a workload that replaces the request's own
     bench    False: only list the candidates, evaluate nothing
+    layouts  consider these only (see `Candidate.layout`)
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Search:
         load: Traffic | None = None,
         progress: Progress | None = None,
         bench: bool = True,
+        layouts: frozenset[tuple[int, ...]] | None = None,
     ) -> None:
         self.request, self.table = request, table
         self.models: Models = {} if models is None else models
@@ -60,6 +66,8 @@ class Search:
         self.found, self.pruned = candidates(
             table, self.groups, request.constraints, self.slos if bench else (), self.traffic
         )
+        if layouts is not None:
+            self.found = [candidate for candidate in self.found if candidate.layout in layouts]
         self.considered = len(self.found) + sum(self.pruned.values())
         self.say(f"{len(self.found)} candidate engines")
         self.failing: Counter[str] = Counter()
@@ -148,6 +156,25 @@ class Search:
         rows = [i for i, owner in enumerate(self.bench.owner) if id(self.bench.engines[owner]) in chosen]
         state = self.bench.steady(1e-3 * self.bench.seats)
         return [(slo.key, 1e3 * float(state.value(slo)[rows, 0].min()), 1e3 * slo.limit) for slo in self.slos]
+
+    @cached_property
+    def promising(self) -> frozenset[tuple[int, ...]] | None:
+        """Layouts worth trying when the request is changed a little: the best per GPU, with the objectives
+        and without, and the fastest. None (all of them) when nothing could be evaluated."""
+        if self.bench.times is None:
+            return None
+        free, _ = self.bench.capacities(())
+        fast = self.bench.steady(1e-3 * self.bench.seats).e2e[:, 0]
+        worlds = np.array([self.bench.engines[i].candidate.shape.world for i in self.bench.owner])
+        found: set[tuple[int, ...]] = set()
+        for rank in (-self.capacity / worlds, -free / worlds, fast):
+            mine: dict[tuple[int, ...], None] = {}
+            for row in np.argsort(rank, kind="stable"):
+                mine[self.bench.engines[self.bench.owner[row]].candidate.layout] = None
+                if len(mine) == _PROMISING:
+                    break
+            found |= set(mine)
+        return frozenset(found)
 
     # -- the fleet -----------------------------------------------------------------------
 
