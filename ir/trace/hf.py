@@ -64,7 +64,7 @@ def trace_config(
     Raises UnsupportedModel, UntrustedCode or TraceFailed.
     """
     settings = transformers_config(config, name, trust_remote_code=trust_remote_code, folder=folder)
-    model = from_config(settings, dtype, "meta", None, name)
+    model = from_config(settings, dtype, "meta", None, name, trust_remote_code)
     constants = derived_buffers(model)
     # two tensors: one passed twice would be taken for a single input
     tokens, positions = (torch.zeros(2, 16, dtype=torch.long, device="meta") for _ in range(2))

@@ -31,7 +31,12 @@ def build(
 
 
 def from_config(
-    config: Any, dtype: torch.dtype, device: str | torch.device, seed: int | None, name: str
+    config: Any,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    seed: int | None,
+    name: str,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """As `build`, from a transformers configuration object."""
     from transformers import AutoModelForCausalLM
@@ -39,7 +44,11 @@ def from_config(
     try:
         with torch.device(device):
             model: nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+                config,
+                dtype=dtype,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                trust_remote_code=trust_remote_code,
             ).eval()
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise UnsupportedModel(

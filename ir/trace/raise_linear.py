@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -10,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from planc.errors import TraceFailed
-from planc.ir.trace.raising import Raising, attempt, equal
+from planc.ir.trace.raising import Raising, attempt, equal, modeling_files
 
 _RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 
 
 def raise_linear_attention(raising: Raising, model: nn.Module) -> None:
-    modeling = sys.modules[type(model).__module__]
-    for name in _RULES:
-        function = getattr(modeling, name, None)
+    for modeling in modeling_files(model):
+        for name in _RULES:
+            function = getattr(modeling, name, None)
+            if function is not None:
+                _replace(raising, modeling, name, _delta_rule, _same_rule(function))
+        function = getattr(modeling, "causal_conv1d_fn", None)
         if function is not None:
-            _replace(raising, modeling, name, _delta_rule, _same_rule(function))
-    function = getattr(modeling, "causal_conv1d_fn", None)
-    if function is not None:
-        _replace(raising, modeling, "causal_conv1d_fn", _conv1d, _same_conv(function))
+            _replace(raising, modeling, "causal_conv1d_fn", _conv1d, _same_conv(function))
 
 
 def _replace(raising: Raising, modeling: Any, name: str, op: Any, same: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from planc.ir.ops.rotary import STYLES, rotate
-from planc.ir.trace.raising import Raising, attempt, equal
+from planc.ir.trace.raising import Raising, attempt, equal, modeling_files
 
 
 def raise_rotary(raising: Raising, model: nn.Module) -> None:
-    """`apply_rotary...` functions of the model's own file become `planc.rope` or `planc.rope_single`."""
-    modeling = sys.modules[type(model).__module__]
-    for name, function in list(vars(modeling).items()):
+    """`apply_rotary...` functions of the model's own files become `planc.rope` or `planc.rope_single`."""
+    functions = [(f, *item) for f in modeling_files(model) for item in vars(f).items()]
+    for modeling, name, function in functions:
         if not name.startswith("apply_rotary") or name.endswith("_vision") or not callable(function):
             continue
         parameters = list(inspect.signature(function).parameters)

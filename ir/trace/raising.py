@@ -10,6 +10,7 @@ random numbers, gives what the op gives; otherwise it stays as it is and traces 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -98,6 +99,12 @@ def text_forward(raising: Raising, model: nn.Module) -> Callable[[Tensor, Tensor
         return logits
 
     return text
+
+
+def modeling_files(model: nn.Module) -> list[Any]:
+    """The Python modules that the model's classes come from (its own and those it borrows from)."""
+    names = dict.fromkeys(type(part).__module__ for part in model.modules())
+    return [sys.modules[name] for name in names if not name.startswith("torch.")]
 
 
 def equal(a: Tensor, b: Tensor, tolerance: float = 1e-6) -> bool:

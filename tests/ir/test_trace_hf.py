@@ -182,3 +182,33 @@ def test_a_folder_is_named_after_itself(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(FAMILIES["llama"]))
     assert trace_path(folder).source.name == "my-model"
+
+
+OWN_CODE = """
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_in_a_model_folder_runs_only_when_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(
+        json.dumps({**FAMILIES["llama"], "model_type": "own", "auto_map": classes})
+    )
+    (folder / "own.py").write_text(OWN_CODE)
+    with pytest.raises(UntrustedCode, match="own"):
+        trace_path(folder)
+    graph = trace_path(folder, trust_remote_code=True)
+    assert graph.source.architecture == "OwnForCausalLM"
+    assert any(str(n.target) == "planc.rope.default" for n in graph.module.graph.nodes)
