@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Graph as Nodes
 from torch.fx import GraphModule
 
 from planc.errors import WeightsMismatch
@@ -108,5 +109,18 @@ def bind(
         attributes = {
             name: place(tensors.get(name, value), value.dtype) for name, value in parameters(graph).items()
         }
-        modules.append(GraphModule(attributes, copy.deepcopy(graph.module.graph)))
+        modules.append(GraphModule(attributes, _placed_on(graph, torch.device(device))))
     return tuple(modules)
+
+
+def _placed_on(graph: Graph, device: torch.device) -> Nodes:
+    """The graph's nodes, where tensors that the traced code made itself lie on `device`.
+
+    before   aten.arange(S, device=meta)     (traced on meta, as the parameters)
+    after    aten.arange(S, device=cpu)
+    """
+    nodes = copy.deepcopy(graph.module.graph)
+    for node in nodes.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": device}
+    return nodes
