@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,9 @@ def load_model(place: Path, config: dict[str, Any], dtype: torch.dtype | None = 
     from transformers import AutoModelForCausalLM
 
     settings = transformers_config(config, place.name)
+    loader = cast(Any, AutoModelForCausalLM)  # its stubs do not know output_loading_info
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             place,
             config=settings,
             dtype=dtype or "auto",
