@@ -53,6 +53,9 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `planc` script."""
+    # transformers' own bars and advice are not planc's to print; a user's setting wins
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = cli.main(standalone_mode=False)  # the code of click's Exit, or None
         sys.exit(code if isinstance(code, int) else 0)

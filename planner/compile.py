@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from planc.cost_model.table import CostTable
 from planc.errors import CheckFailed, InvalidField
@@ -93,10 +94,16 @@ def summary(request: Request, table: CostTable, kv: str) -> ModelSummary:
     facts = table.model
     return ModelSummary(
         name=facts.name,
-        source=request.model,
+        source=_source(request),
         architecture=facts.architecture,
         kind=facts.kind,
         parameters=facts.parameters,
         active_parameters=facts.active_parameters,
         kv_bytes_per_token=round(table.kv_elements_per_token() * fmt(kv).bytes),
     )
+
+
+def _source(request: Request) -> str:
+    """The model as the request names it; a folder of weights by where it lies, for whoever serves it."""
+    place = Path(request.model_path())
+    return str(place.resolve()) if place.is_dir() else request.model

@@ -10,15 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from planc.errors import InvalidBundle
 from planc.ir.graph import Graph
-from planc.ir.trace import trace
+from planc.ir.trace import kind_of, trace
+from planc.ir.trace.hf import trace_config
+from planc.ir.trace.hf_config import read_config
 from planc.passes.fusion import NAMES, Fusion
 from planc.passes.parallel import TensorParallel
 from planc.passes.phases import Phases
 from planc.passes.pipeline import FRONT, Pass, Step, run
 from planc.passes.quantize import Quantize
 from planc.planner.plan import Plan, Replica
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +89,21 @@ def assemble(
 
     Raises InvalidBundle where the bundle has no model, and the passes' errors.
     """
-    traced = trace(model_source(plan, bundle), trust_remote_code=trust_remote_code)
-    return apply(plan, traced, rank=rank)
+    return apply(plan, traced_model(plan, bundle, trust_remote_code=trust_remote_code), rank=rank)
+
+
+def traced_model(plan: Plan, bundle: Path, *, trust_remote_code: bool = False) -> Graph:
+    """The traced graph of a bundle's model, in the floating-point type that the plan computes in.
+
+    Traces are kept in bf16; a plan in fp32 or fp16 has its own, made anew.
+    """
+    source = model_source(plan, bundle)
+    dtype = _DTYPES.get(plan.replicas()[0].weights)
+    if dtype is None or kind_of(source) != "hf":
+        return trace(source, trust_remote_code=trust_remote_code)
+    return trace_config(
+        read_config(source), plan.model.name, dtype=dtype, trust_remote_code=trust_remote_code
+    )
 
 
 def model_source(plan: Plan, bundle: Path) -> str | Path:

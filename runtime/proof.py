@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 
 from planc.ir.graph import Graph
-from planc.ir.trace import trace
 from planc.ir.trace.hf import trace_config
 from planc.ir.trace.hf_config import read_config
 from planc.ir.trace.narrow import narrow
 from planc.planner.plan import Plan
 from planc.runtime import weights as loading
-from planc.runtime.assemble import Compiled, apply, model_source
+from planc.runtime.assemble import Compiled, apply, model_source, traced_model
 from planc.runtime.verify import Agreement, verify_model, verify_module
 
 #: share of the largest logit by which fp32 graphs may differ: the order of sums
@@ -55,7 +54,7 @@ def prove(
     """
     source = model_source(plan, bundle)
     if weights is not None:
-        traced = trace(source, trust_remote_code=trust_remote_code)
+        traced = traced_model(plan, bundle, trust_remote_code=trust_remote_code)
         tensors = loading.from_folder(weights, dtype=loading.float_dtype(traced))
         what = "the given weights"
     elif plan.model.kind == "causal_lm" and str(source).endswith(".json"):
@@ -64,7 +63,7 @@ def prove(
         tensors = loading.at_random(traced)
         what = "narrow, random weights, fp32"
     else:
-        traced = trace(source, trust_remote_code=trust_remote_code)
+        traced = traced_model(plan, bundle, trust_remote_code=trust_remote_code)
         tensors = loading.at_random(traced)
         what = "random weights"
     structure = _agreement(apply(plan, traced, formats=False), tensors)

@@ -93,19 +93,9 @@ def _from_name(source: str | Path, inputs: Any, trust_remote_code: bool, cache: 
         return trace_file(Path(source))
     from planc.ir.trace.cache import cached_trace
 
-    return cached_trace(Path(source), cache, lambda: _from_config(Path(source), trust_remote_code))
+    def traced() -> Graph:
+        from planc.ir.trace.hf import trace_path  # loads transformers: only where there is no stored trace
 
+        return trace_path(Path(source), trust_remote_code=trust_remote_code)
 
-def model_name(path: Path) -> str:
-    """What a model file is called: its stem, or the folder's name for a `config.json` inside one."""
-    return path.resolve().parent.name if path.name == "config.json" else path.stem
-
-
-def _from_config(path: Path, trust_remote_code: bool) -> Graph:
-    from planc.ir.trace.hf import trace_config
-    from planc.ir.trace.hf_config import read_config
-
-    folder = path if path.is_dir() else path.parent
-    return trace_config(
-        read_config(path), model_name(path), trust_remote_code=trust_remote_code, folder=folder
-    )
+    return cached_trace(Path(source), cache, traced)

@@ -41,7 +41,7 @@ def trace_path(path: Path, *, trust_remote_code: bool = False) -> Graph:
     folder = path if path.is_dir() else path.parent
     name = path.name if path.is_dir() else path.stem
     if name == "config":
-        name = folder.name
+        name = folder.resolve().name
     return trace_config(read_config(path), name, trust_remote_code=trust_remote_code, folder=folder)
 
 

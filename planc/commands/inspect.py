@@ -130,16 +130,17 @@ def graph_text(
 ) -> str:
     """The text of a graph, or the difference that one pass made to it."""
     from planc.ir.text import show as text_of
+    from planc.ir.trace import trace
     from planc.passes.phases import Phases
     from planc.passes.pipeline import FRONT, Pass, Step, run
     from planc.runtime import assemble
 
     steps: list[Step] = []
     passes: tuple[Pass, ...]
-    from planc.ir.trace import trace
-
-    source = assemble.model_source(plan, Path(target)) if plan else target
-    traced = trace(source, trust_remote_code=trust_remote_code)
+    if plan is None:
+        traced = trace(target, trust_remote_code=trust_remote_code)
+    else:
+        traced = assemble.traced_model(plan, Path(target), trust_remote_code=trust_remote_code)
     has_phases = traced.source.kind == "causal_lm"
     wanted = phase or ("decode" if has_phases else "traced")
     if wanted != "traced" and not has_phases:
