@@ -213,17 +213,24 @@ def _operating_points(plan: Plan, request: Request, table: CostTable) -> Iterato
         gpu, home = catalogue.gpu(replica.gpu), nodes[replica.gpu]
         fabric = Fabric(home.gpus_per_node, request.inventory.inter_node_gbps)
         model = StepModel(table, shape_of(replica), gpu, fabric, catalogue.engine(replica.engine))
-        tpot = _tpot(model, replica, load, rate * replica.traffic_share / replica.dp)
+        share = replica.traffic_share / replica.dp
+        running = plan.predicted["concurrency"].value * share
+        tpot = _tpot(model, replica, load, rate * share, running)
         mean += tpot * sum(r.traffic_share for r in same)
     stated = plan.predicted["tpot_ms"].value / 1e3
     if not abs(mean / stated - 1) <= _TOLERANCE:
         yield f"TPOT is {1e3 * mean:.4g} ms when evaluated again, not {1e3 * stated:.4g}"
 
 
-def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float) -> float:
-    """Seconds per output token of one scheduler at `rate`: B <- rate S TPOT(B), damped."""
+def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float, running: float) -> float:
+    """Seconds per output token of one scheduler at `rate`: B <- rate S TPOT(B), damped.
+
+    CUDA graphs are captured at some batch sizes and others are padded to the next, so D(B) is a staircase
+    and several batches can sustain themselves at one rate. It starts from the batch that the plan states
+    (`running`): is that one of them?
+    """
     steps, fresh, context = load.decode_steps, load.new_tokens, load.decode_context
-    batch, tpot = 1.0, math.inf
+    batch, tpot = max(running, 1.0), math.inf
     for _ in range(400):
         met = min(batch + 1.0, float(replica.max_num_seqs))
         seqs = max(met / replica.pp, 1.0)
