@@ -77,10 +77,12 @@ class Gpu(Entry):
 
 
 class Support(Entry):
-    """What an engine runs on one architecture: [weights, activations] pairs, and KV formats."""
+    """What an engine runs on one architecture: [weights, activations] pairs, KV formats, and the cache's
+    block size where it is not the engine's usual one."""
 
     linear: tuple[tuple[str, str], ...]
     kv: tuple[str, ...]
+    block_size: int | None = None
 
 
 class GraphRule(Entry):
@@ -160,6 +162,11 @@ class EngineProfile(Entry):
     def support(self, gpu: Gpu) -> Support | None:
         """What runs on this GPU; None when the engine has no backend for it."""
         return self.archs.get(gpu.arch)
+
+    def block_size_on(self, gpu: Gpu) -> int:
+        """Tokens in one block of the cache on this GPU."""
+        found = self.support(gpu)
+        return (found.block_size if found else None) or self.block_size
 
     def pairs(self, gpu: Gpu) -> tuple[tuple[str, str], ...]:
         """(weights, activations) format pairs that run on this GPU."""

@@ -95,7 +95,7 @@ def memory_map(
     Blocks are counted as the engines do: what `utilization` allows, less weights, the activation
     peak of a full step, graphs, states and overhead, divided by the bytes of one block.
     """
-    size = block_size or profile.block_size
+    size = block_size or profile.block_size_on(gpu)
     share = profile.gpu_memory_utilization if utilization is None else utilization
     sizes = () if shape.eager or gpu.vendor == "cpu" else profile.cuda_graphs.sizes(max_num_seqs)
     rule = profile.cuda_graphs

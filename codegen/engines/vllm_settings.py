@@ -47,7 +47,6 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
     on_cpu = replica.gpu == "cpu"
     _expressible(replica, on_cpu)
     world = replica.tp * replica.pp * replica.cp
-    block_size, blocks = _blocks(replica, on_cpu)
     out: dict[str, Any] = {
         "served-model-name": plan.model.name.lstrip("-") or "model",  # a leading dash would be an option
         "dtype": _DTYPES.get(replica.weights) or _DTYPES.get(replica.activations, "bfloat16"),
@@ -65,7 +64,7 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
         "max-num-seqs": replica.max_num_seqs,
         "max-num-batched-tokens": replica.max_num_batched_tokens,
         "max-model-len": replica.max_model_len,
-        "block-size": block_size,
+        "block-size": replica.block_size,
         "kv-cache-dtype": _KV[replica.kv],
         _switch("enable-chunked-prefill", replica.chunked_prefill): True,
         _switch("enable-prefix-caching", replica.prefix_caching): True,
@@ -75,7 +74,7 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
     if replica.weights == "fp8" and replica.activations in _DTYPES:
         out |= {"linear-backend": "marlin", "moe-backend": "marlin"}  # fp8 weights, wider products
     if plain_cache(config):
-        out["num-gpu-blocks-override"] = blocks
+        out["num-gpu-blocks-override"] = replica.kv_blocks
     if not on_cpu:
         out["gpu-memory-utilization"] = replica.gpu_memory_utilization
         sizes = sorted(replica.cuda_graph_sizes)
@@ -113,14 +112,6 @@ def environment(replica: Replica) -> dict[str, str]:
     return out
 
 
-def _blocks(replica: Replica, on_cpu: bool) -> tuple[int, int]:
-    """Tokens of a block and number of blocks; on a CPU, blocks it can take for as many tokens in all."""
-    if not on_cpu or replica.block_size % _CPU_BLOCK == 0:
-        return replica.block_size, replica.kv_blocks
-    size = -(-replica.block_size // _CPU_BLOCK) * _CPU_BLOCK
-    return size, max(1, replica.kv_blocks * replica.block_size // size)
-
-
 def _expressible(replica: Replica, on_cpu: bool) -> None:
     """Raises for what vLLM, or its CPU build, cannot be told or does not survive."""
     reason = None
@@ -134,6 +125,8 @@ def _expressible(replica: Replica, on_cpu: bool) -> None:
         reason = "vLLM's CPU build has no fp8 weights"
     elif on_cpu and replica.ep > 1:
         reason = "vLLM's CPU build cannot run experts in parallel (it dies at the first request)"
+    elif on_cpu and replica.block_size % _CPU_BLOCK:
+        reason = f"vLLM's CPU attention has blocks of multiples of {_CPU_BLOCK}, not {replica.block_size}"
     if reason is not None:
         raise CheckFailed(
             what="vLLM configuration", reason=reason, mend="Take that out of the request's `constraints`."

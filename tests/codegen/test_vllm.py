@@ -54,7 +54,20 @@ def four_nodes(**shape: Any) -> Plan:
         ),
         ("four_nodes_pp", four_nodes(tp=8, pp=4, pipeline_layers=[16, 15, 15, 15]), None),
         ("exported", plan(replica(weights="w4a16")), LLAMA),
-        ("cpu", plan(replica(gpu="cpu", tp=2, cuda_graph_sizes=[], memory=memory(kv_cache_gib=0.3))), LLAMA),
+        (
+            "cpu",
+            plan(
+                replica(
+                    gpu="cpu",
+                    tp=2,
+                    block_size=32,
+                    kv_blocks=10000,
+                    cuda_graph_sizes=[],
+                    memory=memory(kv_cache_gib=0.3),
+                )
+            ),
+            LLAMA,
+        ),
     ],
 )
 def test_files(name: str, made: Plan, config: dict[str, Any], golden: Callable[[str, str], None]) -> None:
@@ -91,11 +104,13 @@ def test_each_setting_is_the_evaluated_one() -> None:
     }
 
 
-def test_cpu_blocks_hold_the_same_tokens() -> None:
-    mine = replica(gpu="cpu", block_size=16, kv_blocks=100)
-    found = settings(mine, plan(mine), LLAMA)
+def test_cpu_blocks_are_those_it_takes() -> None:
+    found = settings(replica(gpu="cpu", block_size=32, kv_blocks=50), plan(replica(gpu="cpu")), LLAMA)
     assert (found["block-size"], found["num-gpu-blocks-override"]) == (32, 50)
     assert "gpu-memory-utilization" not in found
+    odd = replica(gpu="cpu", block_size=16)
+    with pytest.raises(CheckFailed, match="32"):
+        settings(odd, plan(odd), LLAMA)
 
 
 @pytest.mark.parametrize(
