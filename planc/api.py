@@ -48,7 +48,9 @@ def compile(
     if not isinstance(request, Request):
         request = load_request(request)
     table = cost_table(request, trust_remote_code=trust_remote_code, progress=progress)
-    return plan(request, table, time_limit=time_limit, progress=progress)
+    found = plan(request, table, time_limit=time_limit, progress=progress)
+    found._model = request.model_path()
+    return found
 
 
 def estimate(request: Request | str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Estimate:
@@ -69,16 +71,15 @@ def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:
     )
 
 
-def write_bundle(plan: Plan, folder: str | Path, *, model: str | Path | None = None) -> None:
+def write_bundle(plan: Plan, folder: str | Path) -> None:
     """Writes a plan's bundle folder, whole or not at all.
 
-    model   the model source; None: as the request names it. A model with a `config.json` has it copied
-            into the bundle, so that the bundle needs nothing else but the weights.
+    A model with a `config.json` has it copied into the bundle, which then needs nothing but the weights.
     Raises InvalidBundle where `folder` is something other than a bundle.
     """
     from planc.codegen.bundle import write
 
-    write(plan, folder, config=model_config(plan.model.source if model is None else model))
+    write(plan, folder, config=model_config(plan._model or plan.model.source))
 
 
 def model_config(source: str | Path) -> dict[str, Any] | None:

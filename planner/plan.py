@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from planc.errors import FileMissing, InvalidBundle, NewerSchema
 from planc.version import SCHEMA_VERSION, __version__
@@ -155,6 +155,9 @@ class Plan(_Part):
     rejected: list[Rejected]
     coverage: Coverage
 
+    #: where the model lies on this machine; known to whoever compiled or loaded the plan, never written
+    _model: str | Path | None = PrivateAttr(default=None)
+
     def replicas(self) -> list[Replica]:
         return [replica for pool in self.pools for replica in pool.replicas]
 
@@ -200,7 +203,10 @@ def load_plan(path: str | Path) -> Plan:
     if found > SCHEMA_VERSION:
         raise NewerSchema(path=path, found=found, supported=SCHEMA_VERSION, version=__version__)
     try:
-        return Plan.model_validate(raw)
+        plan = Plan.model_validate(raw)
+        config = file.parent / "model" / "config.json"
+        plan._model = config if config.is_file() else None
+        return plan
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

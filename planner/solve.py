@@ -117,8 +117,12 @@ def solve(
     bounds, proved = [], True
     for family in dict.fromkeys(column.family for column in columns):
         mine = [i for i, column in enumerate(columns) if column.family == family]
-        found = _Master([columns[i] for i in mine], limits, columns, time_limit).run(first_only)
+        master = _Master([columns[i] for i in mine], limits, columns, time_limit)
+        found = master.run(first_only)
         if found is None:
+            if master.out_of_time:  # it may hold a better fleet than was found: its bound counts
+                bounds.append(master.relaxed())
+                proved = False
             continue
         rank, solution = found
         bounds.append(solution.bound)
@@ -231,8 +235,7 @@ class _Master:
         return rank, Solution(self.best, status, found * goal[2], bound * goal[2])
 
     def _simple(self) -> tuple[float, float, bool] | None:
-        """When time ran out before any solution: the best fleet of one kind, and the bound of the problem
-        without placement (every GPU and every piece of load divisible at will)."""
+        """When time ran out before any solution: the best fleet of one kind, and the relaxed bound."""
         limits, found = self.limits, None
         for i, column in enumerate(self.columns):
             most = self._most(column)
@@ -251,15 +254,17 @@ class _Master:
         if found is None:
             return None
         self.best = found[1]
-        if limits.demand is not None:
-            bound = UNIT * min(w / load for w, load in zip(self.weights, self.loads, strict=True) if load)
-            return found[0], float(bound), False
-        gpus = min(limits.max_gpus or math.inf, sum(sum(islands) for islands in limits.islands))
-        return (
-            -found[0],
-            max(load / c.gpus for c, load in zip(self.columns, self.loads, strict=True)) * gpus,
-            False,
-        )
+        unit = 1 / self.scale if limits.demand is not None else self.unit
+        return abs(found[0]), self.relaxed() / unit, False
+
+    def relaxed(self) -> float:
+        """The bound of the problem without placement: every GPU and every piece of load divisible at will.
+        In the objective's own unit."""
+        pairs = [(c, w, n) for c, w, n in zip(self.columns, self.weights, self.loads, strict=True) if n]
+        if self.limits.demand is not None:
+            return UNIT * min((w / load for _, w, load in pairs), default=math.inf) / self.scale
+        gpus = min(self.limits.max_gpus or math.inf, sum(map(sum, self.limits.islands)))
+        return max((load / c.gpus for c, _, load in pairs), default=0.0) * gpus * self.unit
 
     def _optimise(self, expression: Any, *, minimise: bool) -> tuple[float, float, bool] | None:
         """(value, bound, proved) of one objective, which is then fixed for the following ones."""

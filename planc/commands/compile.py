@@ -40,7 +40,7 @@ def compile_command(
     with progress() as say:
         plan = api.compile(request, time_limit=time_limit, trust_remote_code=trust_remote_code, progress=say)
         say("writing the bundle")
-        api.write_bundle(plan, output, model=request.model_path())
+        api.write_bundle(plan, output)
         if check_kernels:
             from planc.commands.verify import check_kernels as check
 

@@ -209,6 +209,14 @@ def _work(table: CostTable, console: Console) -> None:
         )
 
 
+def short(site: str) -> str:
+    """Merged sites with their common parent named once: "self_attn.q_proj+k_proj+v_proj"."""
+    parts = site.split("+")
+    parent = parts[0].rpartition(".")[0]
+    same = parent and all(part.rpartition(".")[0] == parent for part in parts)
+    return f"{parent}." + "+".join(part.rpartition(".")[2] for part in parts) if same else site
+
+
 def _interesting(rows: Iterable[Row]) -> list[Row]:
     return [r for r in rows if r.work.family != "view"]
 
