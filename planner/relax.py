@@ -100,7 +100,8 @@ def relaxations(search: Search) -> list[Relaxation]:
         _fewer_tokens,
         _lifted_constraints,
     )
-    return [item for attempt in tries for item in attempt(search, base)]
+    found = {item.text: item for attempt in tries for item in attempt(search, base)}
+    return list(found.values())
 
 
 def solved(search: Search, request: Request, isl: float = 1.0, osl: float = 1.0) -> Fleet | None:

@@ -33,6 +33,7 @@ def compile_command(
 ) -> None:
     """Compile REQUEST (YAML) to a plan and write its bundle."""
     from planc import api
+    from planc.codegen.engines import WRITERS, engines_of
 
     start = time.perf_counter()
     overrides = [*settings, *([f"constraints.engines=[{engine}]"] if engine else [])]
@@ -57,4 +58,9 @@ def compile_command(
         return
     console = out()
     show.summary(plan, console)
+    for engine in engines_of(plan):
+        if engine not in WRITERS and plan.model.kind == "causal_lm":
+            console.print(
+                f"! planc writes no files for {engine} yet: the bundle is the plan only", style="yellow"
+            )
     console.print(f"\nbundle {plan.fingerprint.plan} written to [bold]{output}[/] in {seconds:.1f} s")
