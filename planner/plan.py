@@ -158,6 +158,13 @@ class Plan(_Part):
     #: where the model lies on this machine; known to whoever compiled or loaded the plan, never written
     _model: str | Path | None = PrivateAttr(default=None)
 
+    def __eq__(self, other: object) -> bool:
+        """Plans are equal when their documents are."""
+        return isinstance(other, Plan) and self.canonical() == other.canonical()
+
+    def __hash__(self) -> int:
+        return hash(self.canonical())
+
     def replicas(self) -> list[Replica]:
         return [replica for pool in self.pools for replica in pool.replicas]
 

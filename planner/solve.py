@@ -135,7 +135,8 @@ def solve(
         return None
     _check(columns, limits, best[1].counts)
     bound = best[1].value if proved else (min(bounds) if limits.demand is not None else max(bounds))
-    return replace(best[1], bound=bound, status="optimal" if proved else "feasible")
+    found = replace(best[1], bound=bound)
+    return replace(found, status="optimal" if proved or found.gap == 0 else "feasible")
 
 
 class _Master:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from planc.passes.phases import Phases
 from planc.passes.pipeline import FRONT, run
 from planc.planner.plan import Plan, load_plan
 from planc.planner.request import Request
-from planc.runtime import weights
+from planc.runtime import weights as loading
 from planc.runtime.assemble import decisions
 from planc.runtime.executor import Executor
 from tests.engines import support
@@ -83,7 +86,7 @@ def model_folder(family: str, folder: Path) -> Path:
     return folder
 
 
-def compiled(model: Path, bundle: Path, *, tp: int) -> Plan:
+def compiled(model: Path, bundle: Path, *, tp: int, weights: str = "fp32", activations: str = "fp32") -> Plan:
     """Compiles for `tp` CPUs and writes the bundle; the plan as it was read back from it."""
     request = Request.model_validate(
         {
@@ -92,7 +95,8 @@ def compiled(model: Path, bundle: Path, *, tp: int) -> Plan:
             "workload": {"isl": 32, "osl": 32, "concurrency": 4},
             "constraints": {
                 "engines": ["vllm"],
-                "weights": ["fp32"],
+                "weights": [weights],
+                "activations": [activations],
                 "kv": ["fp32"],
                 "tp": [tp],
                 "max_num_seqs": [4],
@@ -112,15 +116,17 @@ def executed(plan: Plan, bundle: Path, model: Path) -> list[list[int]]:
     traced = trace_config(config, plan.model.name, dtype=torch.float32)
     rewrites = decisions(plan, plan.replicas()[0])
     prefill, decode = (run(traced, (*FRONT, Phases(phase), *rewrites)) for phase in ("prefill", "decode"))
-    executor = Executor(prefill, decode, weights.from_folder(model), blocks=64, block_size=16)
+    executor = Executor(prefill, decode, loading.from_folder(model), blocks=64, block_size=16)
     return executor.generate(PROMPTS, TOKENS)
 
 
-def served(plan: Plan, bundle: Path, log: Path) -> list[list[int]]:
-    """The same of `vllm serve`, started by the bundle's own script, which knows where the weights are."""
-    (script,) = (bundle / "engines/vllm").glob("*/launch.sh")
+def served(
+    plan: Plan, scripts: Path, log: Path, variables: Mapping[str, str] | None = None
+) -> list[list[int]]:
+    """The same of `vllm serve`, started by the one launch script below `scripts`."""
+    (script,) = scripts.glob("*/launch.sh")
     with support.serving(
-        script, plan.model.name, log, "--enforce-eager", variables={}, patience_s=900
+        script, plan.model.name, log, "--enforce-eager", variables=variables or {}, patience_s=900
     ) as server:
         return [server.greedy(prompt, TOKENS) for prompt in PROMPTS]
 
@@ -131,7 +137,7 @@ def test_same_tokens_as_the_executor(family: str, tmp_path: Path) -> None:
     plan = compiled(model, tmp_path / "bundle", tp=1)
     mine = executed(plan, tmp_path / "bundle", model)
     assert len({token for answer in mine for token in answer}) > TOKENS, "the model repeats itself"
-    assert served(plan, tmp_path / "bundle", tmp_path / "log") == mine
+    assert served(plan, tmp_path / "bundle/engines/vllm", tmp_path / "log") == mine
 
 
 def test_two_processes(tmp_path: Path) -> None:
@@ -139,9 +145,24 @@ def test_two_processes(tmp_path: Path) -> None:
     model = model_folder("llama", tmp_path / "tiny-llama")
     plan = compiled(model, tmp_path / "bundle", tp=2)
     assert [replica.tp for replica in plan.replicas()] == [2]
-    answers = served(plan, tmp_path / "bundle", tmp_path / "log")
+    answers = served(plan, tmp_path / "bundle/engines/vllm", tmp_path / "log")
     log = (tmp_path / "log").read_text(errors="replace")
     assert "tensor_parallel_size=2" in log
     mine = executed(plan, tmp_path / "bundle", model)
     assert [answer[:4] for answer in answers] == [answer[:4] for answer in mine]
     assert all(len(answer) == TOKENS for answer in answers)
+
+
+@pytest.mark.parametrize(("weights", "activations"), [("int8", "int8"), ("w4a16", "bf16")])
+def test_an_exported_checkpoint_is_served(weights: str, activations: str, tmp_path: Path) -> None:
+    """vLLM reads the packed weights and computes in 16 bits, the executor in fp32: the first tokens agree."""
+    model = model_folder("llama", tmp_path / "tiny-llama")
+    plan = compiled(model, tmp_path / "bundle", tp=1, weights=weights, activations=activations)
+    out = tmp_path / "exported"
+    words = ["export", tmp_path / "bundle", "--engine", "vllm", "--weights", model, "-o", out]
+    subprocess.run([sys.executable, "-m", "planc.cli", *map(str, words)], check=True)
+    answers = served(plan, out, tmp_path / "log", {"MODEL": str(out / "model")})
+    mine = executed(plan, tmp_path / "bundle", model)
+    plain = executed(compiled(model, tmp_path / "plain", tp=1), tmp_path / "plain", model)
+    assert [answer[:2] for answer in answers] == [answer[:2] for answer in mine]
+    assert answers != plain, "the checkpoint is not quantized"

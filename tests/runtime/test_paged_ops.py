@@ -164,8 +164,9 @@ def test_paged_mla(absorbed: bool, top_k: int, case: Case) -> None:
 @settings(max_examples=25, deadline=None)
 @given(case=cases())
 def test_paged_indexer(case: Case) -> None:
-    q = [randn(i, 1, n, 3, 8) for i, n in enumerate(case.lengths)]
-    k = [randn(i + 10, 1, n, 8) for i, n in enumerate(case.lengths)]
+    # positive products: a score that every head cuts to zero would tie with others
+    q = [randn(i, 1, n, 3, 8).abs() for i, n in enumerate(case.lengths)]
+    k = [randn(i + 10, 1, n, 8).abs() for i, n in enumerate(case.lengths)]
     weights = [randn(i + 20, 1, n, 3) for i, n in enumerate(case.lengths)]
     whole = [ops.dsa_indexer(a, b, c, 4, 0.5) for a, b, c in zip(q, k, weights, strict=True)]
     cache = torch.zeros(blocks(case), case.block_size, 8)
