@@ -135,8 +135,9 @@ def solve(
         return None
     _check(columns, limits, best[1].counts)
     bound = best[1].value if proved else (min(bounds) if limits.demand is not None else max(bounds))
-    found = replace(best[1], bound=bound)
-    return replace(found, status="optimal" if proved or found.gap == 0 else "feasible")
+    whole_fleet = replace(best[1], bound=bound)
+    met = proved or whole_fleet.gap == 0
+    return replace(whole_fleet, status="optimal" if met else "feasible")
 
 
 class _Master:
