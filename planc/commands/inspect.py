@@ -93,9 +93,8 @@ def inspect_command(
             body = []
             for r in sorted(part, key=lambda r: -r["ms"]):
                 share = f"{100 * r['ms'] / whole:.1f} %"
-                body.append(
-                    (r["class"], r["site"], r["op"], f"{r['ms']:.3f}", share, r["bound"], r["source"])
-                )
+                where = (r["class"], short(r["site"]), r["op"])
+                body.append((*where, f"{r['ms']:.3f}", share, r["bound"], r["source"]))
             if part:
                 title = f"{name} step at the planned load: {whole:.2f} ms"
                 columns = ("layer class", "site", "op", "ms", "share", "bound by", "from")
