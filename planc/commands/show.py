@@ -25,7 +25,7 @@ def summary(plan: Plan, console: Console) -> None:
     )
     pools(plan, console)
     console.print()
-    predictions(plan.predicted, console)
+    predictions(plan.predicted, console, plan.model.kind)
 
 
 def pools(plan: Plan, console: Console) -> None:
@@ -59,10 +59,16 @@ def formats(replica: Replica) -> str:
     return f"{replica.weights}/{replica.activations}/{replica.kv}"
 
 
-def predictions(predicted: dict[str, Predicted], console: Console) -> None:
+def predictions(predicted: dict[str, Predicted], console: Console, kind: str = "causal_lm") -> None:
+    """A table of metrics. What an encoder counts are its input tokens, and a module its items."""
     rows = []
     for key, found in predicted.items():
+        if kind != "causal_lm" and key == "ttft_ms":
+            continue  # nothing is streamed: it is the whole latency
         label, unit = UNITS.get(key, (key, ""))
+        if kind != "causal_lm":
+            label = label.replace("output", "throughput")
+            unit = unit.replace("output ", "").replace("tok", {"encoder": "tok", "module": "item"}[kind])
         rows.append(
             (
                 label,
