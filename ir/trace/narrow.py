@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from planc.ir.trace.hf_config import text_part
+
 #: configuration key -> the largest value it keeps. Products that int4 groups of 128 divide stay so.
 _CAPS: Mapping[str, int] = {
     "vocab_size": 1024,
@@ -55,7 +57,7 @@ _MOST_LAYERS = 8
 
 def narrow(config: Mapping[str, Any]) -> dict[str, Any]:
     """The narrow configuration of a model's (text) configuration, as its `config.json` holds it."""
-    text = dict(config.get("text_config") or config)
+    text = text_part(config)
     layers = _depth(text)
     small = {
         key: min(value, _CAPS[key]) if key in _CAPS and _counts(value) else value
