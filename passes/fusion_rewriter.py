@@ -115,10 +115,10 @@ class Rewriter:
                     node.meta["val"] = self._mode.from_tensor(held, static_shapes=True)
 
 
-def weights_for(graph: Graph, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def weights_for(graph: Graph, weights: Mapping[str, Tensor], origin: str = "") -> dict[str, Tensor]:
     """The tensors that `graph` reads, from the source model's own, by the steps its passes recorded.
 
-    Tensors that no step reads are handed on as they are.
+    Tensors that no step reads are handed on as they are. `origin`: where they came from, for the message.
     Raises WeightsMismatch where a tensor that a step needs is missing.
     """
     held = dict(weights)
@@ -126,7 +126,7 @@ def weights_for(graph: Graph, weights: Mapping[str, Tensor]) -> dict[str, Tensor
         missing = [name for name in step.reads if name not in held]
         if missing:
             raise WeightsMismatch(
-                path=graph.source.name,
+                path=origin or graph.source.name,
                 reason=f"'{missing[0]}' is missing, which '{step.makes[0]}' is made of",
                 mend="Give the weights of the model that was traced, under its own names.",
             )

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from planc.errors import WeightsMismatch
 from planc.ir.graph import Graph
+from planc.passes.fusion_rewriter import weights_for
 
 #: Types between which binding converts.
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
@@ -32,24 +33,6 @@ def parameters(graph: Graph) -> dict[str, Tensor]:
             if isinstance(value, Tensor):
                 found[node.target] = value
     return found
-
-
-def stepped(graph: Graph, weights: Mapping[str, Tensor], origin: str = "weights") -> dict[str, Tensor]:
-    """The source model's tensors after all that the graph's passes did to them."""
-    tensors = dict(weights)
-    for step in graph.weight_steps:
-        missing = [name for name in step.reads if name not in tensors]
-        if missing:
-            raise WeightsMismatch(
-                path=origin,
-                reason=f"'{missing[0]}' is missing",
-                mend="Give the weights of the model that was compiled.",
-            )
-        made = step.apply(tuple(tensors[name] for name in step.reads))
-        for name in step.reads:
-            tensors.pop(name, None)
-        tensors.update(zip(step.makes, made, strict=True))
-    return tensors
 
 
 def check(graph: Graph, weights: Mapping[str, Tensor], origin: str = "weights") -> None:
@@ -103,7 +86,7 @@ def bind(
     for graph in graphs:
         tensors = next((found for steps, found in made if steps == graph.weight_steps), None)
         if tensors is None:
-            tensors = stepped(graph, weights, origin)
+            tensors = weights_for(graph, weights, origin)
             made.append((graph.weight_steps, tensors))
         check(graph, tensors, origin)
         attributes = {

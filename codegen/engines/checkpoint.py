@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from planc.ir.trace.hf_config import text_part
+
 _FULL = {"full_attention", "attention", "global", 1}
-
-
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a configuration (multimodal ones nest it)."""
-    return config.get("text_config") or config
 
 
 def native_format(config: Mapping[str, Any] | None) -> str:

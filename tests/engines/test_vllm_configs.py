@@ -13,8 +13,8 @@ import pytest
 from planc import api
 from planc.codegen import bundle
 from planc.codegen.engines.accept import launch_command, probe
-from planc.codegen.engines.checkpoint import text_part
 from planc.errors import Infeasible, PlancError
+from planc.ir.trace.hf_config import text_part
 from planc.planner.plan import Plan
 from planc.planner.request import Request
 from tests.codegen.plans import plan as plan_of
