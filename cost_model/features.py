@@ -66,7 +66,12 @@ class Load:
 
     def decode(self, names: Iterable[str]) -> dict[str, Array]:
         """Features of the decoding part alone."""
-        found: dict[str, Array] = {"1": (self.seqs > 0).astype(np.float64), "T": self.seqs, "S": self.seqs}
+        found: dict[str, Array] = {
+            "1": (self.seqs > 0).astype(np.float64),
+            "T": self.seqs,
+            "S": self.seqs,
+            "C": self.context,
+        }
         for name in names:
             if name not in found:
                 found[name] = self.seqs * _last_keys(name, self.context)
@@ -78,6 +83,7 @@ class Load:
             "1": (self.tokens > 0).astype(np.float64),
             "T": self.tokens,
             "S": self.chunks,
+            "C": self.cached,
         }
         each = np.divide(self.tokens, self.chunks, out=np.zeros_like(self.tokens), where=self.chunks > 0)
         for name in names:

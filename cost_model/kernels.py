@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from planc.cost_model.catalogue import Provenance
+from planc.cost_model.collectives import Fabric
+from planc.cost_model.collectives import Kind as CollectiveKind
 from planc.cost_model.features import Array
 
 Bound = npt.NDArray[np.int8]
@@ -96,6 +98,8 @@ class AttentionLoad:
 
     flops, kv, acts    [R, N]: operations, cache elements moved, activation elements moved
     tokens, sequences  [N]: of the part of the step that the kernels see
+    context            [N]: mean tokens in a sequence's cache; the new one included in decode, those before
+                       the step alone in prefill
     """
 
     flops: Array
@@ -103,6 +107,7 @@ class AttentionLoad:
     acts: Array
     tokens: Array
     sequences: Array
+    context: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,10 @@ class KernelCosts(Protocol):
         ...
 
     def attention(self, specs: Sequence[Attention]) -> Callable[[AttentionLoad], Times]: ...
+
+    def collective(self, kind: CollectiveKind, ranks: int, fabric: Fabric) -> Callable[[Array], Array]:
+        """Takes bytes [N] of the full tensor, as `collectives.seconds` counts them; returns seconds [N]."""
+        ...
 
     def elementwise(self, launches: Array) -> Callable[[Array], Times]:
         """launches [R, 1]: kernels per call, 0 for work fused into another one. Takes bytes [R, N]."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planc.cost_model.catalogue import Gpu, Precision, Provenance
+from planc.cost_model.collectives import Fabric, Kind, group_seconds
 from planc.cost_model.efficiency import Efficiencies, efficiencies
 from planc.cost_model.features import Array
 from planc.cost_model.formats import fmt, product_precision
@@ -36,6 +37,7 @@ class Roofline:
 
     gpu: Gpu
     named: Efficiencies = field(default_factory=efficiencies)
+    custom_up_to: float = 0.0  # bytes up to which the engine has collectives of its own
 
     @property
     def source(self) -> Provenance:
@@ -118,6 +120,9 @@ class Roofline:
             return _after(launch, compute, memory, load.acts > 0)
 
         return price
+
+    def collective(self, kind: Kind, ranks: int, fabric: Fabric) -> Callable[[Array], Array]:
+        return lambda size: group_seconds(kind, size, ranks, self.gpu, fabric, custom_up_to=self.custom_up_to)
 
     def elementwise(self, launches: Array) -> Callable[[Array], Times]:
         floor = launches * self._us("elementwise_launch_us")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from planc.cost_model import lower
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance
-from planc.cost_model.collectives import Fabric, Link, group_seconds, group_source, seconds
+from planc.cost_model.collectives import Fabric, Link, group_source, seconds
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array, Load, StepLoad
 from planc.cost_model.formats import fmt
@@ -27,8 +27,8 @@ from planc.cost_model.kernels import (
 )
 from planc.cost_model.local import stages, unquantized
 from planc.cost_model.lower import Collective, Kernel
+from planc.cost_model.measured import costs_for
 from planc.cost_model.quantity import Quantity, worst
-from planc.cost_model.roofline import Roofline
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
 from planc.ir.work import Amount
@@ -38,8 +38,8 @@ __all__ = ["StepLoad", "StepModel", "StepPart"]
 #: loads evaluated at once; keeps temporaries within a core's cache
 _BLOCK = 4096
 
-#: where the tokens and sequences stand among the features
-_T, _S = 1, 2
+#: where the tokens, sequences and contexts stand among the features
+_T, _S, _C = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,12 @@ class StepModel:
         max_num_seqs: int | None = None,
     ) -> None:
         self.table, self.shape, self.gpu, self.fabric, self.profile = table, shape, gpu, fabric, profile
-        self.costs: KernelCosts = Roofline(gpu) if costs is None else costs
+        self.costs: KernelCosts = costs_for(gpu, profile) if costs is None else costs
         all_kernels = lower.kernels(table, shape, profile, fusions)
         self.kernels = all_kernels
         self._unique, self._index = lower.unique(all_kernels)
         self._collectives = lower.collectives(table, shape)
+        self._link_costs = [self.costs.collective(c.kind, c.ranks, fabric) for c in self._collectives]
         self._stages = stages(table, shape)
         count = {c.name: i for i, c in enumerate(table.classes)}
         self._kernel_calls = _calls(all_kernels, self._stages, count, self._index, len(self._unique))
@@ -96,7 +97,13 @@ class StepModel:
         )
         amounts = [a for k in self._unique for a in (k.rows, k.flops, k.nbytes, k.kv, k.reads, k.writes)]
         sizes = [c.size for c in self._collectives]
-        self._names = ["1", "T", "S", *(n for n in lower.feature_names([*amounts, *sizes]) if n not in "TS")]
+        self._names = [
+            "1",
+            "T",
+            "S",
+            "C",
+            *(n for n in lower.feature_names([*amounts, *sizes]) if n not in "TSC"),
+        ]
         self._groups = _groups(self._unique, self._names, self.costs)
         self._sizes = _matrix(sizes, self._names)
         no_graphs = shape.eager or gpu.vendor == "cpu"
@@ -237,14 +244,7 @@ class StepModel:
                 continue
             done[key] = row
             size = self._sizes[row] @ features[item.part]
-            links[row] = group_seconds(
-                item.kind,
-                size,
-                item.ranks,
-                self.gpu,
-                self.fabric,
-                custom_up_to=self.profile.custom_all_reduce_max_mib * 1024**2,
-            )
+            links[row] = self._link_costs[row](size)
         return Times(seconds, bound), links
 
     def _features(self, load: Load) -> dict[str, Array]:
@@ -296,7 +296,7 @@ def _pricer(
     if family == "attention":
         attend = costs.attention([k.spec for k in mine])  # type: ignore[misc]
         flops, kv, acts = of("flops"), of("kv"), of("reads") + of("writes")
-        return lambda x: attend(AttentionLoad(flops @ x, kv @ x, acts @ x, x[_T], x[_S]))
+        return lambda x: attend(AttentionLoad(flops @ x, kv @ x, acts @ x, x[_T], x[_S], x[_C]))
     touch = costs.elementwise(np.array([[k.launches] for k in mine]))
     nbytes = of("nbytes")
     return lambda x: touch(nbytes @ x)

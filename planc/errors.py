@@ -104,6 +104,13 @@ class Infeasible(PlancError):
     template = "no plan meets this request: {reason}.{relaxations}"
 
 
+class MissingDependency(PlancError):
+    """An optional package is asked for and absent."""
+
+    exit_code = 4
+    template = "{package} is not installed. Install it with: pip install 'planc[{extra}]'."
+
+
 class ToolFailed(PlancError):
     exit_code = 4
     template = "{tool} failed: {reason}. {mend}"

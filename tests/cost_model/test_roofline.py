@@ -157,6 +157,7 @@ def test_decode_attention_streams_the_cache() -> None:
         np.full((2, 1), 64 * 16384.0),
         tokens,
         tokens,
+        np.array([8000.0]),
     )
     wide, narrow = price(load).seconds[:, 0]
     floor = 64 * 8000 * 2048 * 2 / gpu.memory_bytes_s

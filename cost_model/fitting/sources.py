@@ -1,0 +1,81 @@
+"""Where measured operator rows are read from.
+
+`tables` reads the Parquet tables of `aiconfigurator-core` (Apache-2.0; `pip install planc[measured]`),
+12.6 million rows of kernels timed alone: `systems/data/<gpu>/<family>/<engine>/<version>/<table>.parquet`,
+latencies in milliseconds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planc.errors import MissingDependency
+
+#: folder of the tables -> name in planc's catalogue
+GPUS = {
+    "a100_sxm": "a100_sxm",
+    "h100_sxm": "h100_sxm",
+    "h200_sxm": "h200_sxm",
+    "b200_sxm": "b200_sxm",
+    "b300_sxm": "b300_sxm",
+    "gb200": "gb200",
+    "gb300": "gb300",
+    "l40s": "l40s",
+    "rtx_pro_6000_server": "rtx_pro_6000",
+}
+
+SOURCE = "aiconfigurator-core 0.12.0 operator tables (Apache-2.0)"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One Parquet table of one engine version on one GPU."""
+
+    gpu: str
+    family: str
+    engine: str
+    version: str
+    table: str
+    path: Path
+
+    def read(self) -> Any:
+        """The rows as a pandas DataFrame."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependency(package="pandas", extra="measured") from error
+        return pandas.read_parquet(self.path)
+
+
+def root() -> Path:
+    """The folder of the installed tables. Raises MissingDependency."""
+    try:
+        import aiconfigurator_core
+    except ImportError as error:
+        raise MissingDependency(package="aiconfigurator-core", extra="measured") from error
+    return Path(aiconfigurator_core.__file__).parent / "systems" / "data"
+
+
+def tables(
+    folder: Path, family: str, table: str, *, gpu: str | None = None, newest: bool = True
+) -> Iterator[Source]:
+    """Tables of a family, e.g. ("gemm", "gemm_perf"); of each engine the newest version only by default.
+
+    `gpu` is a name of planc's catalogue.
+    """
+    for theirs, ours in GPUS.items():
+        if gpu is not None and gpu != ours:
+            continue
+        for engine in sorted((folder / theirs / family).glob("*")):
+            found = [v for v in engine.glob("*") if (v / f"{table}.parquet").is_file()]
+            found.sort(key=lambda v: _version(v.name))
+            for version in found[-1:] if newest else found:
+                yield Source(ours, family, engine.name, version.name, table, version / f"{table}.parquet")
+
+
+def _version(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", name))
