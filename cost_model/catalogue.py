@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from planc.cost_model import overlay
 from planc.errors import UnknownName
 
 Provenance = Literal["measured", "fitted", "roofline", "assumed"]
@@ -184,15 +185,25 @@ def read(name: str) -> Any:
     return yaml.safe_load(text)
 
 
-@cache
 def gpus() -> Mapping[str, Gpu]:
-    """All GPUs by name, in the file's order."""
+    """All GPUs by name, in the file's order; with the numbers of the measured profile in use, if any."""
+    found = overlay.current()
+    return _shipped_gpus() if found is None else found.gpus
+
+
+def engines() -> Mapping[str, EngineProfile]:
+    """All engine profiles by name; with the numbers of the measured profile in use, if any."""
+    found = overlay.current()
+    return _shipped_engines() if found is None else found.engines
+
+
+@cache
+def _shipped_gpus() -> Mapping[str, Gpu]:
     return {name: Gpu(name=name, **entry) for name, entry in read("gpus.yaml")["gpus"].items()}
 
 
 @cache
-def engines() -> Mapping[str, EngineProfile]:
-    """All engine profiles by name."""
+def _shipped_engines() -> Mapping[str, EngineProfile]:
     folder = resources.files("planc.cost_model.data").joinpath("engines")
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith(".yaml"))
     found = [EngineProfile(**read(f"engines/{name}")) for name in names]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from planc.cost_model import overlay
 from planc.cost_model.catalogue import Entry, Gpu, Precision, Provenance, read
 
 
@@ -61,6 +62,12 @@ class Efficiencies(Entry):
         return self.bands[source].low, self.bands[source].high
 
 
-@cache
 def efficiencies() -> Efficiencies:
+    """All of them; with the numbers of the measured profile in use, if any."""
+    found = overlay.current()
+    return _shipped() if found is None else found.efficiencies
+
+
+@cache
+def _shipped() -> Efficiencies:
     return Efficiencies(**read("efficiencies.yaml"))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 
+from planc.cost_model import overlay
 from planc.cost_model.local import stages, unquantized, weight_format
 from planc.cost_model.lower import chosen
 from planc.cost_model.shape import EngineShape
@@ -172,9 +173,18 @@ def coverage(search: Search) -> Coverage:
     return Coverage(modelled=modelled, not_modelled=missing)
 
 
-@cache
 def profile_fingerprint() -> str:
-    """Hash of every data file that predictions rest on."""
+    """Hash of every data file that predictions rest on, and of the measured profile in use."""
+    found, shipped = overlay.current(), _data_fingerprint()
+    return (
+        shipped
+        if found is None
+        else hashlib.sha256(f"{shipped}{found.fingerprint}".encode()).hexdigest()[:16]
+    )
+
+
+@cache
+def _data_fingerprint() -> str:
     digest = hashlib.sha256(priors.text().encode())
     for name, text in sorted(_data_files()):
         digest.update(f"{name}\0{text}\0".encode())
