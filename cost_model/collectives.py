@@ -9,6 +9,7 @@ buffer. Constants live in `data/links.yaml`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -32,6 +33,8 @@ _MOVED = {
     "p2p": lambda n: 1.0,
 }
 
+#: seconds of a collective of (kind, bytes, ranks) inside a node
+Inside = Callable[[Kind, Array, int], Array]
 
 #: kinds that engines have small-message kernels for
 _CUSTOM = ("all_reduce", "all_gather", "reduce_scatter")
@@ -94,6 +97,15 @@ def _link(name: str, bytes_s: float, custom_up_to: float) -> Link:
     return Link(name, bytes_s, of("library"), of("custom"), custom_up_to, raw["source_kind"])
 
 
+def alpha_beta(
+    kind: Kind, size: Array, ranks: int, alpha_us: float, per_step_us: float, bytes_s: float
+) -> Array:
+    """A start, a step for each doubling of the ranks, and the bytes that pass one rank's link."""
+    hops = 1.0 if kind == "p2p" else math.log2(ranks)
+    found: Array = (alpha_us + per_step_us * hops) * 1e-6 + size * (_MOVED[kind](ranks) / bytes_s)
+    return found
+
+
 def seconds(kind: Kind, size: ArrayLike, ranks: int, link: Link) -> Array:
     """Time of one collective inside one kind of link.
 
@@ -106,13 +118,10 @@ def seconds(kind: Kind, size: ArrayLike, ranks: int, link: Link) -> Array:
     size = np.asarray(size, dtype=np.float64)
     if ranks <= 1:
         return np.zeros_like(size)
-    moved = _MOVED[kind](ranks)
-    hops = 1.0 if kind == "p2p" else math.log2(ranks)
 
     def by(constants: tuple[float, float, float]) -> Array:
         alpha, step, share = constants
-        time: Array = (alpha + step * hops) * 1e-6 + size * (moved / (link.bytes_s * share))
-        return time
+        return alpha_beta(kind, size, ranks, alpha, step, link.bytes_s * share)
 
     time = by(link.library)
     if kind in _CUSTOM and link.custom_up_to > 0:
@@ -129,40 +138,46 @@ def group_seconds(
     *,
     stride: int = 1,
     custom_up_to: float = 0.0,
+    inside: Inside | None = None,
 ) -> Array:
     """Time of one collective over `ranks` GPUs that lie `stride` apart, hierarchical where they span nodes.
+
+    `inside` prices what stays inside a node; by default the alpha-beta of its link does.
 
     Across nodes an all-reduce is a reduce-scatter inside, an all-reduce of each rank's share over
     the network, and an all-gather inside; an all-to-all sends the share that leaves the node over
     the network at the same time as the rest inside.
     """
     size = np.asarray(size, dtype=np.float64)
-    near, far = _spread(ranks, gpu, fabric, stride)
+    near, far = spread(ranks, gpu, fabric, stride)
     if far <= 1:
+        if inside is not None:
+            return inside(kind, size, ranks)
         return seconds(kind, size, ranks, fabric.inner(gpu, ranks * stride, custom_up_to))
     outer = fabric.outer(gpu)
     if near == 1 or kind == "p2p":
         return seconds(kind, size, ranks, outer)
     inner = fabric.inner(gpu, near * stride)
+    near_seconds: Inside = inside or (lambda kind, size, ranks: seconds(kind, size, ranks, inner))
     if kind == "all_reduce":
-        inside = seconds("reduce_scatter", size, near, inner) + seconds("all_gather", size, near, inner)
-        return inside + seconds("all_reduce", size / near, far, outer)
+        local = near_seconds("reduce_scatter", size, near) + near_seconds("all_gather", size, near)
+        return local + seconds("all_reduce", size / near, far, outer)
     if kind == "all_to_all":
         leaving = size * (ranks - near) / (ranks - 1)
-        return np.maximum(seconds(kind, size - leaving, near, inner), seconds("p2p", leaving, 2, outer))
-    inside = seconds(kind, size, near, inner)
-    return inside + seconds(kind, size / near if kind != "broadcast" else size, far, outer)
+        return np.maximum(near_seconds(kind, size - leaving, near), seconds("p2p", leaving, 2, outer))
+    local = near_seconds(kind, size, near)
+    return local + seconds(kind, size / near if kind != "broadcast" else size, far, outer)
 
 
 def group_source(ranks: int, gpu: Gpu, fabric: Fabric, *, stride: int = 1) -> Provenance:
     """The least well founded of the links that such a group uses; "measured" for one rank."""
-    near, far = _spread(ranks, gpu, fabric, stride)
+    near, far = spread(ranks, gpu, fabric, stride)
     links = [fabric.inner(gpu, near * stride)] if near > 1 else []
     links += [fabric.outer(gpu)] if far > 1 else []
     return worst(link.source for link in links)
 
 
-def _spread(ranks: int, gpu: Gpu, fabric: Fabric, stride: int) -> tuple[int, int]:
+def spread(ranks: int, gpu: Gpu, fabric: Fabric, stride: int) -> tuple[int, int]:
     """(ranks of the group inside one node, nodes)."""
     near = max(1, min(ranks, fabric.scale_up(gpu) // max(stride, 1)))
     return near, math.ceil(ranks / near)

@@ -8,7 +8,7 @@ latencies in milliseconds.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ GPUS = {
     "l40s": "l40s",
     "rtx_pro_6000_server": "rtx_pro_6000",
 }
+
+#: when the tables were read
+DATE = "2026-11-20"
 
 SOURCE = "aiconfigurator-core 0.12.0 operator tables (Apache-2.0)"
 
@@ -75,6 +78,26 @@ def tables(
             found.sort(key=lambda v: _version(v.name))
             for version in found[-1:] if newest else found:
                 yield Source(ours, family, engine.name, version.name, table, version / f"{table}.parquet")
+
+
+def by_engine(
+    folder: Path, family: str, table: str, gpu: str, served: Mapping[str, str]
+) -> dict[str, list[Source]]:
+    """A GPU's tables of each engine, the best version for what planc serves first.
+
+    That is the newest one up to the engine's own version (`served`), older ones after it, then newer ones
+    from the oldest on; for engines that are not served, the newest first.
+    """
+    found: dict[str, list[Source]] = {}
+    for source in tables(folder, family, table, gpu=gpu, newest=False):
+        found.setdefault(source.engine, []).append(source)
+    for engine, mine in found.items():
+        mine.sort(key=lambda s: _version(s.version), reverse=True)
+        if engine in served:
+            limit = _version(served[engine] + ".999")
+            newer = [s for s in mine if _version(s.version) > limit]
+            found[engine] = [s for s in mine if _version(s.version) <= limit] + newer[::-1]
+    return found
 
 
 def _version(name: str) -> tuple[int, ...]:

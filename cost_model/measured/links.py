@@ -1,16 +1,68 @@
-"""Collectives inside and across nodes."""
+"""Collectives inside and across nodes.
+
+A table holds one kind of collective as one engine (or NCCL) runs it on neighbours of one node, by ranks
+and bytes of the full tensor. Its ideal is `collectives.alpha_beta` with the constants that it states.
+Engines replay decode steps as CUDA graphs and hide launches behind kernels in prompts, so tables are of
+captured kernels; what launching costs is the step's business.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from planc.cost_model.catalogue import EngineProfile, Gpu
-from planc.cost_model.collectives import Fabric, Kind
+from planc.cost_model.collectives import Fabric, Inside, Kind, alpha_beta, group_seconds, seconds, spread
 from planc.cost_model.features import Array
+from planc.cost_model.profile import Table, shipped
 from planc.cost_model.roofline import Roofline
 
 
 def prepare(
     kind: Kind, ranks: int, fabric: Fabric, gpu: Gpu, engine: EngineProfile, roofline: Roofline
 ) -> Callable[[Array], Array]:
-    return roofline.collective(kind, ranks, fabric)
+    """Seconds of a collective of so many bytes; hierarchical over the network where ranks span nodes."""
+    near, far = spread(ranks, gpu, fabric, 1)
+    if ranks <= 1 or (find(kind, gpu, engine) is None and far <= 1):
+        return roofline.collective(kind, ranks, fabric)
+    priced: dict[tuple[Kind, int], Callable[[Array], Array]] = {}
+
+    def inside(kind: Kind, size: Array, among: int) -> Array:
+        table = find(kind, gpu, engine)
+        if table is None:
+            return seconds(kind, size, among, fabric.inner(gpu, near, roofline.custom_up_to))
+        if (kind, among) not in priced:
+            priced[kind, among] = curve(table, kind, among)
+        return priced[kind, among](size)
+
+    measured: Inside = inside
+    return lambda size: group_seconds(kind, size, ranks, gpu, fabric, inside=measured)
+
+
+def find(kind: Kind, gpu: Gpu, engine: EngineProfile) -> Table | None:
+    """The table to price a kind inside a node with: the engine's own, NCCL's, or another engine's."""
+    profile = shipped("links", gpu.name)
+    if profile is None:
+        return None
+    found = profile.find(kind=kind)
+    for by in (engine.name, "nccl"):
+        for table in found:
+            if table.info.key["engine"] == by:
+                return table
+    return found[0] if found else None
+
+
+def curve(table: Table, kind: Kind, ranks: int) -> Callable[[Array], Array]:
+    """Seconds by bytes for a number of ranks; beyond the table's ends the ideal extrapolates."""
+    knots = np.log(table.axes[1])
+    values = table.grid.at(float(ranks), table.axes[1])
+    of = table.info.ideal
+    constants = of["alpha_us"], of["per_step_us"], of["bytes_s"]
+
+    def price(size: Array) -> Array:
+        size = np.asarray(size, dtype=np.float64)
+        ratio = np.exp(np.interp(np.log(np.maximum(size, 1.0)), knots, values))
+        return np.where(size > 0, ratio * alpha_beta(kind, size, ranks, *constants), 0.0)
+
+    return price
