@@ -281,16 +281,16 @@ def _short(value: Any) -> Any:
     return value if not isinstance(value, list | dict | tuple) or len(str(value)) < 80 else "..."
 
 
-def require(profile: ProfileDocument, gpus: Iterable[str], where: str) -> None:
-    """Refuses a profile of hardware that is not among `gpus` (catalogue names). Raises InvalidField."""
-    names = list(dict.fromkeys(gpus))
-    mine = profile.device.resolved().name
-    if mine not in names:
+def require(gpus: Iterable[str], where: str) -> None:
+    """Refuses the profile in use, if any, where its hardware is not among `gpus`. Raises InvalidField."""
+    found = overlay.current()
+    names = list(dict.fromkeys(catalogue.gpu(name).name for name in gpus))
+    if found is not None and found.gpu not in names:
         raise InvalidField(
             where=where,
-            field="profile",
-            value=mine,
-            reason=f"it was measured on {mine}, and this is about {', '.join(names)}",
+            field="device",
+            value=found.gpu,
+            reason=f"it was measured on {found.gpu}, and this is about {', '.join(names)}",
             mend="Use a profile of that hardware, or none.",
         )
 

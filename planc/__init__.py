@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         load_plan as load_plan,
     )
     from planc.api import (
+        load_profile as load_profile,
+    )
+    from planc.api import (
         load_request as load_request,
     )
     from planc.planner.diff import PlanDiff as PlanDiff
@@ -37,6 +40,7 @@ _WHERE = {
     "diff": "planc.api",
     "estimate": "planc.api",
     "load_plan": "planc.api",
+    "load_profile": "planc.api",
     "load_request": "planc.api",
     "Estimate": "planc.planner.estimate",
     "Plan": "planc.planner.plan",

@@ -5,7 +5,8 @@ Everything heavy (torch, transformers, OR-Tools) is imported inside the function
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,46 @@ from planc.planner.plan import Plan, load_plan
 from planc.planner.request import Request, load_request
 
 if TYPE_CHECKING:
+    from planc.cost_model.calibration import ProfileDocument
     from planc.cost_model.table import CostTable
     from planc.planner.diff import PlanDiff
     from planc.planner.estimate import Estimate
 
-__all__ = ["compile", "cost_table", "diff", "estimate", "load_plan", "load_request", "write_bundle"]
+__all__ = [
+    "compile",
+    "cost_table",
+    "diff",
+    "estimate",
+    "load_plan",
+    "load_profile",
+    "load_request",
+    "with_profile",
+    "write_bundle",
+]
+
+
+def load_profile(path: str | Path) -> ProfileDocument:
+    """Reads a profile that `planc calibrate` wrote. Raises FileMissing, FileUnreadable, InvalidField,
+    UnknownField or UnknownName."""
+    from planc.cost_model.calibration import load_profile as load
+
+    return load(path)
+
+
+@contextmanager
+def with_profile(profile: ProfileDocument | str | Path | None, gpus: Iterable[str]) -> Iterator[None]:
+    """Puts a profile in use; None leaves the one that is in use already, if any. Either must be of
+    hardware that is among `gpus`, else raises InvalidField."""
+    from planc.cost_model import calibration
+
+    found = load_profile(profile) if isinstance(profile, str | Path) else profile
+    with calibration.using(found):
+        calibration.require(gpus, where="profile")
+        yield
+
+
+def _gpus(request: Request) -> list[str]:
+    return [nodes.gpu for nodes in request.inventory.nodes]
 
 
 def cost_table(
@@ -37,8 +73,9 @@ def compile(
     time_limit: float | None = None,
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
+    profile: ProfileDocument | str | Path | None = None,
 ) -> Plan:
-    """Compiles a request to a plan.
+    """Compiles a request to a plan, with the numbers of a measured profile where one is given.
 
     Raises the errors of `planc.errors`: bad input (exit code 2) or Infeasible (3), which carries
     the smallest single relaxations that would make the request feasible.
@@ -48,18 +85,27 @@ def compile(
     if not isinstance(request, Request):
         request = load_request(request)
     table = cost_table(request, trust_remote_code=trust_remote_code, progress=progress)
-    found = plan(request, table, time_limit=time_limit, progress=progress)
+    with with_profile(profile, _gpus(request)):
+        found = plan(request, table, time_limit=time_limit, progress=progress)
     found._model = request.model_path()
     return found
 
 
-def estimate(request: Request | str | Path, *, trust_remote_code: bool = False, **settings: Any) -> Estimate:
+def estimate(
+    request: Request | str | Path,
+    *,
+    trust_remote_code: bool = False,
+    profile: ProfileDocument | str | Path | None = None,
+    **settings: Any,
+) -> Estimate:
     """Evaluates one fixed configuration, without search: `estimate(request, tp=4, weights="fp8")`."""
     from planc.planner.estimate import estimate as evaluate
 
     if not isinstance(request, Request):
         request = load_request(request)
-    return evaluate(request, cost_table(request, trust_remote_code=trust_remote_code), **settings)
+    table = cost_table(request, trust_remote_code=trust_remote_code)
+    with with_profile(profile, _gpus(request)):
+        return evaluate(request, table, **settings)
 
 
 def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:

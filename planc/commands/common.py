@@ -31,6 +31,23 @@ trust_option = click.option(
     "--trust-remote-code", is_flag=True, help="Run Python code that a model folder carries."
 )
 
+
+def _use_profile(context: click.Context, option: click.Parameter, path: str | None) -> None:
+    """Puts the profile in use until the command ends."""
+    if path is not None and not context.resilient_parsing:
+        from planc.cost_model import calibration
+
+        context.with_resource(calibration.using(calibration.load_profile(path)))
+
+
+profile_option = click.option(
+    "--profile",
+    type=click.Path(),
+    expose_value=False,
+    callback=_use_profile,
+    help="Predict with this profile's numbers (see planc calibrate).",
+)
+
 Progress = Callable[[str], None]
 
 

@@ -7,7 +7,15 @@ import time
 import click
 
 from planc.commands import show
-from planc.commands.common import emit_json, json_option, out, progress, set_option, trust_option
+from planc.commands.common import (
+    emit_json,
+    json_option,
+    out,
+    profile_option,
+    progress,
+    set_option,
+    trust_option,
+)
 
 
 @click.command("compile")
@@ -19,6 +27,7 @@ from planc.commands.common import emit_json, json_option, out, progress, set_opt
     "--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds the solver may take."
 )
 @click.option("--check-kernels", is_flag=True, help="Also compile the kernels ahead of time and check them.")
+@profile_option
 @trust_option
 @json_option
 def compile_command(

@@ -5,12 +5,22 @@ from __future__ import annotations
 import click
 
 from planc.commands import show
-from planc.commands.common import emit_json, json_option, out, pairs, progress, set_option, trust_option
+from planc.commands.common import (
+    emit_json,
+    json_option,
+    out,
+    pairs,
+    profile_option,
+    progress,
+    set_option,
+    trust_option,
+)
 
 
 @click.command("estimate")
 @click.argument("request_file", metavar="REQUEST", type=click.Path())
 @set_option
+@profile_option
 @trust_option
 @json_option
 def estimate_command(

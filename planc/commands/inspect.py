@@ -11,7 +11,17 @@ import click
 from rich.console import Console
 
 from planc.commands import show
-from planc.commands.common import emit_json, grid, json_option, number, out, progress, trust_option
+from planc.commands.common import (
+    emit_json,
+    grid,
+    json_option,
+    number,
+    out,
+    profile_option,
+    progress,
+    trust_option,
+)
+from planc.cost_model import calibration
 from planc.cost_model.table import CostTable, Row
 from planc.errors import InvalidField
 from planc.ir.work import Amount
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--memory", is_flag=True, help="The memory map of one GPU.")
 @click.option("--limit", type=click.IntRange(min=1), help="Print at most this many lines of a graph.")
 @click.option("--full", is_flag=True, help="Print every layer of a graph, not only the distinct ones.")
+@profile_option
 @trust_option
 @json_option
 def inspect_command(
@@ -47,6 +58,8 @@ def inspect_command(
 ) -> None:
     """Look at a bundle's plan, or at a model (config.json, folder, module:factory, .pt2)."""
     plan = _plan(target)
+    if plan is not None:
+        calibration.require([replica.gpu for replica in plan.replicas()], where="profile")
     console = out()
     if phase or pass_name:
         with progress() as say:
