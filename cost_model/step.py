@@ -54,6 +54,27 @@ class StepPart:
     source: Provenance
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a step's seconds are made of, each [stages, N].
+
+    shared, decode, prefill   kernels and collectives that see all tokens, those of decoding sequences
+                              alone, and those of prompts alone
+    launches                  host time to launch every kernel: the step takes no less than this
+    host                      what kernels do not hide: host time per step, and hand-over between stages
+    """
+
+    shared: Array
+    decode: Array
+    prefill: Array
+    launches: Array
+    host: Array
+
+    @property
+    def device(self) -> Array:
+        return self.shared + self.decode + self.prefill
+
+
 class StepModel:
     """One engine shape on one GPU type, ready to price steps.
 
@@ -95,6 +116,10 @@ class StepModel:
                 for s in self._stages
             ]
         )
+        self._by_part = [
+            (_seen_by(self._unique, part), _seen_by(self._collectives, part))
+            for part in ("step", "decode", "prefill")
+        ]
         amounts = [a for k in self._unique for a in (k.rows, k.flops, k.nbytes, k.kv, k.reads, k.writes)]
         sizes = [c.size for c in self._collectives]
         self._names = [
@@ -134,6 +159,13 @@ class StepModel:
     def latency(self, load: StepLoad) -> Array:
         """The same micro-batch through all pipeline stages, s."""
         return self._fold(load, slowest=False)
+
+    def pieces(self, load: StepLoad) -> Pieces:
+        """The parts of each stage's time for a flat grid of loads.
+
+        seconds = max(device + (prefill_factor - 1) (device - device without the prompts), launches) + host
+        """
+        return self._pieces(load.arrays())
 
     def breakdown(self, load: StepLoad, stage: int = 0) -> list[StepPart]:
         """Where the time of a single load goes on one stage, in the table's order.
@@ -182,24 +214,16 @@ class StepModel:
 
     def _stage_seconds(self, load: Load) -> Array:
         """[stages, N]: device time, host time and hand-over of each stage."""
-        device = self._device(load)
+        pieces = self._pieces(load)
+        device = pieces.device
         extra = self.profile.prefill_factor - 1.0
         if extra and bool(np.any(load.tokens > 0)):
             alone = Load(
                 load.seqs, load.context, np.zeros_like(load.tokens), np.zeros_like(load.tokens), load.cached
             )
-            device = device + extra * np.maximum(device - self._device(alone), 0.0)
-        rows = load.seqs + load.tokens
-        graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
-        one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
-        per_launch = np.where(graphed, 0.0, one * 1e-6)
-        if self.gpu.vendor != "cpu":
-            device = np.maximum(device, self._launches[:, None] * per_launch)
-        fixed = self.profile.step_eager_us if self.shape.eager else self.profile.step_us
-        host = (fixed + self.profile.per_sequence_us * (load.seqs + load.chunks)) * 1e-6
-        hop = self._hand_over(rows)
-        total = device + hop + host
-        found: Array = np.where(rows > 0, total, 0.0)
+            device = device + extra * np.maximum(device - self._pieces(alone).device, 0.0)
+        total = np.maximum(device, pieces.launches) + pieces.host
+        found: Array = np.where(load.seqs + load.tokens > 0, total, 0.0)
         return found
 
     def _hops(self) -> list[Link]:
@@ -213,12 +237,20 @@ class StepModel:
             self.fabric.inner(self.gpu, 2 * ranks) if near else self.fabric.outer(self.gpu) for near in same
         ]
 
-    def _device(self, load: Load) -> Array:
+    def _pieces(self, load: Load) -> Pieces:
         times, links = self._times(load)
-        total = self._kernel_calls @ times.seconds
-        if self._collectives:
-            total = total + self._collective_calls @ links
-        return total
+        device = [
+            self._kernel_calls[:, kernels] @ times.seconds[kernels]
+            + self._collective_calls[:, moves] @ links[moves]
+            for kernels, moves in self._by_part
+        ]
+        rows = load.seqs + load.tokens
+        graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
+        one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
+        per_launch = np.where(graphed | (self.gpu.vendor == "cpu"), 0.0, one * 1e-6)
+        fixed = self.profile.step_eager_us if self.shape.eager else self.profile.step_us
+        host = (fixed + self.profile.per_sequence_us * (load.seqs + load.chunks)) * 1e-6
+        return Pieces(*device, self._launches[:, None] * per_launch, self._hand_over(rows) + host)
 
     def _hand_over(self, tokens: Array) -> Array:
         """Activations to the next stage, [stages, N]; the last one hands over nothing."""
@@ -315,6 +347,11 @@ def _calls(
         for row, stage in enumerate(held):
             out[row, column] += item.calls * stage.counts[order[item.layer_class]]  # type: ignore[attr-defined]
     return out
+
+
+def _seen_by(items: Sequence[Kernel] | Sequence[Collective], part: str) -> npt.NDArray[np.intp]:
+    """Which of the items see this part of a step's tokens."""
+    return np.array([i for i, item in enumerate(items) if item.part == part], dtype=np.intp)
 
 
 def _matrix(amounts: Sequence[Amount], names: Sequence[str]) -> Array:
