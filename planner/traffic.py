@@ -7,11 +7,9 @@ paired by a fixed low-discrepancy order (they are taken as independent unless a 
 from __future__ import annotations
 
 import csv
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from statistics import NormalDist
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from planc.errors import FileUnreadable, InvalidField
 from planc.planner.request import Request, read_bytes
+from planc.planner.trace import read
 from planc.planner.workload import Lengths
 
 Array = NDArray[np.float64]
@@ -311,78 +310,34 @@ def _histogram(path: Path) -> tuple[Array, Array]:
 
 
 def _from_trace(request: Request) -> Traffic:
+    """Lengths, rate and burstiness of a trace, and the hits of a prefix cache of unlimited size: a block
+    counts as found when an earlier request had the same hash."""
     trace = request.workload.trace
     assert trace is not None
     path = request.path(trace.file)
-    reader = {"mooncake": _mooncake, "azure": _azure, "vllm": _vllm}[trace.format]
-    try:
-        times, isl, osl, hit_rate = reader(_text(path, "trace"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path, f"a {trace.format} trace", f"{type(error).__name__}: {error}") from None
-    if len(isl) < 2:
+    columns: list[tuple[float, int, int]] = []
+    seen: set[int] = set()
+    blocks = found = 0
+    for row in read(path, trace.format):
+        columns.append(row[:3])
+        blocks += len(row.blocks)
+        found += sum(block in seen for block in row.blocks)
+        seen.update(row.blocks)
+    if len(columns) < 2:
         raise _unreadable(path, f"a {trace.format} trace", "it has fewer than two requests")
-    arrivals = np.sort(np.asarray(times, dtype=np.float64))
+    arrivals, isl, osl = np.array(columns, dtype=np.float64).T
     span = float(arrivals[-1] - arrivals[0])
     if span <= 0:
         raise _unreadable(path, f"a {trace.format} trace", "all requests arrive at one moment")
     gaps = np.diff(arrivals)
-    cv2 = float(gaps.var() / gaps.mean() ** 2)
+    hit_rate = found / blocks if blocks else 0.0
     hits = trace.prefix_hit_rate if trace.prefix_hit_rate is not None else hit_rate
     count = len(isl)
     return Traffic(
-        isl=np.asarray(isl, dtype=np.float64),
-        osl=np.maximum(np.asarray(osl, dtype=np.float64), 1.0),
+        isl=isl,
+        osl=osl,
         weight=np.full(count, 1.0 / count),
         hit_rate=min(hits, 0.999),
         rate=(count - 1) / span,
-        arrival_cv2=cv2,
-    )
-
-
-Columns = tuple[Sequence[float], Sequence[float], Sequence[float], float]
-
-
-def _mooncake(text: str) -> Columns:
-    """JSON lines {timestamp ms, input_length, output_length, hash_ids}.
-
-    The hit rate is that of a prefix cache of unlimited size: a block counts as found when the same
-    hash was seen in an earlier request (hash_ids name whole prefixes, block by block).
-    """
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    seen: set[int] = set()
-    blocks = found = 0
-    for row in rows:
-        ids = row.get("hash_ids", [])
-        blocks += len(ids)
-        found += sum(i in seen for i in ids)
-        seen.update(ids)
-    return (
-        [row["timestamp"] / 1e3 for row in rows],
-        [row["input_length"] for row in rows],
-        [row["output_length"] for row in rows],
-        found / blocks if blocks else 0.0,
-    )
-
-
-def _azure(text: str) -> Columns:
-    """CSV TIMESTAMP, ContextTokens, GeneratedTokens."""
-    rows = list(csv.DictReader(StringIO(text)))
-    stamp = [row["TIMESTAMP"] for row in rows]
-    seconds = [datetime.fromisoformat(s[:26]).timestamp() for s in stamp]
-    return (
-        seconds,
-        [float(row["ContextTokens"]) for row in rows],
-        [float(row["GeneratedTokens"]) for row in rows],
-        0.0,
-    )
-
-
-def _vllm(text: str) -> Columns:
-    """JSON lines {arrival_time s, input_toks, output_toks}, as a vLLM run logs its requests."""
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return (
-        [row["arrival_time"] for row in rows],
-        [row["input_toks"] for row in rows],
-        [row["output_toks"] for row in rows],
-        0.0,
+        arrival_cv2=float(gaps.var() / gaps.mean() ** 2),
     )
