@@ -4,14 +4,14 @@ Kernels come in stacks. `costs.gemm(specs)` prepares R of them once and returns 
 prices them over N loads, all amounts [R, N] arrays; so tables are looked up and constants
 gathered once per model, not once per step. `planc.cost_model.roofline.Roofline` is the
 implementation that needs no measurement; a measured profile implements the same four methods,
-may fall back to it family by family, and says how good it is in `source`.
+may fall back to it kernel by kernel, and says how well founded each is in `Priced.sources`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -118,12 +118,35 @@ class Times:
     bound: Bound
 
 
+L = TypeVar("L")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Priced(Generic[L, T]):
+    """A prepared stack: call it to price loads. `sources` says for each of its kernels how well founded.
+
+    Implementations that know no more than one provenance for all may return plain functions.
+    """
+
+    price: Callable[[L], T]
+    sources: tuple[Provenance, ...]
+
+    def __call__(self, load: L) -> T:
+        return self.price(load)
+
+
+def sources(priced: object, costs: KernelCosts, count: int) -> tuple[Provenance, ...]:
+    """Provenance of each of `count` kernels that were prepared together."""
+    return priced.sources if isinstance(priced, Priced) else (costs.source,) * count
+
+
 class KernelCosts(Protocol):
     """Prices kernels on one GPU. No work (no tokens, no bytes) costs nothing."""
 
     @property
     def source(self) -> Provenance:
-        """The least well founded of the costs."""
+        """Of kernels that are prepared without a provenance of their own (see `Priced`)."""
         ...
 
     def gemm(self, specs: Sequence[Gemm]) -> Callable[[Array], Times]:

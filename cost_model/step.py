@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +24,14 @@ from planc.cost_model.kernels import (
     GroupedGemm,
     KernelCosts,
     Part,
+    Priced,
     Times,
+    sources,
 )
 from planc.cost_model.local import stages, unquantized
 from planc.cost_model.lower import Collective, Kernel
 from planc.cost_model.measured import costs_for
-from planc.cost_model.quantity import Quantity, worst
+from planc.cost_model.quantity import ORDER, Quantity, worst
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
 from planc.ir.work import Amount
@@ -40,6 +43,10 @@ _BLOCK = 4096
 
 #: where the tokens, sequences and contexts stand among the features
 _T, _S, _C = 1, 2, 3
+
+#: the step by whose times sources are weighed, and the share of its seconds that may be founded worse
+_TYPICAL = StepLoad(decode_seqs=32, decode_context=2000, prefill_tokens=1024)
+_NEGLIGIBLE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,17 +138,33 @@ class StepModel:
         ]
         self._groups = _groups(self._unique, self._names, self.costs)
         self._sizes = _matrix(sizes, self._names)
+        self._sources = _kernel_sources(self._groups, len(self._unique))
         no_graphs = shape.eager or gpu.vendor == "cpu"
         self._graphs = np.array(
             () if no_graphs else profile.cuda_graphs.sizes(max_num_seqs or profile.cuda_graphs.largest),
             dtype=np.float64,
         )
 
-    @property
+    @cached_property
     def source(self) -> Provenance:
-        """The least well founded of what the seconds are made of."""
-        links = [group_source(item.ranks, self.gpu, self.fabric) for item in self._collectives]
-        return worst([self.costs.source, *links, *(link.source for link in self._hops())])
+        """The least well founded of the links and of the kernels, leaving aside kernels that together take
+        less than a tenth of the kernels' time in a typical step."""
+        times, _ = self._times(_TYPICAL.arrays())
+        each = self._kernel_calls.sum(axis=0) * times.seconds[:, 0]
+        enough, taken = _NEGLIGIBLE * float(each.sum()), 0.0
+        kernels: Provenance = self.costs.source
+        for source in reversed(ORDER):
+            taken += float(sum(t for t, of in zip(each, self._sources, strict=True) if of == source))
+            if taken > enough:
+                kernels = source
+                break
+        return worst([kernels, *self._link_sources(), *(link.source for link in self._hops())])
+
+    def _link_sources(self) -> list[Provenance]:
+        return [
+            price.sources[0] if isinstance(price, Priced) else group_source(item.ranks, self.gpu, self.fabric)
+            for item, price in zip(self._collectives, self._link_costs, strict=True)
+        ]
 
     @property
     def band(self) -> tuple[float, float]:
@@ -187,12 +210,11 @@ class StepModel:
             if total > 0:
                 site = "+".join(kernel.sites)
                 found.append(
-                    StepPart(kernel.layer_class, site, kernel.op, float(total), bound, self.costs.source)
+                    StepPart(kernel.layer_class, site, kernel.op, float(total), bound, self._sources[index])
                 )
-        for item, row in zip(self._collectives, links, strict=True):
+        for item, row, source in zip(self._collectives, links, self._link_sources(), strict=True):
             total = row[0] * item.calls * counts[order[item.layer_class]]
             if total > 0:
-                source = group_source(item.ranks, self.gpu, self.fabric)
                 found.append(
                     StepPart(item.layer_class, item.site, item.kind, float(total), BOUNDS[LINK], source)
                 )
@@ -302,6 +324,7 @@ class _Group:
     part: Part
     index: npt.NDArray[np.intp]
     price: Callable[[Array], Times]
+    sources: tuple[Provenance, ...]
 
 
 def _groups(kernels: Sequence[Kernel], names: Sequence[str], costs: KernelCosts) -> list[_Group]:
@@ -312,26 +335,36 @@ def _groups(kernels: Sequence[Kernel], names: Sequence[str], costs: KernelCosts)
         family = "attention" if isinstance(kernel.spec, Attention) else family
         found.setdefault((family, kernel.part), []).append(i)
     return [
-        _Group(part, np.array(index), _pricer(family, [kernels[i] for i in index], names, costs))
+        _Group(part, np.array(index), *_pricer(family, [kernels[i] for i in index], names, costs))
         for (family, part), index in found.items()
     ]
 
 
 def _pricer(
     family: str, mine: Sequence[Kernel], names: Sequence[str], costs: KernelCosts
-) -> Callable[[Array], Times]:
+) -> tuple[Callable[[Array], Times], tuple[Provenance, ...]]:
     of = lambda field: _matrix([getattr(k, field) for k in mine], names)  # noqa: E731
     if family in ("gemm", "grouped_gemm"):
         rows, specs = of("rows"), [k.spec for k in mine]
         price = costs.gemm(specs) if family == "gemm" else costs.grouped_gemm(specs)  # type: ignore[arg-type]
-        return lambda x: price(rows @ x)
+        return lambda x: price(rows @ x), sources(price, costs, len(mine))
     if family == "attention":
         attend = costs.attention([k.spec for k in mine])  # type: ignore[misc]
         flops, kv, acts = of("flops"), of("kv"), of("reads") + of("writes")
-        return lambda x: attend(AttentionLoad(flops @ x, kv @ x, acts @ x, x[_T], x[_S], x[_C]))
+        load = lambda x: AttentionLoad(flops @ x, kv @ x, acts @ x, x[_T], x[_S], x[_C])  # noqa: E731
+        return lambda x: attend(load(x)), sources(attend, costs, len(mine))
     touch = costs.elementwise(np.array([[k.launches] for k in mine]))
     nbytes = of("nbytes")
-    return lambda x: touch(nbytes @ x)
+    return lambda x: touch(nbytes @ x), sources(touch, costs, len(mine))
+
+
+def _kernel_sources(groups: Sequence[_Group], count: int) -> list[Provenance]:
+    """How well founded each unique kernel is."""
+    found: list[Provenance] = ["measured"] * count
+    for group in groups:
+        for index, source in zip(group.index, group.sources, strict=True):
+            found[index] = source
+    return found
 
 
 def _calls(

@@ -27,6 +27,7 @@ class Measured:
 
     Each family's module has one function of the same signature: it takes the GPU, the engine's profile
     and the roofline to fall back to, and returns the roofline's own answer for kernels that no table covers.
+    It says which those are in the `sources` of the `Priced` that it returns.
     """
 
     gpu: Gpu
