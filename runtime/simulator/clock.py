@@ -1,0 +1,222 @@
+"""Step times as look-ups: what a step model says, tabulated once and asked one step at a time.
+
+A step's kernels fall into three parts that depend on few numbers each, so that four small tables
+replace the five-dimensional load of `planc.cost_model.step.StepLoad`:
+
+    decode(b, c)    steps without prompts: b sequences, mean context c; piecewise linear in c
+    shared(r)       kernels over all r rows of a mixed step, with logits of one row
+    head(s)         what logits of s rows add
+    prompt(n, q, p) one chunk's share of the attention of n chunks of q tokens after p cached ones
+
+Tables are filled in blocks when first asked for. Knots lie where kernels change their tiles; between
+knots everything is linear.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from planc.cost_model.features import Array
+from planc.cost_model.step import StepLoad, StepModel
+
+#: mean contexts: powers of two and half-way between, where windows and cache effects begin
+CONTEXTS = (1, *(part * 2**k // 2 for k in range(6, 21) for part in (2, 3)))
+#: chunk lengths: four to an octave, so that a parabola is off by 0.4 % between them
+CHUNKS = (*range(1, 17), *(round(2 ** (k / 4)) for k in range(17, 81)))
+#: tokens cached before a chunk
+CACHED = (0, *(part * 2**k // 2 for k in range(5, 21) for part in (2, 3)))
+#: batches filled at once
+_BLOCK = 32
+#: rows up to here are tabulated one by one; beyond at multiples of 64 and one above each
+_EVERY_ROW = 512
+#: prompt tokens beside which logits are priced, and chunks beyond which one more takes its share alone
+_WIDE, _TOGETHER = 8192, 16
+
+
+class Line(NamedTuple):
+    """Step time near a mean context: `seconds` now, `slope` more per token of it, for `steps` steps."""
+
+    seconds: float
+    slope: float
+    steps: int
+
+
+class Clock:
+    """Scalar step times of one engine: about a microsecond each, within 1 % of the step model's.
+
+    With pipeline parallelism a "step" is a full cycle: the batch goes round in pp micro-batches, and a
+    prompt's chunk rides in one of them.
+    """
+
+    def __init__(self, model: StepModel) -> None:
+        self.model = model
+        self.stages = model.shape.pp
+        self._decode: dict[int, list[float]] = {}
+        self._tables = [_StageTables(model, stage) for stage in range(self.stages)]
+
+    def line(self, seqs: int, context: float) -> Line:
+        """A step of `seqs` decoding sequences at a mean context (the new token included), and how its
+        time grows while every sequence grows by one token a step."""
+        if self.stages == 1:
+            return _line(self._decode.get(seqs) or self._fill(seqs), context)
+        small, many = divmod(seqs, self.stages)
+        if small == 0:
+            one = _line(self._decode.get(1) or self._fill(1), context)
+            return Line(one.seconds * self.stages, one.slope * self.stages, one.steps)
+        low = _line(self._decode.get(small) or self._fill(small), context)
+        high = _line(self._decode.get(small + 1) or self._fill(small + 1), context) if many else low
+        few = self.stages - many
+        return Line(few * low.seconds + many * high.seconds, few * low.slope + many * high.slope, low.steps)
+
+    def mixed(self, seqs: int, context: float, chunks: Sequence[tuple[int, int]]) -> tuple[float, float]:
+        """(seconds, drain) of a step with decoding sequences and prompt chunks (new tokens, cached ones).
+
+        drain: by how much the chunks' own results come later than the step's end: pipeline stages that
+        the next cycle does not wait for.
+        """
+        if self.stages == 1:
+            return self._tables[0].mixed(seqs, context, chunks), 0.0
+        riding = max(seqs // self.stages, 1) if seqs else 0
+        full = max(part.mixed(riding, context, chunks) for part in self._tables)
+        plain = self.line(riding * self.stages, context).seconds / self.stages if riding else 0.0
+        return (self.stages - 1) * plain + full, (self.stages - 1) * (full - plain)
+
+    def _fill(self, seqs: int) -> list[float]:
+        low = (seqs - 1) // _BLOCK * _BLOCK + 1
+        batch = np.arange(low, low + _BLOCK, dtype=np.float64)[:, None]
+        found = self.model.seconds(StepLoad(batch, np.array(CONTEXTS, dtype=np.float64)))
+        for offset, row in enumerate(found.tolist()):
+            self._decode[low + offset] = row
+        return self._decode[seqs]
+
+
+class _StageTables:
+    """The parts of one pipeline stage's mixed steps."""
+
+    def __init__(self, model: StepModel, stage: int) -> None:
+        self.model, self.stage = model, stage
+        self.factor = model.profile.prefill_factor
+        probe = StepLoad(np.array([0.0, 0.0, 0.0, 1.0]), 1, np.array([1, 1001, 1001, 1000]), [1, 1, 2, 1])
+        self.launches = float(self._ask(probe, "launches")[0])
+        host, longer, split, seated = self._ask(probe, "host").tolist()
+        self.per_row, self.per_chunk, self.per_seq = (longer - host) / 1000, split - longer, seated - longer
+        self.fixed = host - self.per_row - self.per_chunk
+        self.shared = Curve(lambda rows: self._ask(StepLoad(0, 0, rows, 1), "shared"))
+        self.head = Curve(self._logits)
+        self._alone: dict[int, list[float]] = {}
+        self._prompt: dict[tuple[int, int], list[float]] = {}
+
+    def mixed(self, seqs: int, context: float, chunks: Sequence[tuple[int, int]]) -> float:
+        count, tokens, attention = len(chunks), 0, 0.0
+        for new, cached in chunks:
+            tokens += new
+            attention += self._chunk(new, cached, count)
+        rows = seqs + tokens
+        device = self.shared(rows) + self.head(seqs + count) + attention
+        alone = 0.0
+        if seqs:
+            row = self._alone.get(seqs) or self._fill_alone(seqs)
+            decode = _line(row, context).seconds
+            device += decode
+            alone = row[-1] + decode
+        device += (self.factor - 1.0) * max(device - alone, 0.0)
+        host = self.fixed + self.per_row * rows + self.per_chunk * count + self.per_seq * seqs
+        return max(device, self.launches) + host
+
+    def _ask(self, load: StepLoad, piece: str) -> Array:
+        found: Array = getattr(self.model.pieces(load), piece)[self.stage]
+        return found
+
+    def _logits(self, rows: Array) -> Array:
+        """What the logits of so many rows add to those of one."""
+        many, one = StepLoad(0, 0, _WIDE, rows), StepLoad(0, 0, _WIDE, np.ones_like(rows))
+        return self._ask(many, "shared") - self._ask(one, "shared")
+
+    def _fill_alone(self, seqs: int) -> list[float]:
+        """Per batch: decode attention at every context, and last the shared kernels of a step without
+        prompts."""
+        low = (seqs - 1) // _BLOCK * _BLOCK + 1
+        batch = np.arange(low, low + _BLOCK, dtype=np.float64)[:, None]
+        pieces = self.model.pieces(StepLoad(batch, np.array(CONTEXTS, dtype=np.float64)))
+        attention, shared = (part[self.stage].reshape(_BLOCK, -1) for part in (pieces.decode, pieces.shared))
+        for offset, (row, rest) in enumerate(zip(attention.tolist(), shared[:, 0].tolist(), strict=True)):
+            self._alone[low + offset] = [*row, rest]
+        return self._alone[seqs]
+
+    def _chunk(self, new: int, cached: int, count: int) -> float:
+        """One chunk's share of the attention of `count` such chunks: linear in 1 / count between powers
+        of two, as a floor under each kernel would have it."""
+        together = 1 << (min(count, _TOGETHER).bit_length() - 1)
+        share = self._share(new, cached, together)
+        if together < count < _TOGETHER:
+            far = self._share(new, cached, 2 * together)
+            share = far + (2 * together / count - 1) * (share - far)
+        return share
+
+    def _share(self, new: int, cached: int, count: int) -> float:
+        left = bisect_right(CHUNKS, new) - 1
+        low = _at(self._prompt.get((count, left)) or self._fill_prompt(count, left), cached)
+        if CHUNKS[left] == new or left + 1 == len(CHUNKS):
+            return low
+        high = _at(self._prompt.get((count, left + 1)) or self._fill_prompt(count, left + 1), cached)
+        return low + (new - CHUNKS[left]) / (CHUNKS[left + 1] - CHUNKS[left]) * (high - low)
+
+    def _fill_prompt(self, count: int, index: int) -> list[float]:
+        load = StepLoad(0, 0, count * CHUNKS[index], count, np.array(CACHED, dtype=np.float64))
+        found = self._prompt[count, index] = (self._ask(load, "prefill") / count).tolist()
+        return found
+
+
+class Curve:
+    """A function of a number of rows, asked for in blocks: every row up to 512, beyond that at multiples
+    of 64 and one above each, linear between."""
+
+    def __init__(self, ask: Callable[[Array], Array]) -> None:
+        self._ask = ask
+        self._known: dict[int, float] = {}
+
+    def __call__(self, rows: int) -> float:
+        found = self._known.get(rows)
+        return self._find(rows) if found is None else found
+
+    def _find(self, rows: int) -> float:
+        if rows <= _EVERY_ROW:
+            low = max(rows - 1, 0) // 128 * 128 + 1
+            wanted = range(low, low + 128)
+            self._known.update(
+                zip(wanted, self._ask(np.array(wanted, dtype=np.float64)).tolist(), strict=True)
+            )
+            return self._known[rows]
+        low = (rows - 1) // 64 * 64 + 1
+        high = low + 63
+        if low not in self._known or high not in self._known:
+            start = (low - 1) // 2048 * 2048
+            ends = [end for k in range(start, start + 2048, 64) for end in (k + 1, k + 64)]
+            wanted = [end for end in ends if end > _EVERY_ROW]
+            self._known.update(
+                zip(wanted, self._ask(np.array(wanted, dtype=np.float64)).tolist(), strict=True)
+            )
+        below, above = self._known[low], self._known[high]
+        found = self._known[rows] = below + (above - below) * (rows - low) / 63
+        return found
+
+
+def _line(row: list[float], context: float) -> Line:
+    """Reads a row over CONTEXTS; contexts off the grid extend its ends."""
+    left = min(max(bisect_right(CONTEXTS, context) - 1, 0), len(CONTEXTS) - 2)
+    start, stop = CONTEXTS[left], CONTEXTS[left + 1]
+    slope = (row[left + 1] - row[left]) / (stop - start)
+    steps = int(stop - context) + 1 if stop > context else 1 << 30
+    return Line(row[left] + slope * (context - start), slope, steps)
+
+
+def _at(row: list[float], cached: int) -> float:
+    """Reads a row over CACHED."""
+    left = min(bisect_right(CACHED, cached) - 1, len(CACHED) - 2)
+    return row[left] + (cached - CACHED[left]) / (CACHED[left + 1] - CACHED[left]) * (
+        row[left + 1] - row[left]
+    )
