@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planc.cost_model import catalogue
 from planc.cost_model.table import CostTable
 from planc.errors import Infeasible, InvalidField, UnknownField
 from planc.planner.plan import Predicted, Replica
 from planc.planner.request import Request
+
+if TYPE_CHECKING:
+    from planc.planner.candidates import Candidate
+    from planc.planner.evaluate import Limits
+    from planc.planner.search import Search
 
 _COUNTS = (
     "tp",
@@ -63,49 +68,22 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     fit into memory.
     """
     from planc.planner import assemble
-    from planc.planner.evaluate import Engine, Limits, Precise
+    from planc.planner.evaluate import Engine, Precise
     from planc.planner.offers import Deployed
     from planc.planner.predict import predicted
-    from planc.planner.search import Search
 
     chosen = _parsed(settings)
-    fixed = _fixed(request, table, chosen)
-    search = Search(fixed, table, bench=False)
-    if not search.found:
-        raise _refused(fixed, table, search)
+    search, limits = _one(request, table, chosen)
     candidate = search.found[0]
-    cap, budget = fixed.constraints.max_num_seqs, fixed.constraints.max_num_batched_tokens
-    assert cap is not None
-    assert budget is not None
-    room = search.room(candidate)
-    seats = room.seats(cap[0], budget[0])
-    if seats < 1:
-        found = room.memory(cap[0], budget[0])
-        raise Infeasible(
-            reason=(
-                f"{candidate.label()} needs {found.weights / 2**30:.1f} GiB of weights on each GPU of "
-                f"{found.capacity / 2**30:.1f} GiB and leaves no room for one sequence"
-            ),
-            relaxations="",
-        )
-    limits = Limits(cap[0], budget[0], seats)
     engine = Engine(candidate, search.model(candidate), (limits,))
     one = Precise(engine, limits, search.traffic)
     capacity = one.capacity(search.slos)
     carried = capacity or one.capacity(())
-    pieces, size = candidate.pieces
-    fits = max(sum(island // size for island in candidate.group.islands) // pieces, 1)
+    fits = _most(candidate)
     wanted = chosen.get("replicas")
     if wanted is None:
         wanted = fits if search.demand is None else min(fits, max(1, -int(-search.demand // carried)))
-    elif wanted > fits:
-        raise InvalidField(
-            where="estimate",
-            field="replicas",
-            value=wanted,
-            reason=f"the inventory holds {fits}",
-            mend="Ask for fewer.",
-        )
+    _held(wanted, fits)
     demand = search.demand if search.demand is not None else wanted * carried
     notes = []
     most = one.capacity(())
@@ -130,6 +108,69 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     total = replica.memory.total_gib
     numbers["memory_gib"] = Predicted(value=total, low=total, high=total, source="assumed")
     return Estimate(replica, wanted, wanted * capacity, meets, dict(sorted(numbers.items())), tuple(notes))
+
+
+def configured(request: Request, table: CostTable, **settings: Any) -> list[Replica]:
+    """The engines that `settings` describe, placed but not evaluated: `replicas` of them, one if left out.
+
+    Raises as `estimate` does.
+    """
+    from planc.planner import assemble
+    from planc.planner.evaluate import Engine
+    from planc.planner.offers import Deployed
+
+    chosen = _parsed(settings)
+    search, limits = _one(request, table, chosen)
+    candidate = search.found[0]
+    count = chosen.get("replicas", 1)
+    _held(count, _most(candidate))
+    item = Deployed(Engine(candidate, search.model(candidate), (limits,)), limits, count, 0.0, 0.0)
+    homes = assemble.placement(search.groups, [candidate] * count)
+    return [assemble.replica(search, item, gpus, 1.0 / count) for gpus in homes]
+
+
+def _one(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> tuple[Search, Limits]:
+    """A search that has the chosen candidate only, and its limits. Raises Infeasible without room."""
+    from planc.planner.evaluate import Limits
+    from planc.planner.search import Search
+
+    fixed = _fixed(request, table, chosen)
+    search = Search(fixed, table, bench=False)
+    if not search.found:
+        raise _refused(fixed, table, search)
+    candidate = search.found[0]
+    cap, budget = fixed.constraints.max_num_seqs, fixed.constraints.max_num_batched_tokens
+    assert cap is not None
+    assert budget is not None
+    room = search.room(candidate)
+    seats = room.seats(cap[0], budget[0])
+    if seats < 1:
+        found = room.memory(cap[0], budget[0])
+        raise Infeasible(
+            reason=(
+                f"{candidate.label()} needs {found.weights / 2**30:.1f} GiB of weights on each GPU of "
+                f"{found.capacity / 2**30:.1f} GiB and leaves no room for one sequence"
+            ),
+            relaxations="",
+        )
+    return search, Limits(cap[0], budget[0], seats)
+
+
+def _most(candidate: Candidate) -> int:
+    """Engines like this that the inventory holds."""
+    pieces, size = candidate.pieces
+    return max(sum(island // size for island in candidate.group.islands) // pieces, 1)
+
+
+def _held(wanted: int, fits: int) -> None:
+    if wanted > fits:
+        raise InvalidField(
+            where="estimate",
+            field="replicas",
+            value=wanted,
+            reason=f"the inventory holds {fits}",
+            mend="Ask for fewer.",
+        )
 
 
 def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
