@@ -120,6 +120,8 @@ class EngineProfile(Entry):
     launch_us            host time per kernel in a compiled step without a graph (prompts, large batches);
                          kernels hide it while they take longer
     launch_eager_us      the same for an engine that runs eagerly, Python of the modules included
+    layer_us             per layer and step, of either sign: what a sum of kernels that were measured alone gets
+                         wrong (overlap of neighbours, gaps between them)
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
     serves               kinds of model it runs
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
@@ -149,6 +151,7 @@ class EngineProfile(Entry):
     step_eager_us: float
     launch_us: float
     launch_eager_us: float
+    layer_us: float = 0.0
     per_sequence_us: float
     overlaps_host: bool
     prefill_factor: float

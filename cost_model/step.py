@@ -271,7 +271,9 @@ class StepModel:
         one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
         per_launch = np.where(graphed | (self.gpu.vendor == "cpu"), 0.0, one * 1e-6)
         fixed = self.profile.step_eager_us if self.shape.eager else self.profile.step_us
-        host = (fixed + self.profile.per_sequence_us * (load.seqs + load.chunks)) * 1e-6
+        layers = np.array([[len(stage.layers)] for stage in self._stages])
+        each = self.profile.per_sequence_us * (load.seqs + load.chunks)
+        host = (fixed + self.profile.layer_us * layers + each) * 1e-6
         return Pieces(*device, self._launches[:, None] * per_launch, self._hand_over(rows) + host)
 
     def _hand_over(self, tokens: Array) -> Array:

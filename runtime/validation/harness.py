@@ -1,0 +1,123 @@
+"""How a point was taken: its load generator and its engine's flags, from stated rules.
+
+`harness.yaml` holds defaults and rules with their sources; a column of the points file wins over a rule, an
+option of the command wins over both. No flag is ever inferred from the times that it explains.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from planc.cost_model import catalogue
+from planc.errors import InvalidField, UnknownField
+from planc.runtime.validation.points import FLAGS, Point
+
+
+@dataclass(frozen=True, slots=True)
+class Harness:
+    """burst                  all clients send their first request at once
+    requests_per_client       requests of a run over its concurrency
+    length_low, length_high   lengths are drawn evenly between these shares of the stated ones
+    stream_interval           tokens between two messages to the client; it sees the first with the n-th
+    recv_interval             steps between two polls for arrivals
+    batch_wait_steps          steps that a prompt is held back for company
+    prompts_per_step          most prompts in a step, None for no limit
+    max_num_batched_tokens    token budget of a step, None for the engine's default
+    max_num_seqs              None: the concurrency
+    kv                        cache format, None for the engine's usual one
+    gpu_memory_utilization    None for the engine's default
+    speculative               name of the method, None for none; planc predicts without it
+    expert_parallel           whole experts on ranks although labels say otherwise; None: as labelled
+    """
+
+    burst: bool
+    requests_per_client: float
+    length_low: float
+    length_high: float
+    stream_interval: int
+    recv_interval: int
+    batch_wait_steps: int
+    prompts_per_step: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    kv: str | None = None
+    gpu_memory_utilization: float | None = None
+    speculative: str | None = None
+    expert_parallel: bool | None = None
+
+
+NAMES = tuple(item.name for item in fields(Harness))
+assert set(NAMES) == set(FLAGS)
+
+
+@cache
+def _document() -> Any:
+    text = resources.files("planc.runtime.validation").joinpath("harness.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+def harness(point: Point, options: Mapping[str, Any] | None = None, *, rules: bool = True) -> Harness:
+    """The harness of a point. Without `rules` only defaults, columns and options count.
+
+    Raises UnknownField for an option that is none, InvalidField for a range of lengths that is empty.
+    """
+    document = _document()
+    found = Harness(**document["defaults"])
+    if rules:
+        for rule in document["rules"]:
+            if _applies(rule["when"], point):
+                found = replace(found, **rule["set"])
+    chosen = {**point.flags, **(options or {})}
+    for name in chosen:
+        if name not in NAMES:
+            raise UnknownField(where="harness", field=name, mend=f"Known: {', '.join(NAMES)}.")
+    found = replace(found, **chosen)
+    if not 0 < found.length_low <= found.length_high:
+        raise InvalidField(
+            where="harness",
+            field="length_low",
+            value=found.length_low,
+            reason=f"not between 0 and length_high = {found.length_high}",
+            mend="Give shares of the stated lengths, e.g. 0.8 and 1.0.",
+        )
+    return found
+
+
+def _applies(when: Mapping[str, Any], point: Point) -> bool:
+    facts = {
+        "engine": point.engine,
+        "gpu": point.gpu,
+        "arch": catalogue.gpu(point.gpu).arch,
+        "model": point.model,
+        "weights": point.weights,
+        "mode": point.mode,
+        "isl": point.isl,
+        "osl": point.osl,
+        "tp": point.tp,
+        "concurrency": point.concurrency,
+    }
+    for name, wanted in when.items():
+        if name == "before_version":
+            good = _version(point.engine_version) < _version(wanted)
+        elif name.startswith("from_"):
+            good = facts[name[5:]] >= wanted
+        elif name.startswith("below_"):
+            good = facts[name[6:]] < wanted
+        else:
+            inside = facts[name.removesuffix("_not")] in (wanted if isinstance(wanted, list) else [wanted])
+            good = inside != name.endswith("_not")
+        if not good:
+            return False
+    return True
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version; () for none."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])

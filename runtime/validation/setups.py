@@ -1,0 +1,210 @@
+"""From a point's labels to engines that can be priced: formats, shapes, memory. Says why where it cannot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from planc.cost_model import catalogue
+from planc.cost_model.catalogue import EngineProfile, Gpu
+from planc.cost_model.collectives import Fabric
+from planc.cost_model.formats import formats
+from planc.cost_model.memory import MemoryMap, memory_map
+from planc.cost_model.shape import EngineShape, refusals
+from planc.cost_model.table import CostTable
+from planc.errors import PlancError
+from planc.runtime.validation.harness import Harness
+from planc.runtime.validation.points import Point, PoolLabel
+
+#: other names of the same architecture
+ALIASES = {
+    "deepseek-v3": "deepseek-r1",
+    "deepseek-v3.1": "deepseek-r1",
+    "llama-3.3-70b": "llama-3.1-70b",
+    "llama-3-70b": "llama-3.1-70b",
+    "llama-3-8b": "llama-3.1-8b",
+    "kimi-k2": "kimi-k2.5",
+}
+
+_UTILISATIONS = (0.95, 0.98)  # tried where the stated share leaves no room, since the point did run
+
+
+class Unpredictable(Exception):
+    """Why a point cannot be predicted, in a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One pool of equal engines: how many, in which shape, with how much cache.
+
+    max_num_seqs, budget   of one scheduler; an engine has shape.dp of them
+    """
+
+    workers: int
+    shape: EngineShape
+    memory: MemoryMap
+    max_num_seqs: int
+    budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """A point, ready to be simulated. `prefill` is None where one engine does both phases."""
+
+    point: Point
+    harness: Harness
+    table: CostTable
+    gpu: Gpu
+    profile: EngineProfile
+    fabric: Fabric
+    decode: Engine
+    prefill: Engine | None = None
+
+
+Tables = Callable[[str], CostTable]
+
+
+def model_tables(folders: tuple[Path, ...]) -> Tables:
+    """Cost tables by model name: `<folder>/<name>.json`, or a path to a configuration."""
+    from planc.passes.tabulate import load_table
+
+    known: dict[str, CostTable] = {}
+
+    def table(name: str) -> CostTable:
+        if name not in known:
+            known[name] = load_table(_config(name, folders))
+        return known[name]
+
+    return table
+
+
+def _config(name: str, folders: tuple[Path, ...]) -> Path:
+    wanted = ALIASES.get(name, name)
+    for folder in folders:
+        for path in (folder / f"{wanted}.json", folder / wanted):
+            if path.exists():
+                return path
+    path = Path(name)
+    if path.exists() and (path.suffix == ".json" or path.is_dir()):
+        return path
+    raise Unpredictable(f"model '{name}' has no configuration in {', '.join(map(str, folders))}")
+
+
+def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
+    """Raises Unpredictable with the reason."""
+    try:
+        gpu, profile = catalogue.gpu(point.gpu), catalogue.engine(point.engine)
+        table = tables(point.model)
+    except PlancError as error:
+        raise Unpredictable(str(error)) from None
+    fabric = Fabric(gpus_per_node=8)
+    make = lambda label, load: _engine(point, harness, table, gpu, profile, label, load)  # noqa: E731
+    if point.mode == "agg":
+        label = PoolLabel(1, point.tp, point.attention_dp, point.moe_ep)
+        engine = make(label, point.concurrency)
+        return Setup(point, harness, table, gpu, profile, fabric, engine)
+    assert point.prefill is not None
+    assert point.decode is not None
+    decode, prefill = make(point.decode, point.concurrency), make(point.prefill, 0)
+    return Setup(point, harness, table, gpu, profile, fabric, decode, prefill)
+
+
+def _engine(
+    point: Point,
+    harness: Harness,
+    table: CostTable,
+    gpu: Gpu,
+    profile: EngineProfile,
+    label: PoolLabel,
+    load: int,
+) -> Engine:
+    shape = _shape(point, harness, table, gpu, profile, label)
+    found = refusals(shape, table, gpu, profile)
+    if found:
+        raise Unpredictable("; ".join(item.reason for item in found))
+    each = math.ceil((harness.max_num_seqs or load) / (label.workers * label.dp))
+    seqs = min(max(each, 1), max(profile.max_num_seqs, load))
+    budget = harness.max_num_batched_tokens or profile.max_num_batched_tokens
+    if point.engine == "trtllm":  # whole prompts: the budget holds at least one
+        budget = max(budget, point.isl)
+    memory = _memory(point, harness, table, gpu, profile, shape, seqs, budget)
+    return Engine(label.workers, shape, memory, seqs, budget)
+
+
+def _memory(
+    point: Point,
+    harness: Harness,
+    table: CostTable,
+    gpu: Gpu,
+    profile: EngineProfile,
+    shape: EngineShape,
+    seqs: int,
+    budget: int,
+) -> MemoryMap:
+    """The cache that the engine had. It did run, so where the stated share of memory leaves no room for
+    one sequence a larger one is taken."""
+    stated = harness.gpu_memory_utilization or profile.gpu_memory_utilization
+    for share in (stated, *(u for u in _UTILISATIONS if u > stated)):
+        found = memory_map(
+            table,
+            shape,
+            gpu,
+            profile,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=point.isl + point.osl,
+            utilization=share,
+        )
+        if found.fits:
+            return found
+    raise Unpredictable(
+        f"{found.weights / 2**30:.0f} GiB of weights on each GPU of {gpu.memory_gib:.0f} GiB leave no room "
+        f"for one sequence of {point.isl + point.osl} tokens"
+    )
+
+
+def _shape(
+    point: Point,
+    harness: Harness,
+    table: CostTable,
+    gpu: Gpu,
+    profile: EngineProfile,
+    label: PoolLabel,
+) -> EngineShape:
+    weights, activations = _formats(point.weights, gpu, profile)
+    ep = label.ep if table.model.experts and label.ep > 1 else 1
+    if harness.expert_parallel and table.model.experts:
+        ep = label.tp * label.dp
+    if ep > 1 and profile.ep_degrees == "tp_dp":
+        ep = label.tp * label.dp
+    kinds = profile.kv_formats(gpu)
+    kv = harness.kv or (kinds[0] if kinds else "bf16")
+    return EngineShape(
+        engine=profile.name,
+        gpu=gpu.name,
+        tp=label.tp,
+        pp=point.pp if point.mode == "agg" else 1,
+        dp=label.dp,
+        ep=ep,
+        weights=weights,
+        activations=activations,
+        kv=kv if kv in kinds or not kinds else kinds[0],
+    )
+
+
+def _formats(weights: str, gpu: Gpu, profile: EngineProfile) -> tuple[str, str]:
+    """(weights, activations) as this engine runs such a checkpoint on this GPU: both in the format where
+    there are kernels for it, else the first pair that the profile lists."""
+    if weights not in formats():
+        raise Unpredictable(f"weights '{weights}' is not a known format; known: {', '.join(formats())}")
+    pairs = [pair for pair in profile.pairs(gpu) if pair[0] == weights]
+    if not pairs:
+        raise Unpredictable(f"{profile.name} has no kernels for {weights} weights on {gpu.arch}")
+    return (weights, weights) if (weights, weights) in pairs else pairs[-1]
+
+
+def with_profile(found: Setup, profile: EngineProfile) -> Setup:
+    """The same setup on an engine with other constants."""
+    return replace(found, profile=profile)
