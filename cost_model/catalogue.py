@@ -120,7 +120,7 @@ class EngineProfile(Entry):
     launch_us            host time per kernel in a compiled step without a graph (prompts, large batches);
                          kernels hide it while they take longer
     launch_eager_us      the same for an engine that runs eagerly, Python of the modules included
-    layer_us             per layer and step, of either sign: what a sum of kernels that were measured alone gets
+    layer_us             per layer and step, of either sign: what a sum of kernels measured alone gets
                          wrong (overlap of neighbours, gaps between them)
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
     serves               kinds of model it runs
