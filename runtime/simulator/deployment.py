@@ -1,0 +1,131 @@
+"""From a plan's replicas to schedulers that can be simulated, one per data-parallel rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from planc.cost_model import catalogue
+from planc.cost_model.catalogue import Gpu
+from planc.cost_model.collectives import Fabric, Link
+from planc.cost_model.memory import MemoryMap, memory_map
+from planc.cost_model.shape import EngineShape
+from planc.cost_model.step import StepModel
+from planc.cost_model.table import CostTable
+from planc.planner.inventory import Group
+from planc.planner.plan import Pool, Replica, Role
+from planc.runtime.simulator.clock import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One scheduler of a deployment: a data-parallel rank of a replica.
+
+    replica     number over all pools            rank   within the replica
+    gpus        that step together with it       weight its share of the traffic
+    kv_blocks   whole-context blocks that its cache holds for requests of the usual length
+    """
+
+    role: Role
+    replica: int
+    rank: int
+    plan: Replica
+    gpu: Gpu
+    gpus: int
+    weight: float
+    clock: Clock
+    kv_blocks: int
+    kv_bytes_per_token: float
+    home: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.replica}" if self.plan.dp == 1 else f"{self.replica}.{self.rank}"
+
+
+def sites(pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], context: float) -> list[Site]:
+    """The schedulers of a plan, in its order; equal replicas share their step times.
+
+    context   mean tokens of a request, prompt and output: layers that forget hold less than that
+    """
+    clocks: dict[tuple[EngineShape, Fabric, int], Clock] = {}
+    memories: dict[str, MemoryMap] = {}
+    homes = _homes(groups)
+    found: list[Site] = []
+    number = 0
+    for pool in pools:
+        for replica in pool.replicas:
+            gpu, profile = catalogue.gpu(replica.gpu), catalogue.engine(replica.engine)
+            group, island = homes[replica.gpus[0]]
+            shape = shape_of(replica)
+            key = (shape, group.fabric, replica.max_num_seqs)
+            if key not in clocks:
+                model = StepModel(table, shape, gpu, group.fabric, profile, max_num_seqs=replica.max_num_seqs)
+                clocks[key] = Clock(model)
+            same = replica.model_dump_json(exclude={"gpus", "traffic_share"})
+            if same not in memories:
+                memories[same] = memory_map(
+                    table,
+                    shape,
+                    gpu,
+                    profile,
+                    max_num_seqs=replica.max_num_seqs,
+                    max_num_batched_tokens=replica.max_num_batched_tokens,
+                    max_model_len=replica.max_model_len,
+                    block_size=replica.block_size,
+                    utilization=replica.gpu_memory_utilization,
+                )
+            memory = memories[same]
+            found += [
+                Site(
+                    role=pool.role,
+                    replica=number,
+                    rank=rank,
+                    plan=replica,
+                    gpu=gpu,
+                    gpus=len(replica.gpus) // replica.dp,
+                    weight=replica.traffic_share / replica.dp,
+                    clock=clocks[key],
+                    kv_blocks=_blocks(replica, memory, context),
+                    kv_bytes_per_token=memory.kv_bytes_per_token,
+                    home=(group.index, island),
+                )
+                for rank in range(replica.dp)
+            ]
+            number += 1
+    return found
+
+
+def link(source: Site, target: Site, groups: Sequence[Group]) -> tuple[Link, int]:
+    """The wire between two replicas, and how many GPU pairs use one each at the same time."""
+    group = next(g for g in groups if g.index == source.home[0])
+    pairs = min(source.plan.tp, target.plan.tp)
+    if source.home == target.home:
+        return group.fabric.inner(source.gpu, 2 * max(source.plan.tp, target.plan.tp)), pairs
+    return group.fabric.outer(source.gpu), pairs
+
+
+def shape_of(replica: Replica) -> EngineShape:
+    names = ("engine", "gpu", "tp", "pp", "dp", "ep", "cp", "weights", "activations", "kv")
+    return EngineShape(**{name: getattr(replica, name) for name in names})
+
+
+def _blocks(replica: Replica, memory: MemoryMap, context: float) -> int:
+    """Blocks of the cache if every layer kept every token; more where layers forget, none limit where
+    nothing is kept."""
+    if not memory.kept:
+        return replica.max_num_seqs * math.ceil(replica.max_model_len / replica.block_size)
+    whole = memory.kv_bytes_per_token * math.ceil(context / replica.block_size) * replica.block_size
+    saved = whole / float(memory.sequence_bytes(context))
+    return int(replica.kv_blocks * max(saved, 1.0)) * replica.cp
+
+
+def _homes(groups: Sequence[Group]) -> Mapping[str, tuple[Group, int]]:
+    """ "node/index" of every GPU -> its group and island."""
+    return {
+        gpu: (group, island)
+        for group in groups
+        for island in range(len(group.islands))
+        for gpu in group.island_gpus(island)
+    }
