@@ -1,6 +1,8 @@
-"""The paged KV cache's book-keeping: which block and which state row belongs to which sequence.
+"""The paged KV cache's book-keeping: how many blocks are taken, which are whose, which prefixes are kept.
 
-Torch-free: the executor and a simulator share it. The tensors themselves are the executor's.
+Torch-free: the executor and the simulator share it. The tensors themselves are the executor's. A
+scheduler counts blocks (`take`, `give`); who needs their numbers names them (`grow`, `table`), so a
+simulation of a million requests pays for no names.
 """
 
 from __future__ import annotations
@@ -19,20 +21,21 @@ class Pool:
     """
 
     size: int
-    _free: list[int] = field(init=False, repr=False)
+    _fresh: int = field(init=False, repr=False, default=0)
+    _back: list[int] = field(init=False, repr=False, default_factory=list)
     _taken: set[int] = field(init=False, repr=False, default_factory=set)
-
-    def __post_init__(self) -> None:
-        self._free = list(range(self.size - 1, -1, -1))
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return self.size - len(self._taken)
 
     def take(self, count: int) -> list[int]:
         """`count` places. The caller asks `free` first; to ask for more is a bug."""
-        assert 0 <= count <= len(self._free), f"{count} places wanted, {len(self._free)} free"
-        taken = [self._free.pop() for _ in range(count)]
+        assert 0 <= count <= self.free, f"{count} places wanted, {self.free} free"
+        taken = [self._back.pop() for _ in range(min(count, len(self._back)))]
+        fresh = count - len(taken)
+        taken.extend(range(self._fresh, self._fresh + fresh))
+        self._fresh += fresh
         self._taken.update(taken)
         return taken
 
@@ -40,12 +43,12 @@ class Pool:
         for place in places:
             assert place in self._taken, f"place {place} is not taken"
             self._taken.remove(place)
-            self._free.append(place)
+            self._back.append(place)
 
 
 @dataclass(slots=True)
 class Holding:
-    """What one sequence holds of the cache."""
+    """What one sequence holds of the cache, by name."""
 
     blocks: list[int]
     state: int
@@ -53,16 +56,23 @@ class Holding:
 
 @dataclass(slots=True)
 class KVCache:
-    """Blocks and state rows of all running sequences.
+    """Blocks and state rows of all running sequences, and prompt prefixes that outlive their sequences.
 
     blocks       number of blocks             block_size   tokens per block
     states       sequences that may hold a state row at once
+    prefix_block tokens that one prefix hash stands for, whole blocks; 0: no prefix is kept
+
+    Invariant: `blocks` = blocks that sequences took + kept prefixes in use + kept and idle + unused.
     """
 
     blocks: int
     block_size: int
     states: int
-    _blocks: Pool = field(init=False, repr=False)
+    prefix_block: int = 0
+    _unused: int = field(init=False, repr=False)
+    _idle: dict[int, None] = field(init=False, repr=False, default_factory=dict)
+    _users: dict[int, int] = field(init=False, repr=False, default_factory=dict)
+    _names: Pool = field(init=False, repr=False)
     _states: Pool = field(init=False, repr=False)
     _held: dict[int, Holding] = field(init=False, repr=False, default_factory=dict)
 
@@ -80,33 +90,99 @@ class KVCache:
                     reason="must be at least 1",
                     mend="Give the cache more memory.",
                 )
-        self._blocks = Pool(self.blocks)
+        if self.prefix_block % self.block_size:
+            raise InvalidField(
+                where="KV cache",
+                field="prefix_block",
+                value=self.prefix_block,
+                reason=f"is no multiple of the block size {self.block_size}",
+                mend="Hash prefixes in whole blocks.",
+            )
+        self._unused = self.blocks
+        self._names = Pool(self.blocks)
         self._states = Pool(self.states)
+
+    # -- counted -------------------------------------------------------------------------
 
     @property
     def free_blocks(self) -> int:
-        return self._blocks.free
+        """Blocks that may be taken: unused ones and kept prefixes that no sequence uses."""
+        return self._unused + len(self._idle) * self.span
+
+    @property
+    def span(self) -> int:
+        """Blocks of one prefix hash."""
+        return self.prefix_block // self.block_size
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that `tokens` tokens of one sequence fill."""
         return -(-tokens // self.block_size)
 
-    def grow(self, sequence: int, tokens: int) -> bool:
-        """Makes room for a sequence's first `tokens` tokens; False, and nothing taken, if there is none."""
-        held = self._held.get(sequence)
-        wanted = self.blocks_for(tokens) - (len(held.blocks) if held else 0)
-        if wanted > self._blocks.free or (held is None and not self._states.free):
+    def take(self, count: int) -> None:
+        """Takes blocks; idle prefixes give way, the least recently used first."""
+        while count > self._unused:
+            assert self._idle, f"{count} blocks wanted, {self._unused} free"
+            oldest = next(iter(self._idle))
+            del self._idle[oldest], self._users[oldest]
+            self._unused += self.span
+        self._unused -= count
+
+    def give(self, count: int) -> None:
+        """Gives blocks back."""
+        self._unused += count
+        assert self._unused <= self.blocks, "more blocks given back than taken"
+
+    # -- prefixes ------------------------------------------------------------------------
+
+    def found(self, hashes: Sequence[int]) -> int:
+        """How many hashes are kept, counted from the first on."""
+        count = 0
+        for name in hashes:
+            if name not in self._users:
+                break
+            count += 1
+        return count
+
+    def idle_among(self, hashes: Sequence[int]) -> int:
+        """Blocks of kept prefixes that count as free until somebody uses them."""
+        return self.span * sum(name in self._idle for name in hashes)
+
+    def use(self, hashes: Sequence[int]) -> None:
+        """One more sequence reads these kept prefixes."""
+        for name in hashes:
+            self._users[name] += 1
+            self._idle.pop(name, None)
+
+    def keep(self, name: int) -> bool:
+        """Turns a sequence's own blocks, full of a prefix, into a kept prefix that it uses. False if the
+        prefix is kept already; the sequence's copy stays its own then."""
+        if name in self._users:
             return False
-        if held is None:
-            held = self._held[sequence] = Holding([], self._states.take(1)[0])
-        held.blocks.extend(self._blocks.take(max(wanted, 0)))
+        self._users[name] = 1
         return True
 
-    def release(self, sequence: int) -> None:
-        """Gives back all that a sequence holds."""
-        held = self._held.pop(sequence)
-        self._blocks.give_back(held.blocks)
-        self._states.give_back([held.state])
+    def leave(self, hashes: Sequence[int]) -> None:
+        """A sequence no longer uses these prefixes; the longest goes idle first, so it is lost first."""
+        for name in reversed(hashes):
+            self._users[name] -= 1
+            if not self._users[name]:
+                self._idle[name] = None
+
+    # -- named ---------------------------------------------------------------------------
+
+    def grow(self, sequence: int, tokens: int) -> None:
+        """Names blocks, which were taken before, for a sequence's first `tokens` tokens."""
+        held = self._held.get(sequence)
+        if held is None:
+            held = self._held[sequence] = Holding([], self._states.take(1)[0])
+        held.blocks.extend(self._names.take(max(self.blocks_for(tokens) - len(held.blocks), 0)))
+
+    def forget(self, sequence: int) -> None:
+        """Gives back the names that a sequence holds, if it holds any."""
+        held = self._held.pop(sequence, None)
+        if held is not None:
+            self._names.give_back(held.blocks)
+            self._states.give_back([held.state])
 
     def table(self, sequence: int) -> list[int]:
         """The sequence's blocks, in order."""

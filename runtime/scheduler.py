@@ -1,62 +1,69 @@
 """Continuous batching: which sequences run in the next step, and how many of their tokens.
 
-The policy is that of vLLM's V1 scheduler, reduced to what planc needs: running sequences first, in
-order of arrival, then waiting ones, under a budget of tokens per step. A prompt longer than what is
-left of the budget is prefilled in chunks. When the cache is full, the latest arrival gives up its
-blocks and is computed again later. Torch-free, deterministic, and blind to token values.
+One scheduler for planc's executor, which asks for every step, and for its simulator, which jumps over
+runs of steps that only decode. Its rules are those of today's engines, as `Limits` states them: decodes
+first and prompts in what is left of the token budget, or prompts first; whole prompts or chunks of
+them; output reserved at admission, or the latest arrival preempted when the cache is full. Torch-free,
+deterministic, and blind to token values.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Literal, NamedTuple
 
 from planc.errors import InvalidField
+from planc.runtime.decoding import Decoding, Sequence
 from planc.runtime.kv_cache import KVCache
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_num_seqs: sequences running at once. max_num_batched_tokens: tokens in one step."""
+    """The rules of one scheduler.
+
+    max_num_seqs            sequences running at once
+    max_num_batched_tokens  tokens in one step
+    scheduling              "mixed": decodes first, prompts beside them. "prefill_first": steps of prompts
+                            alone as long as one can be admitted
+    chunked                 prompts may be cut at the budget; if not, a longer one has a step to itself
+    prompts_per_step        prompts that may begin in one step; None: as many as fit
+    reserved_output         share of the requested output that must be free at admission, of the newcomer
+                            and all that run; 1: it is taken at once, and nothing is ever preempted
+    preemption              what becomes of the preempted one's cache: computed again, or swapped out to
+                            the host and back
+    max_adapters            LoRA adapters that may run at once
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
+    scheduling: Literal["mixed", "prefill_first"] = "mixed"
+    chunked: bool = True
+    prompts_per_step: int | None = None
+    reserved_output: float = 0.0
+    preemption: Literal["recompute", "swap"] = "recompute"
+    max_adapters: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            if getattr(self, name) < 1:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "prompts_per_step", "max_adapters"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise InvalidField(
                     where="scheduler",
                     field=name,
-                    value=getattr(self, name),
+                    value=value,
                     reason="must be at least 1",
                     mend="Raise it.",
                 )
-
-
-@dataclass(slots=True)
-class Sequence:
-    """A request on its way. `tokens` are known (prompt and generated), `computed` are in the cache."""
-
-    id: int
-    prompt: int
-    max_new_tokens: int
-    tokens: int = 0
-    computed: int = 0
-    preemptions: int = 0
-
-    def __post_init__(self) -> None:
-        self.tokens = self.prompt
-
-    @property
-    def generated(self) -> int:
-        return self.tokens - self.prompt
-
-    @property
-    def pending(self) -> int:
-        """Tokens that must be computed before the next one can be sampled."""
-        return self.tokens - self.computed
+        if not 0 <= self.reserved_output <= 1:
+            raise InvalidField(
+                where="scheduler",
+                field="reserved_output",
+                value=self.reserved_output,
+                reason="is a share of the requested output",
+                mend="Give a number from 0 to 1.",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,25 +92,93 @@ class Step:
         return all(part.stop - part.start == 1 for part in self.parts)
 
 
-@dataclass(slots=True)
-class Scheduler:
-    """Drives sequences through the cache: `add` requests, then `schedule` and `advance` in turn."""
+class Chunk(NamedTuple):
+    """`count` tokens of a prompt (or of one computed again) after `start` cached ones."""
 
-    limits: Limits
-    cache: KVCache
-    waiting: deque[Sequence] = field(default_factory=deque)
-    running: list[Sequence] = field(default_factory=list)
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Batch:
+    """A step in short: the decoding group is not listed.
+
+    decodes, context   sequences of the group and the tokens they attend to, all together
+    swapped            tokens whose cache moves between device and host
+    resumed            swapped-in sequences that decode from the next step on
+    adapters           adapters that must be loaded first
+    """
+
+    decodes: int = 0
+    context: int = 0
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    resumed: list[Sequence] = field(default_factory=list)
+    swapped: int = 0
+    adapters: int = 0
+    taken: int = 0
+    held: list[Sequence] = field(default_factory=list)
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but decoding: the next steps will be the same until something happens."""
+        return not (self.chunks or self.preempted or self.resumed or self.held or self.adapters)
+
+
+class Scheduler:
+    """Drives sequences through the cache.
+
+    `add` requests; then `schedule` and `advance` in turn, as an executor does, or `plan`, `runway` and
+    `commit`, which jump.
+    """
+
+    def __init__(self, limits: Limits, cache: KVCache) -> None:
+        self.limits, self.cache = limits, cache
+        self.decoding = Decoding(cache.block_size)
+        self.owed = 0  # tokens that running sequences may still ask for
+        self._waiting: list[tuple[int, int, Sequence]] = []
+        self._running: dict[int, Sequence] = {}
+        self._prefilling: list[Sequence] = []
+        self._arrivals = 0
+        self._ranked = False
+        self._ahead = 0  # 1 between plan and commit: the group's blocks for the step are taken
+        self._batch = Batch()
+        self._grows = limits.reserved_output < 1
+        self._adapters: dict[int, int] = {}  # users of each loaded adapter, the least recently used first
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self._waiting or self._running)
 
-    def add(self, sequence: int, prompt: int, max_new_tokens: int) -> None:
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """Sequences that hold a seat, in order of admission."""
+        return tuple(self._running.values())
+
+    @property
+    def seated(self) -> int:
+        return len(self._running)
+
+    @property
+    def queued(self) -> int:
+        return len(self._waiting)
+
+    def add(
+        self,
+        sequence: int,
+        prompt: int,
+        max_new_tokens: int,
+        *,
+        priority: int = 0,
+        adapter: int | None = None,
+        prefix: tuple[int, ...] = (),
+    ) -> Sequence:
         """A new request of `prompt` tokens. Raises InvalidField if it could never fit the cache."""
-        where = f"request {sequence}"
         if prompt < 1 or max_new_tokens < 1:
             raise InvalidField(
-                where=where,
+                where=f"request {sequence}",
                 field="prompt" if prompt < 1 else "max_new_tokens",
                 value=prompt if prompt < 1 else max_new_tokens,
                 reason="must be at least 1",
@@ -112,67 +187,315 @@ class Scheduler:
         cached = prompt + max_new_tokens - 1  # the last token is never fed back
         if self.cache.blocks_for(cached) > self.cache.blocks:
             raise InvalidField(
-                where=where,
+                where=f"request {sequence}",
                 field="prompt + max_new_tokens",
                 value=prompt + max_new_tokens,
                 reason=f"the whole KV cache holds {self.cache.blocks * self.cache.block_size} tokens",
                 mend="Give the cache more blocks, or ask for fewer tokens.",
             )
-        self.waiting.append(Sequence(sequence, prompt, max_new_tokens))
+        made = Sequence(sequence, prompt, max_new_tokens, self._arrivals, priority, adapter, prefix)
+        self._arrivals += 1
+        self._ranked |= priority != 0
+        heappush(self._waiting, (priority, made.order, made))
+        return made
+
+    # -- step by step --------------------------------------------------------------------
 
     def schedule(self) -> Step:
-        """The next step; blocks for its tokens are taken. Empty only when nothing is left to do."""
-        budget = self.limits.max_num_batched_tokens
-        parts: list[Part] = []
-        preempted: list[Sequence] = []
-        queue = deque(self.running)
-        while queue and budget:
-            sequence = queue.popleft()
-            count = min(sequence.pending, budget)
-            while not self.cache.grow(sequence.id, sequence.computed + count):
-                victim = queue.pop() if queue else sequence
-                self._preempt(victim)
-                preempted.append(victim)
-                if victim is sequence:
-                    break
-            else:
-                parts.append(_part(sequence, count))
-                budget -= count
-        if not preempted:
-            while self.waiting and budget and len(self.running) < self.limits.max_num_seqs:
-                sequence = self.waiting[0]
-                count = min(sequence.pending, budget)
-                if not self.cache.grow(sequence.id, count):
-                    break
-                self.running.append(self.waiting.popleft())
-                parts.append(_part(sequence, count))
-                budget -= count
-        return Step(tuple(parts), tuple(s.id for s in preempted))
+        """The next step; blocks for its tokens are taken and named. Empty only when nothing is left."""
+        batch = self._batch = self.plan()
+        for sequence in batch.preempted:
+            self.cache.forget(sequence.id)
+        parts = [
+            Part(member.id, at, at + 1, samples=True)
+            for member in self._running.values()
+            if member.decoding and batch.decodes
+            for at in (self.decoding.position(member),)
+        ]
+        parts += [Part(c.sequence.id, c.start, c.start + c.count, c.samples) for c in batch.chunks]
+        for part in parts:
+            self.cache.grow(part.sequence, part.stop)
+        return Step(tuple(parts), tuple(s.id for s in batch.preempted))
 
     def advance(self, step: Step, stopped: Collection[int] = ()) -> tuple[int, ...]:
         """Books what a step computed; `stopped` sampled an end token. Returns the finished sequences."""
-        by_id = {sequence.id: sequence for sequence in self.running}
-        finished = []
-        for part in step.parts:
-            sequence = by_id[part.sequence]
-            sequence.computed = part.stop
-            if part.samples:
-                sequence.tokens += 1
-                if part.sequence in stopped or sequence.generated == sequence.max_new_tokens:
-                    finished.append(sequence)
+        finished = self.commit(self._batch, stopped=stopped)
         for sequence in finished:
-            self.running.remove(sequence)
-            self.cache.release(sequence.id)
+            self.cache.forget(sequence.id)
         return tuple(sequence.id for sequence in finished)
 
-    def _preempt(self, victim: Sequence) -> None:
-        self.running.remove(victim)
-        self.cache.release(victim.id)
-        victim.computed = 0
+    # -- in jumps ------------------------------------------------------------------------
+
+    def plan(self) -> Batch:
+        """The next step; blocks for its tokens are taken."""
+        batch = Batch()
+        if self.limits.scheduling == "prefill_first":
+            budget = self._continue(batch, self.limits.max_num_batched_tokens)
+            if not batch.preempted:
+                self._admit(batch, budget)
+            if batch.chunks or batch.resumed:
+                return batch
+            self._decode(batch, self.limits.max_num_batched_tokens)
+            return batch
+        budget = self._decode(batch, self.limits.max_num_batched_tokens)
+        budget = self._continue(batch, budget)
+        if not batch.preempted:
+            self._admit(batch, budget)
+        return batch
+
+    def runway(self, batch: Batch) -> int:
+        """How many steps like this one follow each other before a sequence ends or the cache is full.
+        New arrivals may end the run earlier; then `commit` fewer."""
+        if not batch.plain:
+            return 1
+        steps = self.decoding.until_end()
+        if self._grows:
+            steps = min(steps, self.decoding.lasts(self.cache.free_blocks + batch.taken))
+        return max(steps, 1)
+
+    def commit(self, batch: Batch, steps: int = 1, stopped: Collection[int] = ()) -> list[Sequence]:
+        """Books what a step computed, `steps` times if it only decodes. Returns the finished sequences."""
+        finished: list[Sequence] = []
+        if batch.decodes:
+            if self._grows and steps > 1:
+                self.cache.take(self.decoding.filled(steps) - batch.taken)
+            self.owed -= steps * batch.decodes
+            self._ahead = 0
+            for member in self.decoding.advance(steps):
+                self._settle(member)
+                finished.append(member)
+            for member in [self._running[i] for i in stopped if i in self._running]:
+                if member.decoding:
+                    self._leave_group(member)
+                    finished.append(member)
+        for chunk in batch.chunks:
+            if self._absorb(chunk, stopped):
+                finished.append(chunk.sequence)
+        for member in batch.held + batch.resumed:
+            self.decoding.join(member)
+        for sequence in finished:
+            self._release(sequence)
+        return finished
+
+    # -- parts of a step -----------------------------------------------------------------
+
+    def _decode(self, batch: Batch, budget: int) -> int:
+        """Every decoding sequence gets a token and room for it; the latest arrivals give way."""
+        group = self.decoding
+        if group.size > budget:
+            late = [s for s in self._running.values() if s.decoding][budget:]
+            for member in late:
+                self._leave_group(member)
+            batch.held = late
+        if self._grows:
+            while (needed := group.filled(1)) > self.cache.free_blocks:
+                self._preempt(self._latest(), batch)
+            self.cache.take(needed)
+            batch.taken = needed
+        batch.held = [member for member in batch.held if member.id in self._running]
+        batch.decodes = group.size
+        batch.context = group.cached + group.size
+        self._ahead = 1 if group.size else 0
+        return budget - group.size
+
+    def _continue(self, batch: Batch, budget: int) -> int:
+        """Prompts that have begun get their next chunks."""
+        for sequence in list(self._prefilling):
+            if sequence.id not in self._running:
+                continue
+            if budget <= 0:
+                break
+            count = min(sequence.pending, budget)
+            while (needed := self._short(sequence, count)) > self.cache.free_blocks:
+                victim = self._latest()
+                self._preempt(victim, batch)
+                if victim is sequence:
+                    break
+            else:
+                self._take(sequence, needed)
+                batch.chunks.append(_chunk(sequence, count))
+                budget -= count
+        return budget
+
+    def _admit(self, batch: Batch, budget: int) -> None:
+        """Waiting sequences take seats while seats, budget and cache last, in order."""
+        limits = self.limits
+        most = limits.prompts_per_step or limits.max_num_seqs
+        passed_over = []
+        while self._waiting and budget > 0 and len(self._running) < limits.max_num_seqs and most:
+            sequence = self._waiting[0][2]
+            if self._gated(sequence):
+                passed_over.append(heappop(self._waiting))
+                continue
+            hit = self._hits(sequence)
+            start = sequence.computed or hit * self.cache.prefix_block
+            left = sequence.tokens - start
+            back = sequence.swapped and left == 1  # it decodes from the next step on
+            count = 0 if back else min(left, budget)
+            if count < left and not back and not limits.chunked:
+                if batch.chunks:
+                    break
+                count = left
+            needed = self._needed(sequence, start + count, hit)
+            if needed is None:
+                break
+            heappop(self._waiting)
+            self._seat(sequence, start, hit, needed, batch)
+            if back:
+                batch.resumed.append(sequence)
+                continue
+            self._prefilling.append(sequence)
+            batch.chunks.append(_chunk(sequence, count))
+            budget -= count
+            most -= 1
+        for item in passed_over:
+            heappush(self._waiting, item)
+
+    def _needed(self, sequence: Sequence, stop: int, hit: int) -> int | None:
+        """Blocks that a newcomer takes for its first `stop` tokens; None if that is not to be had now."""
+        cache, share = self.cache, self.limits.reserved_output
+        free = cache.free_blocks
+        if hit:
+            free -= cache.idle_among(sequence.prefix[:hit])
+        if share == 1:
+            stop = sequence.prompt + sequence.max_new_tokens - 1
+        elif share:
+            stop = sequence.tokens
+        needed = cache.blocks_for(stop) - hit * cache.span
+        if not share or share == 1:
+            return needed if needed <= free else None
+        later = share * (self.owed + sequence.max_new_tokens - sequence.generated)
+        return needed if needed + later / cache.block_size <= free else None
+
+    def _hits(self, sequence: Sequence) -> int:
+        """Leading hashes whose blocks are in the cache; the last token is computed in any case."""
+        if not sequence.prefix or sequence.computed:
+            return 0
+        most = (sequence.tokens - 1) // self.cache.prefix_block
+        return self.cache.found(sequence.prefix[:most])
+
+    def _seat(self, sequence: Sequence, start: int, hit: int, needed: int, batch: Batch) -> None:
+        cache = self.cache
+        if hit:
+            sequence.shared.extend(sequence.prefix[:hit])
+            cache.use(sequence.shared)
+            sequence.hit += start
+        if sequence.swapped:
+            batch.swapped += sequence.computed
+            sequence.swapped = False
+        sequence.computed = start
+        cache.take(needed)
+        sequence.blocks = needed
+        self._running[sequence.id] = sequence
+        self.owed += sequence.max_new_tokens - sequence.generated
+        if sequence.adapter is not None:
+            self._load(sequence.adapter, batch)
+
+    def _continue(self, batch: Batch, budget: int) -> int:
+        """Prompts that have begun get their next chunks."""
+        for sequence in list(self._prefilling):
+            if budget <= 0:
+                break
+            if sequence.id not in self._running:  # preempted in this very step
+                continue
+            count = min(sequence.pending, budget)
+            stop = self.cache.blocks_for(sequence.computed + count)
+            needed = max(stop - sequence.blocks - len(sequence.shared) * self.cache.span, 0)
+            while needed > self.cache.free_blocks and sequence.id in self._running:
+                self._preempt(self._latest(), batch)
+            if sequence.id in self._running:
+                self.cache.take(needed)
+                sequence.blocks += needed
+                batch.chunks.append(_chunk(sequence, count))
+                budget -= count
+        return budget
+
+    def _absorb(self, chunk: Chunk, stopped: Collection[int]) -> bool:
+        """Books a chunk; whether its sequence has made its last token."""
+        sequence, cache = chunk.sequence, self.cache
+        sequence.computed = chunk.start + chunk.count
+        if sequence.prefix:
+            full = min(sequence.computed, sequence.prompt) // cache.prefix_block
+            for name in sequence.prefix[chunk.start // cache.prefix_block : full]:
+                if cache.keep(name):
+                    sequence.shared.append(name)
+                    sequence.blocks -= cache.span
+        if not chunk.samples:
+            return False
+        sequence.generated += 1
+        self.owed -= 1
+        self._prefilling.remove(sequence)
+        if sequence.generated == sequence.max_new_tokens or sequence.id in stopped:
+            return True
+        self.decoding.join(sequence)
+        return False
+
+    # -- seats ---------------------------------------------------------------------------
+
+    def _latest(self) -> Sequence:
+        """Who gives way: the last one admitted, or the latest of the lowest priority."""
+        if self._ranked:
+            return max(self._running.values(), key=lambda s: (s.priority, s.order))
+        return next(reversed(self._running.values()))
+
+    def _preempt(self, victim: Sequence, batch: Batch) -> None:
+        if victim.decoding:
+            if self._ahead:
+                batch.decodes -= 1
+                batch.context -= self.decoding.position(victim) + 1
+            self._leave_group(victim)
+        elif victim in self._prefilling:
+            self._prefilling.remove(victim)
+            batch.chunks = [chunk for chunk in batch.chunks if chunk.sequence is not victim]
+        self._release(victim)
         victim.preemptions += 1
-        self.waiting.appendleft(victim)
+        if self.limits.preemption == "swap":
+            victim.swapped = True
+            batch.swapped += victim.computed
+        else:
+            victim.computed = 0
+        batch.preempted.append(victim)
+        heappush(self._waiting, (victim.priority, victim.order, victim))
+
+    def _leave_group(self, member: Sequence) -> None:
+        self.decoding.leave(member)
+        self._settle(member)
+
+    def _settle(self, member: Sequence) -> None:
+        """Counts the blocks that a member took while it was in the group."""
+        if self._grows:
+            held = self.cache.blocks_for(member.computed + self._ahead)
+            member.blocks = held - len(member.shared) * self.cache.span
+
+    def _release(self, sequence: Sequence) -> None:
+        """Gives up a seat and all that goes with it."""
+        del self._running[sequence.id]
+        self.owed -= sequence.max_new_tokens - sequence.generated
+        self.cache.give(sequence.blocks)
+        self.cache.leave(sequence.shared)
+        sequence.blocks = 0
+        sequence.shared.clear()
+        if sequence.adapter is not None:
+            self._adapters[sequence.adapter] -= 1
+
+    # -- adapters ------------------------------------------------------------------------
+
+    def _gated(self, sequence: Sequence) -> bool:
+        """Whether a sequence waits for its adapter's turn."""
+        most, name = self.limits.max_adapters, sequence.adapter
+        if most is None or name is None or self._adapters.get(name):
+            return False
+        return sum(users > 0 for users in self._adapters.values()) >= most
+
+    def _load(self, name: int, batch: Batch) -> None:
+        """Counts a user of an adapter; loads it if it is not there, in place of the longest unused one."""
+        if name not in self._adapters:
+            batch.adapters += 1
+            if self.limits.max_adapters is not None and len(self._adapters) >= self.limits.max_adapters:
+                del self._adapters[next(n for n, users in self._adapters.items() if not users)]
+        self._adapters[name] = self._adapters.pop(name, 0) + 1
 
 
-def _part(sequence: Sequence, count: int) -> Part:
+def _chunk(sequence: Sequence, count: int) -> Chunk:
     stop = sequence.computed + count
-    return Part(sequence.id, sequence.computed, stop, samples=stop == sequence.tokens)
+    return Chunk(sequence, sequence.computed, count, samples=stop == sequence.tokens)
