@@ -41,12 +41,14 @@ def prepare(
 
 
 def find(kind: Kind, gpu: Gpu, engine: EngineProfile) -> Table | None:
-    """The table to price a kind inside a node with: the engine's own, NCCL's, or another engine's."""
+    """The table to price a kind inside a node with: that of the engine whose kernels run (its own, unless
+    its profile names another), NCCL's, or another engine's."""
     profile = shipped("links", gpu.name)
     if profile is None:
         return None
-    found = profile.find(kind=kind)
-    for by in (engine.name, "nccl"):
+    found, support = profile.find(kind=kind), engine.support(gpu)
+    borrowed = support.all_reduce if support and kind == "all_reduce" else None
+    for by in (borrowed, engine.name, "nccl"):
         for table in found:
             if table.info.key["engine"] == by:
                 return table
@@ -54,11 +56,17 @@ def find(kind: Kind, gpu: Gpu, engine: EngineProfile) -> Table | None:
 
 
 def curve(table: Table, kind: Kind, ranks: int) -> Callable[[Array], Array]:
-    """Seconds by bytes for a number of ranks; beyond the table's ends the ideal extrapolates."""
+    """Seconds by bytes for a number of ranks; beyond the table's ends the ideal extrapolates.
+
+    A message never takes longer than a larger one: it could be padded to that. Some engines' choice between
+    algorithms leaves spikes of a factor of three at single sizes.
+    """
     knots = np.log(table.axes[1])
     values = table.grid.at(float(ranks), table.axes[1])
     of = table.info.ideal
     constants = of["alpha_us"], of["per_step_us"], of["bytes_s"]
+    ideal = np.log(alpha_beta(kind, table.axes[1], ranks, *constants))
+    values = np.minimum.accumulate((values + ideal)[::-1])[::-1] - ideal
 
     def price(size: Array) -> Array:
         size = np.asarray(size, dtype=np.float64)
