@@ -50,18 +50,19 @@ class GroupedGemm:
 
     experts           of them on this rank; total_experts and top_k are the layer's
     elements          weights of all of this rank's experts
-    flops_per_token   of one routed token through its top_k experts, this rank's share
-    reads, writes     activation elements per routed token, this rank's share
-    ranks             EP ranks that tokens spread over, unevenly; 1 where experts are divided by width
+    flops_per_pair    of one (token, expert) pair, this rank's share of it
+    hidden, inner     elements of a pair's vector that enters and leaves, and of what lies between the
+                      products (this rank's share of the width)
+    ranks             EP ranks that experts are spread over whole; 1 where they are divided by width
     """
 
     experts: float
     total_experts: int
     top_k: int
     elements: float
-    flops_per_token: float
-    reads: float
-    writes: float
+    flops_per_pair: float
+    hidden: float
+    inner: float
     weights: str
     activations: str
     ranks: int = 1
@@ -77,6 +78,10 @@ class Attention:
     span          how far it reaches, as in `planc.ir.work`
     kv_bytes      per cache element
     weight_bytes  weights read per call (projections inside the kernel, as in MLA)
+    pair_flops    of one (query, key) pair over this rank's heads; 0 where the op does not say
+    key_flops     of one cached key, as for keys and values expanded out of a latent
+    token_flops   of one new token, as for projections absorbed into queries and results
+    key_width     cache elements per key on this rank
     """
 
     kind: Literal["attention", "recurrence", "products"]
@@ -90,6 +95,10 @@ class Attention:
     v_dim: int = 0
     latent: bool = False
     span: str = ""
+    pair_flops: float = 0.0
+    key_flops: float = 0.0
+    token_flops: float = 0.0
+    key_width: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

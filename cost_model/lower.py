@@ -195,24 +195,29 @@ def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_b
         v_dim=dims.get("v_dim", 0),
         latent=bool(dims.get("latent", 0)),
         span=spans[0] if spans else "",
+        pair_flops=sum(value for name, value in base.flops.terms.items() if name.startswith("P:")),
+        key_flops=sum(value for name, value in base.flops.terms.items() if name.startswith("K:")),
+        token_flops=base.flops.terms.get("T", 0.0),
+        key_width=base.kv.terms.get("T", 0.0),
     )
     return replace(base, spec=spec)
 
 
 def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str) -> Kernel:
     work, ranks = row.work, shape.tp * shape.dp
-    experts, top_k = work.dims["experts"], work.dims["top_k"]
-    per_token = lambda amount: amount.terms.get("T", 0.0)  # noqa: E731
-    if work.dims["matrices"] == 1:  # a bare grouped product: its rows are (token, expert) pairs already
-        top_k = max(round(per_token(work.flops) / (2 * work.dims["k"] * work.dims["n"])), 1)
+    dims, experts, top_k = work.dims, work.dims["experts"], work.dims["top_k"]
+    flops = work.flops.terms.get("T", 0.0)
+    if dims["matrices"] == 1:  # a bare grouped product: its rows are (token, expert) pairs already
+        top_k = max(round(flops / (2 * dims["k"] * dims["n"])), 1)
+    width = factors(row, shape).n
     spec = GroupedGemm(
-        experts=experts / (shape.ep if shape.ep > 1 else 1),
+        experts=experts / shape.ep,
         total_experts=experts,
         top_k=top_k,
         elements=work.weights / ranks,
-        flops_per_token=per_token(work.flops) / ranks,
-        reads=per_token(work.reads) / ranks,
-        writes=per_token(work.writes) / ranks,
+        flops_per_pair=flops / top_k * width,
+        hidden=dims["k"],
+        inner=dims["n"] / dims["matrices"] * width,
         weights=weights,
         activations=acts,
         ranks=shape.ep,

@@ -1,4 +1,4 @@
-"""Attention from measured tables: softmax attention of each engine, by work that its kernels see alike.
+"""Attention from measured tables of the engines' kernels, looked up by work that kernels see alike.
 
 A table's residual depends on how much runs side by side and how long each loop over keys is:
 
@@ -13,148 +13,100 @@ span is priced as full attention to the keys it sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from planc.cost_model.catalogue import EngineProfile, Gpu
 from planc.cost_model.features import Array
-from planc.cost_model.kernels import COMPUTE, LAUNCH, MEMORY, Attention, AttentionLoad, Times
-from planc.cost_model.profile import Grid, Profile, Table, shipped
+from planc.cost_model.kernels import Attention, AttentionLoad, Priced, Times
+from planc.cost_model.measured import attention_latent
+from planc.cost_model.measured.attention_tables import Ideal, Loads, Price, nearest, pairs_of, sliced
+from planc.cost_model.profile import Profile, Table, shipped
 from planc.cost_model.roofline import Roofline
-
-#: whose kernels stand in for an engine without a table, nearest first
-_KIN = {
-    "vllm": ("vllm", "sglang", "trtllm"),
-    "sglang": ("sglang", "vllm", "trtllm"),
-    "trtllm": ("trtllm", "sglang", "vllm"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Ideal:
-    """What a table's values are relative to: launch + max(flops / peak, cached / bandwidth) + new / bandwidth.
-
-    cached   bytes of keys and values that queries read
-    new      bytes of queries, results, and keys and values appended; another kernel may move them
-    """
-
-    flops_s: float
-    bytes_s: float
-    launch_s: float
-
-    def seconds(self, flops: Array, cached: Array, new: Array) -> Array:
-        found: Array = (
-            self.launch_s + np.maximum(flops / self.flops_s, cached / self.bytes_s) + new / self.bytes_s
-        )
-        return found
-
-    def bound(self, flops: Array, cached: Array, new: Array) -> Array:
-        compute, memory = flops / self.flops_s, cached / self.bytes_s
-        found = np.where(compute > memory, COMPUTE, MEMORY)
-        return np.where(np.maximum(compute, memory) + new / self.bytes_s < self.launch_s, LAUNCH, found)
 
 
 def prepare(
     specs: Sequence[Attention], gpu: Gpu, engine: EngineProfile, roofline: Roofline
-) -> Callable[[AttentionLoad], Times]:
+) -> Priced[AttentionLoad, Times]:
+    """Kernels that no table covers cost what the roofline says."""
     profile = shipped("attention", gpu.name)
-    fallback = roofline.attention(specs)
-    found = [None if profile is None else _softmax(spec, profile, engine.name) for spec in specs]
-    if not any(found):
-        return fallback
+    found = [None if profile is None else _price(spec, profile, gpu, engine, roofline) for spec in specs]
+    rest = [i for i, price in enumerate(found) if price is None]
+    physics = roofline.attention([specs[i] for i in rest]) if rest else None
 
     def price(load: AttentionLoad) -> Times:
-        times = fallback(load)
+        seconds = np.empty_like(load.flops)
+        bound: npt.NDArray[np.int8] = np.empty(load.flops.shape, dtype=np.int8)
+        if physics is not None:
+            times = physics(_only(load, rest))
+            seconds[rest], bound[rest] = times.seconds, times.bound
         for row, measured in enumerate(found):
             if measured is not None:
-                times.seconds[row], times.bound[row] = measured(_row(load, row))
-        return times
+                seconds[row], bound[row] = measured(_row(load, row))
+        return Times(np.where(load.tokens > 0, seconds, 0.0), bound)
 
-    return price
+    return Priced(price, tuple(roofline.source if price is None else "measured" for price in found))
 
 
-def _row(load: AttentionLoad, row: int) -> AttentionLoad:
+def _only(load: AttentionLoad, rows: Sequence[int]) -> AttentionLoad:
+    part = list(rows)
     return AttentionLoad(
-        load.flops[row], load.kv[row], load.acts[row], load.tokens, load.sequences, load.context
+        load.flops[part], load.kv[part], load.acts[part], load.tokens, load.sequences, load.context
     )
 
 
-def _softmax(
-    spec: Attention, profile: Profile, engine: str
-) -> Callable[[AttentionLoad], tuple[Array, Array]] | None:
-    """Prices one spec from the table that fits it best; None where no table fits."""
-    if spec.kind != "attention" or spec.latent or not spec.kv_heads or not spec.qk_dim:
+def _row(load: AttentionLoad, row: int) -> Loads:
+    tokens, sequences = np.maximum(load.tokens, 1.0), np.maximum(load.sequences, 1.0)
+    return Loads(load.flops[row], load.kv[row], load.acts[row], tokens, sequences, load.context)
+
+
+def _price(
+    spec: Attention, profile: Profile, gpu: Gpu, engine: EngineProfile, roofline: Roofline
+) -> Price | None:
+    if spec.kind != "attention" or not (spec.kv_heads and spec.pair_flops and spec.key_width):
         return None
-    table = _choose(spec, profile, engine)
-    if table is None:
-        return None
-    decode, group = spec.part == "decode", spec.q_heads / spec.kv_heads
-    grid = sliced(table, group)
-    ideal = Ideal(**{name: table.info.ideal[name] for name in ("flops_s", "bytes_s", "launch_s")})
-    per_pair = 2.0 * spec.q_heads * (spec.qk_dim + spec.v_dim)
-    per_key = spec.kv_heads * (spec.qk_dim + spec.v_dim)
-    windowed = float(table.info.key["window"])
-
-    def price(load: AttentionLoad) -> tuple[Array, Array]:
-        active = load.tokens > 0
-        sequences = np.maximum(load.sequences, 1.0)
-        tokens = np.maximum(load.tokens, 1.0)
-        written = load.tokens * per_key
-        cached, new = (
-            (load.kv - written) * spec.kv_bytes,
-            written * spec.kv_bytes + load.acts * spec.act_bytes,
-        )
-        pairs = load.flops / per_pair
-        if decode:
-            reach = np.maximum(load.context if windowed else pairs / tokens, 1.0)
-            residual = grid.at(sequences * spec.kv_heads, reach)
-        else:
-            each = tokens / sequences
-            if windowed:
-                reach = each + 2.0 * np.minimum(load.context, windowed)
-            else:
-                reach = np.maximum(2.0 * pairs / tokens - 1.0, 1.0)
-            residual = grid.at(tokens * spec.q_heads / reach, reach)
-        seconds = ideal.seconds(load.flops, cached, new) * np.exp(residual)
-        return np.where(active, seconds, 0.0), ideal.bound(load.flops, cached, new)
-
-    return price
+    if spec.latent:
+        return attention_latent.price(spec, profile, gpu, engine, roofline)
+    return _softmax(spec, profile, engine.name)
 
 
-def _choose(spec: Attention, profile: Profile, engine: str) -> Table | None:
-    """The engine's own table before another's; then the cache's format, the window, the nearest head."""
-    kin = _KIN.get(engine, tuple(_KIN))
+def _softmax(spec: Attention, profile: Profile, engine: str) -> Price | None:
+    """Prices multi-head or grouped-query attention from the table that fits it best."""
     window = float(spec.span[1:]) if spec.span[:1] == "w" else 0.0
 
     def distance(table: Table) -> tuple[float, ...]:
         key = table.info.key
         theirs = float(key["window"])
-        other = 0.0 if (theirs == window or (theirs and window and 0.5 <= theirs / window <= 2.0)) else 1.0
-        return (
-            kin.index(str(key["engine"])),
-            abs(np.log(float(key["head_dim"]) / spec.qk_dim)),
-            other,
-            abs(float(key["kv_bytes"]) - spec.kv_bytes),
-            theirs,
+        unlike = (
+            0.0 if theirs == window else 1.0 if theirs == 0 else 1.0 + abs(np.log(theirs / (window or 1.0)))
         )
+        if theirs and not (window and 0.5 <= theirs / window <= 2.0):
+            unlike = np.inf
+        head = abs(np.log(float(key["head_dim"]) / spec.qk_dim))
+        return head, unlike, abs(float(key["kv_bytes"]) - spec.kv_bytes)
 
-    fitting = [
-        table
-        for table in profile.find(op="softmax", part=spec.part)
-        if table.info.key["engine"] in kin and (table.info.key["window"] == 0 or window)
-    ]
-    return min(fitting, key=distance, default=None)
+    table = nearest(profile, engine, distance, op="softmax", part=spec.part)
+    if table is None or not np.isfinite(distance(table)[1]):
+        return None
+    grid, ideal = sliced(table, spec.q_heads / spec.kv_heads), Ideal.of(table)
+    windowed = float(table.info.key["window"])
 
+    def price(load: Loads) -> tuple[Array, npt.NDArray[np.int8]]:
+        written = load.tokens * spec.key_width
+        cached = (load.kv - written) * spec.kv_bytes
+        new = written * spec.kv_bytes + load.acts * spec.act_bytes
+        if spec.part == "decode":
+            seen = load.context if windowed else pairs_of(spec, load) / load.tokens
+            heads = load.sequences * spec.kv_heads
+        else:
+            if windowed:
+                seen = load.tokens / load.sequences + 2.0 * np.minimum(load.context, windowed)
+            else:
+                seen = np.maximum(2.0 * pairs_of(spec, load) / load.tokens - 1.0, 1.0)
+            heads = load.tokens * spec.q_heads / seen
+        seconds = ideal.seconds(load.flops, cached, new) * np.exp(grid.at(heads, seen))
+        return seconds, ideal.bound(load.flops, cached, new)
 
-def sliced(table: Table, group: float) -> Grid:
-    """The first two axes of a table at one value of the third."""
-    heads, reach, groups = table.axes
-    one = Grid((groups,), np.arange(groups.size, dtype=np.float64)).at(group)
-    low = int(np.floor(one))
-    share = float(one - low)
-    values = table.values[:, :, low] * (1 - share)
-    if share:
-        values = values + table.values[:, :, low + 1] * share
-    return Grid((heads, reach), np.ascontiguousarray(values))
+    return price
