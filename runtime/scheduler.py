@@ -142,7 +142,7 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}
         self._prefilling: list[Sequence] = []
         self._arrivals = 0
-        self._ranked = False
+        self.ranked = False
         self._ahead = 0  # 1 between plan and commit: the group's blocks for the step are taken
         self._batch = Batch()
         self._grows = limits.reserved_output < 1
@@ -195,7 +195,7 @@ class Scheduler:
             )
         made = Sequence(sequence, prompt, max_new_tokens, self._arrivals, priority, adapter, prefix)
         self._arrivals += 1
-        self._ranked |= priority != 0
+        self.ranked |= priority != 0
         heappush(self._waiting, (priority, made.order, made))
         return made
 
@@ -434,7 +434,7 @@ class Scheduler:
 
     def _latest(self) -> Sequence:
         """Who gives way: the last one admitted, or the latest of the lowest priority."""
-        if self._ranked:
+        if self.ranked:
             return max(self._running.values(), key=lambda s: (s.priority, s.order))
         return next(reversed(self._running.values()))
 

@@ -1,0 +1,321 @@
+"""One engine under load: runs its scheduler's steps in simulated time and jumps over runs of decodes."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections import deque
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+import numpy as np
+
+from planc.errors import InvalidField
+from planc.runtime.decoding import Sequence
+from planc.runtime.kv_cache import KVCache
+from planc.runtime.scheduler import Batch, Scheduler
+from planc.runtime.simulator.clock import Clock
+from planc.runtime.simulator.records import Gaps, Records, Timeline
+from planc.runtime.simulator.rules import Rules
+
+_NAN = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """One scheduler on one engine (one attention-DP rank): its clock, its rules and its cache."""
+
+    clock: Clock
+    rules: Rules
+    kv_blocks: int
+    block_size: int
+
+
+class Sent(NamedTuple):
+    """A request on its way to an engine; `at` is when the scheduler can see it."""
+
+    at: float
+    id: int
+    prompt: int
+    output: int
+    priority: int = 0
+    adapter: int | None = None
+    prefix: tuple[int, ...] = ()
+
+
+class Finished(NamedTuple):
+    """An answer: when its client has it."""
+
+    id: int
+    at: float
+
+
+@dataclass(slots=True)
+class Journal:
+    """Times of all requests, by id; several replicas may write into one."""
+
+    requests: int
+    arrival: array[float] = field(init=False)
+    admitted: array[float] = field(init=False)
+    first: array[float] = field(init=False)
+    finish: array[float] = field(init=False)
+    preemptions: array[int] = field(init=False)
+    hit: array[int] = field(init=False)
+    gaps: Gaps = field(default_factory=Gaps)
+
+    def __post_init__(self) -> None:
+        for name in ("arrival", "admitted", "first", "finish"):
+            setattr(self, name, array("d", [_NAN]) * self.requests)
+        self.preemptions = array("q", [0]) * self.requests
+        self.hit = array("q", [0]) * self.requests
+
+    def records(
+        self,
+        prompt: np.typing.NDArray[np.int64],
+        output: np.typing.NDArray[np.int64],
+        timeline: Timeline,
+        *,
+        steps: int = 0,
+        events: int = 0,
+        wave: int = 0,
+    ) -> Records:
+        numbers = lambda column: np.frombuffer(column, dtype=np.float64)  # noqa: E731
+        counts = lambda column: np.frombuffer(column, dtype=np.int64)  # noqa: E731
+        return Records(
+            numbers(self.arrival),
+            numbers(self.admitted),
+            numbers(self.first),
+            numbers(self.finish),
+            prompt,
+            output,
+            counts(self.preemptions),
+            counts(self.hit),
+            self.gaps,
+            timeline,
+            steps,
+            events,
+            wave,
+        )
+
+
+class Replica:
+    """A running server. `offer` requests in order of time; `step` runs until the next event.
+
+    now      when the next step may begin          steps, events   engine steps run, and in how many jumps
+    """
+
+    def __init__(
+        self, server: Server, journal: Journal, *, prefix_block: int = 0, jumps: bool = True
+    ) -> None:
+        rules = server.rules
+        self.server, self.rules, self.clock, self.journal = server, rules, server.clock, journal
+        kept = prefix_block if rules.prefix_caching else 0
+        self.cache = KVCache(server.kv_blocks, server.block_size, rules.max_num_seqs, kept)
+        self.scheduler = Scheduler(rules, self.cache)
+        self.timeline = Timeline()
+        self.now = 0.0
+        self.steps = self.events = 0
+        self._jumps = jumps
+        self._inbox: deque[Sent] = deque()
+        self._stalled: list[tuple[float, int]] = []  # (last token at, members) that missed steps since
+        self._silent: dict[int, float] = {}  # last token of preempted sequences
+        self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
+        self._patient = rules.max_adapters is None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._inbox) or self.scheduler.busy
+
+    @property
+    def load(self) -> int:
+        """Requests that it holds, in whatever state."""
+        return len(self._inbox) + self.scheduler.queued + self.scheduler.seated
+
+    def offer(self, sent: Sent) -> None:
+        self._inbox.append(sent)
+
+    def step(self, until: float = math.inf) -> list[Finished]:
+        """Runs one step, or as many plain decode steps as lead to the next event or past `until`.
+
+        Idle, it waits for the first request offered, but not past `until`.
+        """
+        if not self._listen(until):
+            return []
+        scheduler, start = self.scheduler, self.now
+        batch = scheduler.plan()
+        blocks = self.cache.blocks
+        taken = (blocks - self.cache.free_blocks) / blocks
+        seated, queued = scheduler.seated, scheduler.queued
+        steps, drain = 1, 0.0
+        if batch.plain and batch.decodes:
+            steps, seconds = self._run(batch, until)
+        else:
+            seconds, drain = self._one(batch)
+        self.now = start + seconds
+        self.steps += steps
+        self.events += 1
+        self.timeline.add(start, seconds, (1.0, seated, queued, taken))
+        for victim in batch.preempted:
+            self._silent[victim.id] = start
+        finished = scheduler.commit(batch, steps)
+        if batch.resumed:
+            self._stalled.extend((self._silent.pop(s.id, start), 1) for s in batch.resumed)
+        return self._book(batch, finished, start, drain)
+
+    # -- time ----------------------------------------------------------------------------
+
+    def _listen(self, until: float) -> bool:
+        """Hands arrivals to the scheduler when it looks for them; False if there is nothing to run."""
+        inbox, scheduler = self._inbox, self.scheduler
+        if not scheduler.busy:
+            if not inbox or inbox[0].at >= until:
+                return False
+            self.now = max(self.now, inbox[0].at)
+        elif self.rules.recv_interval > 1 and self.steps % self.rules.recv_interval:
+            return True
+        while inbox and inbox[0].at <= self.now:
+            sent = inbox.popleft()
+            if sent.at < self.now:  # it queued while a run went on
+                self.timeline.add(sent.at, self.now - sent.at, (0.0, 0.0, 1.0, 0.0))
+            scheduler.add(
+                sent.id,
+                sent.prompt,
+                sent.output,
+                priority=sent.priority,
+                adapter=sent.adapter,
+                prefix=sent.prefix if self.cache.prefix_block else (),
+            )
+        return True
+
+    def _run(self, batch: Batch, until: float) -> tuple[int, float]:
+        """(steps, seconds) of a run of plain decodes."""
+        decodes = batch.decodes
+        line = self.clock.line(decodes, batch.context / decodes)
+        steps = min(self.scheduler.runway(batch), line.steps) if self._jumps else 1
+        if steps > 1 and not (self.scheduler.queued and self._patient and not self.scheduler.ranked):
+            stop = min(until, self._inbox[0].at) if self._inbox else until
+            if stop <= self.now:  # it waits to be looked at
+                steps = min(steps, self.rules.recv_interval - self.steps % self.rules.recv_interval)
+            elif stop < math.inf:
+                steps = min(steps, _steps_to(stop - self.now, line.seconds, line.slope))
+        last = line.seconds + line.slope * (steps - 1)
+        self._gaps(decodes, line.seconds, last, steps)
+        if self._hidden:
+            self._reveal(steps, line.seconds, line.slope)
+        return steps, steps * (line.seconds + last) / 2
+
+    def _one(self, batch: Batch) -> tuple[float, float]:
+        """(seconds, drain) of a step that is not plain."""
+        seconds = drain = 0.0
+        decodes = batch.decodes
+        context = batch.context / decodes if decodes else 0.0
+        if batch.chunks:
+            chunks = [(chunk.count, chunk.start) for chunk in batch.chunks]
+            seconds, drain = self.clock.mixed(decodes, context, chunks)
+        elif decodes:
+            seconds = self.clock.line(decodes, context).seconds
+        if batch.swapped:
+            seconds += batch.swapped * self.rules.swap_s_per_token
+        seconds += batch.adapters * self.rules.adapter_ms / 1e3
+        if decodes:
+            self._gaps(decodes, seconds, seconds, 1)
+            if self._hidden:
+                self._reveal(1, seconds, 0.0)
+        else:
+            stalled = sum(count for _, count in self._stalled)
+            if self.scheduler.decoding.size > stalled:
+                self._stalled.append((self.now, self.scheduler.decoding.size - stalled))
+        return seconds, drain
+
+    # -- what clients see ----------------------------------------------------------------
+
+    def _gaps(self, decodes: int, first: float, last: float, steps: int) -> None:
+        gaps = self.journal.gaps
+        if not self._stalled:
+            if steps == 1:
+                gaps.add(first, decodes)
+            else:
+                gaps.add_line(first, last, steps, decodes)
+            return
+        rest = decodes
+        for at, count in self._stalled:
+            gaps.add(self.now + first - at, min(count, rest))
+            rest -= min(count, rest)
+        self._stalled.clear()
+        if rest:
+            gaps.add(first, rest)
+        if steps > 1:
+            slope = (last - first) / (steps - 1)
+            gaps.add_line(first + slope, last, steps - 1, decodes)
+
+    def _lag(self) -> float:
+        """Seconds from a step's end to the client."""
+        if not self.rules.lag_steps:
+            return 0.0
+        group = self.scheduler.decoding
+        size = max(group.size, 1)
+        return self.rules.lag_steps * self.clock.line(size, group.cached / size + 1).seconds
+
+    def _reveal(self, steps: int, first: float, slope: float) -> None:
+        """First tokens that are streamed in the course of a run."""
+        made, hidden = self.scheduler.decoding.made, self._hidden
+        lag = self._lag()
+        while hidden and hidden[0][0] <= made + steps:
+            at, request = heappop(hidden)
+            after = at - made
+            self.journal.first[request] = self.now + after * (first + slope * (after - 1) / 2) + lag
+
+    def _book(self, batch: Batch, finished: list[Sequence], start: float, drain: float) -> list[Finished]:
+        journal, now = self.journal, self.now
+        lag = self._lag() if batch.chunks or finished else 0.0
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            at = sequence.id
+            if journal.admitted[at] != journal.admitted[at]:
+                journal.admitted[at] = start
+            if not chunk.samples:
+                continue
+            if sequence.generated > 1:
+                journal.gaps.add(now - self._silent.pop(at, start), 1)
+            elif self.rules.stream_interval == 1 or sequence.max_new_tokens == 1:
+                journal.first[at] = now + drain + lag
+            else:
+                more = min(self.rules.stream_interval, sequence.max_new_tokens) - 1
+                heappush(self._hidden, (self.scheduler.decoding.made + more, at))
+        found = []
+        for sequence in finished:
+            at = sequence.id
+            late = drain if sequence.max_new_tokens == 1 else 0.0
+            journal.finish[at] = now + late + lag
+            journal.preemptions[at] = sequence.preemptions
+            journal.hit[at] = sequence.hit
+            found.append(Finished(at, now + late + lag))
+        return found
+
+
+def _steps_to(seconds: float, first: float, slope: float) -> int:
+    """The least number of steps, of `first` seconds and `slope` more each time, that take so long."""
+    if slope > 0:
+        b = first - slope / 2
+        steps = (math.sqrt(b * b + 2 * slope * seconds) - b) / slope
+    else:
+        steps = seconds / first
+    found = max(math.ceil(steps - 1e-9), 1)
+    while found > 1 and (found - 1) * (first + slope * (found - 2) / 2) >= seconds:
+        found -= 1
+    while found * (first + slope * (found - 1) / 2) < seconds:
+        found += 1
+    return found
+
+
+def check(server: Server) -> None:
+    """Raises InvalidField where a server could never run."""
+    if server.kv_blocks < 1:
+        raise InvalidField(
+            where="server",
+            field="kv_blocks",
+            value=server.kv_blocks,
+            reason="weights and activations leave no room for the cache",
+            mend="Take more GPUs, or smaller formats.",
+        )
