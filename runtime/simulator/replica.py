@@ -132,8 +132,26 @@ class Replica:
         """Requests that it holds, in whatever state."""
         return len(self._inbox) + self.scheduler.queued + self.scheduler.seated
 
+    @property
+    def ready_at(self) -> float:
+        """When its next step may begin; inf with nothing to do."""
+        if self.scheduler.busy:
+            return self.now
+        return max(self.now, self._inbox[0].at) if self._inbox else math.inf
+
     def offer(self, sent: Sent) -> None:
         self._inbox.append(sent)
+
+    def resume(self, sent: Sent, since: float) -> None:
+        """Takes a request that another engine has prefilled: its cache arrives at `sent.at`, its first
+        token was made at `since`."""
+        if not self.busy:
+            self.now = max(self.now, sent.at)
+        made = self.scheduler.add(
+            sent.id, sent.prompt, sent.output, priority=sent.priority, adapter=sent.adapter
+        )
+        made.generated, made.computed, made.swapped = 1, sent.prompt, True
+        self._silent[sent.id] = since
 
     def step(self, until: float = math.inf) -> list[Finished]:
         """Runs one step, or as many plain decode steps as lead to the next event or past `until`.
