@@ -114,6 +114,30 @@ class GraphRule(Entry):
         return tuple(sorted(kept))
 
 
+class Serving(Entry):
+    """How an engine's scheduler admits and evicts, and how it speaks to clients, by default.
+
+    chunked_prefill    prompts are cut at the token budget; otherwise they are computed whole
+    prompts_per_step   prompts that may begin in one step; None: as many as fit
+    reserved_output    share of the output asked for that must be free at admission, where the engine does
+                       not reserve all of it; it falls to `reserved_floor` over `reserved_steps` steps
+    preemption         what becomes of the cache of a sequence that must give way
+    stream_interval    tokens per message to a client
+    recv_interval      steps between looks at new requests
+    """
+
+    chunked_prefill: bool
+    prompts_per_step: int | None = None
+    reserved_output: float = Field(default=0.0, ge=0, le=1)
+    reserved_floor: float | None = Field(default=None, ge=0, le=1)
+    reserved_steps: int = Field(default=600, ge=1)
+    preemption: Literal["recompute", "swap"] = "recompute"
+    stream_interval: int = Field(default=1, ge=1)
+    recv_interval: int = Field(default=1, ge=1)
+    source: str
+    date: str
+
+
 class EngineProfile(Entry):
     """What an engine can load and run, its defaults, and what its steps cost besides kernels.
 
@@ -141,6 +165,7 @@ class EngineProfile(Entry):
     max_num_seqs: int
     max_num_batched_tokens: int
     scheduling: Literal["mixed", "prefill_first"]
+    serving: Serving
     serves: tuple[Literal["causal_lm", "encoder", "module"], ...] = ("causal_lm",)
     reserves_output: bool
     parallel: tuple[Literal["tp", "pp", "dp", "ep", "cp"], ...]

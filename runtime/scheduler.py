@@ -9,6 +9,7 @@ deterministic, and blind to token values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -17,6 +18,9 @@ from typing import Literal, NamedTuple
 from planc.errors import InvalidField
 from planc.runtime.decoding import Decoding, Sequence
 from planc.runtime.kv_cache import KVCache
+
+#: decode steps ahead that SGLang looks when it sets the reserved share anew after a preemption
+_RETRACT_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,14 @@ class Limits:
                             alone as long as one can be admitted
     chunked                 prompts may be cut at the budget; if not, a longer one has a step to itself
     prompts_per_step        prompts that may begin in one step; None: as many as fit
-    reserved_output         share of the requested output that must be free at admission, of the newcomer
-                            and all that run; 1: it is taken at once, and nothing is ever preempted
+    reserved_output         share of the output still asked for, by the newcomer and all that run, that must
+                            be free at admission; 1: it is taken at once, and nothing is ever preempted
+    reserved_floor          what that share falls to, evenly over `reserved_steps` decode steps; idleness
+                            resets it, and so does preemption, to what the running ones have used up
     preemption              what becomes of the preempted one's cache: computed again, or swapped out to
                             the host and back
     max_adapters            LoRA adapters that may run at once
+    tokens_per_step         of a decoding sequence, on average; above 1 with speculative decoding
     """
 
     max_num_seqs: int
@@ -42,8 +49,11 @@ class Limits:
     chunked: bool = True
     prompts_per_step: int | None = None
     reserved_output: float = 0.0
+    reserved_floor: float | None = None
+    reserved_steps: int = 600
     preemption: Literal["recompute", "swap"] = "recompute"
     max_adapters: int | None = None
+    tokens_per_step: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "prompts_per_step", "max_adapters"):
@@ -56,13 +66,22 @@ class Limits:
                     reason="must be at least 1",
                     mend="Raise it.",
                 )
-        if not 0 <= self.reserved_output <= 1:
+        floor = self.reserved_output if self.reserved_floor is None else self.reserved_floor
+        if not 0 <= floor <= self.reserved_output <= 1:
             raise InvalidField(
                 where="scheduler",
                 field="reserved_output",
                 value=self.reserved_output,
-                reason="is a share of the requested output",
-                mend="Give a number from 0 to 1.",
+                reason=f"is a share of the requested output, and falls to {floor}",
+                mend="Give a number from 0 to 1, and a floor below it.",
+            )
+        if self.tokens_per_step < 1:
+            raise InvalidField(
+                where="scheduler",
+                field="tokens_per_step",
+                value=self.tokens_per_step,
+                reason="a step makes at least one token of every sequence",
+                mend="Give 1 or more.",
             )
 
 
@@ -93,11 +112,11 @@ class Step:
 
 
 class Chunk(NamedTuple):
-    """`count` tokens of a prompt (or of one computed again) after `start` cached ones."""
+    """`tokens` of a prompt (or of one computed again) after `start` cached ones."""
 
     sequence: Sequence
     start: int
-    count: int
+    tokens: int
     samples: bool
 
 
@@ -143,7 +162,9 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self._arrivals = 0
         self.ranked = False
-        self._ahead = 0  # 1 between plan and commit: the group's blocks for the step are taken
+        self._ahead = 0  # tokens of each member, between plan and commit, whose blocks are taken
+        self._steps = 0  # decode steps so far
+        self._reserved = (limits.reserved_output, 0)  # share, and the step at which it was set
         self._batch = Batch()
         self._grows = limits.reserved_output < 1
         self._adapters: dict[int, int] = {}  # users of each loaded adapter, the least recently used first
@@ -184,7 +205,8 @@ class Scheduler:
                 reason="must be at least 1",
                 mend="Give at least one token, and ask for at least one.",
             )
-        cached = prompt + max_new_tokens - 1  # the last token is never fed back
+        # the last token is never fed back, but drafts may run past it
+        cached = prompt + max_new_tokens - 1 + math.ceil(self.limits.tokens_per_step - 1)
         if self.cache.blocks_for(cached) > self.cache.blocks:
             raise InvalidField(
                 where=f"request {sequence}",
@@ -212,7 +234,7 @@ class Scheduler:
             if member.decoding and batch.decodes
             for at in (self.decoding.position(member),)
         ]
-        parts += [Part(c.sequence.id, c.start, c.start + c.count, c.samples) for c in batch.chunks]
+        parts += [Part(c.sequence.id, c.start, c.start + c.tokens, c.samples) for c in batch.chunks]
         for part in parts:
             self.cache.grow(part.sequence, part.stop)
         return Step(tuple(parts), tuple(s.id for s in batch.preempted))
@@ -248,20 +270,27 @@ class Scheduler:
         New arrivals may end the run earlier; then `commit` fewer."""
         if not batch.plain:
             return 1
-        steps = self.decoding.until_end()
+        if self._waiting and self._falling:
+            return 1
+        tokens = self.decoding.until_end()
+        steps = self._steps_for(tokens)
         if self._grows:
-            steps = min(steps, self.decoding.lasts(self.cache.free_blocks + batch.taken))
+            room = self.decoding.lasts(self.cache.free_blocks + batch.taken)
+            if room < tokens:
+                steps = self._steps_for(room + 1) - 1
         return max(steps, 1)
 
     def commit(self, batch: Batch, steps: int = 1, stopped: Collection[int] = ()) -> list[Sequence]:
         """Books what a step computed, `steps` times if it only decodes. Returns the finished sequences."""
         finished: list[Sequence] = []
         if batch.decodes:
+            tokens = self.ahead(steps)
             if self._grows and steps > 1:
-                self.cache.take(self.decoding.filled(steps) - batch.taken)
-            self.owed -= steps * batch.decodes
+                self.cache.take(self.decoding.filled(tokens) - batch.taken)
+            self.owed -= tokens * batch.decodes
+            self._steps += steps
             self._ahead = 0
-            for member in self.decoding.advance(steps):
+            for member in self.decoding.advance(tokens):
                 self._settle(member)
                 finished.append(member)
             for member in [self._running[i] for i in stopped if i in self._running]:
@@ -277,6 +306,23 @@ class Scheduler:
             self._release(sequence)
         return finished
 
+    def ahead(self, steps: int) -> int:
+        """Tokens that each decoding sequence makes in its next steps."""
+        pace = self.limits.tokens_per_step
+        if pace == 1:
+            return steps
+        return int(pace * (self._steps + steps)) - int(pace * self._steps)
+
+    def _steps_for(self, tokens: int) -> int:
+        """Steps in which each decoding sequence makes at least so many tokens."""
+        pace = self.limits.tokens_per_step
+        if pace == 1:
+            return tokens
+        steps = max(int(tokens / pace) - 1, 0)
+        while self.ahead(steps) < tokens:
+            steps += 1
+        return steps
+
     # -- parts of a step -----------------------------------------------------------------
 
     def _decode(self, batch: Batch, budget: int) -> int:
@@ -287,35 +333,17 @@ class Scheduler:
             for member in late:
                 self._leave_group(member)
             batch.held = late
+        ahead = self.ahead(1)
         if self._grows:
-            while (needed := group.filled(1)) > self.cache.free_blocks:
+            while (needed := group.filled(ahead)) > self.cache.free_blocks:
                 self._preempt(self._latest(), batch)
             self.cache.take(needed)
             batch.taken = needed
         batch.held = [member for member in batch.held if member.id in self._running]
         batch.decodes = group.size
         batch.context = group.cached + group.size
-        self._ahead = 1 if group.size else 0
+        self._ahead = ahead if group.size else 0
         return budget - group.size
-
-    def _continue(self, batch: Batch, budget: int) -> int:
-        """Prompts that have begun get their next chunks."""
-        for sequence in list(self._prefilling):
-            if sequence.id not in self._running:
-                continue
-            if budget <= 0:
-                break
-            count = min(sequence.pending, budget)
-            while (needed := self._short(sequence, count)) > self.cache.free_blocks:
-                victim = self._latest()
-                self._preempt(victim, batch)
-                if victim is sequence:
-                    break
-            else:
-                self._take(sequence, needed)
-                batch.chunks.append(_chunk(sequence, count))
-                budget -= count
-        return budget
 
     def _admit(self, batch: Batch, budget: int) -> None:
         """Waiting sequences take seats while seats, budget and cache last, in order."""
@@ -354,6 +382,8 @@ class Scheduler:
     def _needed(self, sequence: Sequence, stop: int, hit: int) -> int | None:
         """Blocks that a newcomer takes for its first `stop` tokens; None if that is not to be had now."""
         cache, share = self.cache, self.limits.reserved_output
+        if not self._running:
+            self._reserved = (share, self._steps)
         free = cache.free_blocks
         if hit:
             free -= cache.idle_among(sequence.prefix[:hit])
@@ -362,10 +392,24 @@ class Scheduler:
         elif share:
             stop = sequence.tokens
         needed = cache.blocks_for(stop) - hit * cache.span
-        if not share or share == 1:
+        if not share or share == 1 or not self._running:
             return needed if needed <= free else None
-        later = share * (self.owed + sequence.max_new_tokens - sequence.generated)
+        later = self._share() * (self.owed + sequence.max_new_tokens - sequence.generated)
         return needed if needed + later / cache.block_size <= free else None
+
+    @property
+    def _falling(self) -> bool:
+        """Whether the reserved share changes from step to step."""
+        share, floor = self.limits.reserved_output, self.limits.reserved_floor
+        return 0 < share < 1 and floor is not None and self._share() > floor
+
+    def _share(self) -> float:
+        limits = self.limits
+        if limits.reserved_floor is None:
+            return limits.reserved_output
+        share, since = self._reserved
+        fall = (limits.reserved_output - limits.reserved_floor) / limits.reserved_steps
+        return max(share - fall * (self._steps - since), limits.reserved_floor)
 
     def _hits(self, sequence: Sequence) -> int:
         """Leading hashes whose blocks are in the cache; the last token is computed in any case."""
@@ -413,7 +457,7 @@ class Scheduler:
     def _absorb(self, chunk: Chunk, stopped: Collection[int]) -> bool:
         """Books a chunk; whether its sequence has made its last token."""
         sequence, cache = chunk.sequence, self.cache
-        sequence.computed = chunk.start + chunk.count
+        sequence.computed = chunk.start + chunk.tokens
         if sequence.prefix:
             full = min(sequence.computed, sequence.prompt) // cache.prefix_block
             for name in sequence.prefix[chunk.start // cache.prefix_block : full]:
@@ -454,6 +498,11 @@ class Scheduler:
             batch.swapped += victim.computed
         else:
             victim.computed = 0
+        if 0 < self.limits.reserved_output < 1:
+            asked = sum(s.max_new_tokens for s in self._running.values())
+            ahead = _RETRACT_STEPS * len(self._running)
+            used = (asked - self.owed + ahead) / asked if asked else self.limits.reserved_output
+            self._reserved = (min(used, 1.0), self._steps)
         batch.preempted.append(victim)
         heappush(self._waiting, (victim.priority, victim.order, victim))
 

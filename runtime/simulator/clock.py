@@ -58,9 +58,16 @@ class Clock:
         self._decode: dict[int, list[float]] = {}
         self._tables = [_StageTables(model, stage) for stage in range(self.stages)]
 
-    def line(self, seqs: int, context: float) -> Line:
+    def line(self, seqs: int, context: float, draft: int = 0) -> Line:
         """A step of `seqs` decoding sequences at a mean context (the new token included), and how its
-        time grows while every sequence grows by one token a step."""
+        time grows while every sequence grows by one token a step.
+
+        draft   tokens of each that are verified besides the new one: more rows, the same cache read
+        """
+        if draft:
+            plain = self.line(seqs, context)
+            more = max(part.verified(seqs, draft) for part in self._tables)
+            return Line(plain.seconds + self.stages * more, plain.slope, plain.steps)
         if self.stages == 1:
             return _line(self._decode.get(seqs) or self._fill(seqs), context)
         small, many = divmod(seqs, self.stages)
@@ -72,17 +79,19 @@ class Clock:
         few = self.stages - many
         return Line(few * low.seconds + many * high.seconds, few * low.slope + many * high.slope, low.steps)
 
-    def mixed(self, seqs: int, context: float, chunks: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    def mixed(
+        self, seqs: int, context: float, chunks: Sequence[tuple[int, int]], draft: int = 0
+    ) -> tuple[float, float]:
         """(seconds, drain) of a step with decoding sequences and prompt chunks (new tokens, cached ones).
 
         drain: by how much the chunks' own results come later than the step's end: pipeline stages that
         the next cycle does not wait for.
         """
         if self.stages == 1:
-            return self._tables[0].mixed(seqs, context, chunks), 0.0
+            return self._tables[0].mixed(seqs, context, chunks, draft), 0.0
         riding = max(seqs // self.stages, 1) if seqs else 0
-        full = max(part.mixed(riding, context, chunks) for part in self._tables)
-        plain = self.line(riding * self.stages, context).seconds / self.stages if riding else 0.0
+        full = max(part.mixed(riding, context, chunks, draft) for part in self._tables)
+        plain = self.line(riding * self.stages, context, draft).seconds / self.stages if riding else 0.0
         return (self.stages - 1) * plain + full, (self.stages - 1) * (full - plain)
 
     def _fill(self, seqs: int) -> list[float]:
@@ -102,7 +111,7 @@ class _StageTables:
         self.factor = model.profile.prefill_factor
         probe = StepLoad(np.array([0.0, 0.0, 0.0, 1.0]), 1, np.array([1, 1001, 1001, 1000]), [1, 1, 2, 1])
         self.launches = float(self._ask(probe, "launches")[0])
-        host, longer, split, seated = self._ask(probe, "host").tolist()
+        host, longer, split, seated = (float(x) for x in self._ask(probe, "host"))
         self.per_row, self.per_chunk, self.per_seq = (longer - host) / 1000, split - longer, seated - longer
         self.fixed = host - self.per_row - self.per_chunk
         self.shared = Curve(lambda rows: self._ask(StepLoad(0, 0, rows, 1), "shared"))
@@ -110,22 +119,29 @@ class _StageTables:
         self._alone: dict[int, list[float]] = {}
         self._prompt: dict[tuple[int, int], list[float]] = {}
 
-    def mixed(self, seqs: int, context: float, chunks: Sequence[tuple[int, int]]) -> float:
+    def mixed(self, seqs: int, context: float, chunks: Sequence[tuple[int, int]], draft: int) -> float:
         count, tokens, attention = len(chunks), 0, 0.0
         for new, cached in chunks:
             tokens += new
             attention += self._chunk(new, cached, count)
-        rows = seqs + tokens
-        device = self.shared(rows) + self.head(seqs + count) + attention
+        verified = seqs * (1 + draft)
+        rows = verified + tokens
+        device = self.shared(rows) + self.head(verified + count) + attention
         alone = 0.0
         if seqs:
             row = self._alone.get(seqs) or self._fill_alone(seqs)
             decode = _line(row, context).seconds
             device += decode
-            alone = row[-1] + decode
+            alone = (self._alone.get(verified) or self._fill_alone(verified))[-1] + decode
         device += (self.factor - 1.0) * max(device - alone, 0.0)
         host = self.fixed + self.per_row * rows + self.per_chunk * count + self.per_seq * seqs
         return max(device, self.launches) + host
+
+    def verified(self, seqs: int, draft: int) -> float:
+        """What verifying so many drafted tokens of each sequence adds to a step without prompts."""
+        rows = seqs * (1 + draft)
+        one, all_ = (self._alone.get(n) or self._fill_alone(n) for n in (seqs, rows))
+        return max(all_[-1] - one[-1], 0.0)
 
     def _ask(self, load: StepLoad, piece: str) -> Array:
         found: Array = getattr(self.model.pieces(load), piece)[self.stage]
@@ -167,7 +183,8 @@ class _StageTables:
 
     def _fill_prompt(self, count: int, index: int) -> list[float]:
         load = StepLoad(0, 0, count * CHUNKS[index], count, np.array(CACHED, dtype=np.float64))
-        found = self._prompt[count, index] = (self._ask(load, "prefill") / count).tolist()
+        found: list[float] = (self._ask(load, "prefill") / count).tolist()
+        self._prompt[count, index] = found
         return found
 
 
@@ -190,16 +207,14 @@ class Curve:
             self._known.update(
                 zip(wanted, self._ask(np.array(wanted, dtype=np.float64)).tolist(), strict=True)
             )
-            return self._known[rows]
+            return float(self._known[rows])
         low = (rows - 1) // 64 * 64 + 1
         high = low + 63
         if low not in self._known or high not in self._known:
             start = (low - 1) // 2048 * 2048
             ends = [end for k in range(start, start + 2048, 64) for end in (k + 1, k + 64)]
-            wanted = [end for end in ends if end > _EVERY_ROW]
-            self._known.update(
-                zip(wanted, self._ask(np.array(wanted, dtype=np.float64)).tolist(), strict=True)
-            )
+            edges = [end for end in ends if end > _EVERY_ROW]
+            self._known.update(zip(edges, self._ask(np.array(edges, dtype=np.float64)).tolist(), strict=True))
         below, above = self._known[low], self._known[high]
         found = self._known[rows] = below + (above - below) * (rows - low) / 63
         return found

@@ -160,10 +160,7 @@ def empirical(values: ArrayLike) -> Lengths:
 def _lengths(value: ArrayLike | Lengths, count: int, name: str) -> Ints | Lengths:
     if callable(value):
         return value
-    if np.ndim(value) == 0:
-        found = np.full(count, value, dtype=np.int64)
-    else:
-        found = _column(value, count, name)
+    found = _column(value if np.ndim(value) else np.full(count, value), count, name)
     if found.min() < 1:
         raise _bad(name, int(found.min()), "a request has at least one token", "Drop such requests.")
     return found

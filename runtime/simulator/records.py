@@ -152,9 +152,10 @@ class Records:
     def tpot_s(self) -> Floats:
         """(finish - first token) / (output - 1), as benchmark clients count; nan for one-token answers."""
         steps = self.output - 1
-        return np.divide(
+        found: Floats = np.divide(
             self.finish_s - self.first_token_s, steps, out=np.full(steps.shape, np.nan), where=steps > 0
         )
+        return found
 
     @property
     def duration_s(self) -> float:

@@ -15,7 +15,7 @@ from planc.errors import InvalidField
 from planc.runtime.decoding import Sequence
 from planc.runtime.kv_cache import KVCache
 from planc.runtime.scheduler import Batch, Scheduler
-from planc.runtime.simulator.clock import Clock
+from planc.runtime.simulator.clock import Clock, Line
 from planc.runtime.simulator.records import Gaps, Records, Timeline
 from planc.runtime.simulator.rules import Rules
 
@@ -122,6 +122,8 @@ class Replica:
         self._silent: dict[int, float] = {}  # last token of preempted sequences
         self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
         self._patient = rules.max_adapters is None
+        self._draft = rules.speculative.draft if rules.speculative else 0
+        self._draft_s = rules.speculative.draft_s if rules.speculative else 0.0
 
     @property
     def busy(self) -> bool:
@@ -209,7 +211,7 @@ class Replica:
     def _run(self, batch: Batch, until: float) -> tuple[int, float]:
         """(steps, seconds) of a run of plain decodes."""
         decodes = batch.decodes
-        line = self.clock.line(decodes, batch.context / decodes)
+        line = self._line(decodes, batch.context / decodes)
         steps = min(self.scheduler.runway(batch), line.steps) if self._jumps else 1
         if steps > 1 and not (self.scheduler.queued and self._patient and not self.scheduler.ranked):
             stop = min(until, self._inbox[0].at) if self._inbox else until
@@ -223,16 +225,25 @@ class Replica:
             self._reveal(steps, line.seconds, line.slope)
         return steps, steps * (line.seconds + last) / 2
 
+    def _line(self, decodes: int, context: float) -> Line:
+        """Time of a decode step and how it grows from step to step."""
+        line = self.clock.line(decodes, context, self._draft)
+        if not self._draft:
+            return line
+        pace = self.rules.tokens_per_step
+        return Line(line.seconds + self._draft_s, line.slope * pace, max(int(line.steps / pace), 1))
+
     def _one(self, batch: Batch) -> tuple[float, float]:
         """(seconds, drain) of a step that is not plain."""
         seconds = drain = 0.0
         decodes = batch.decodes
         context = batch.context / decodes if decodes else 0.0
         if batch.chunks:
-            chunks = [(chunk.count, chunk.start) for chunk in batch.chunks]
-            seconds, drain = self.clock.mixed(decodes, context, chunks)
+            chunks = [(chunk.tokens, chunk.start) for chunk in batch.chunks]
+            seconds, drain = self.clock.mixed(decodes, context, chunks, self._draft)
+            seconds += self._draft_s if decodes else 0.0
         elif decodes:
-            seconds = self.clock.line(decodes, context).seconds
+            seconds = self._line(decodes, context).seconds
         if batch.swapped:
             seconds += batch.swapped * self.rules.swap_s_per_token
         seconds += batch.adapters * self.rules.adapter_ms / 1e3
@@ -250,6 +261,8 @@ class Replica:
 
     def _gaps(self, decodes: int, first: float, last: float, steps: int) -> None:
         gaps = self.journal.gaps
+        if self._draft:  # tokens that come with another one
+            gaps.add(0.0, (self.scheduler.ahead(steps) - steps) * decodes)
         if not self._stalled:
             if steps == 1:
                 gaps.add(first, decodes)
@@ -273,15 +286,16 @@ class Replica:
             return 0.0
         group = self.scheduler.decoding
         size = max(group.size, 1)
-        return self.rules.lag_steps * self.clock.line(size, group.cached / size + 1).seconds
+        return self.rules.lag_steps * self._line(size, group.cached / size + 1).seconds
 
     def _reveal(self, steps: int, first: float, slope: float) -> None:
         """First tokens that are streamed in the course of a run."""
         made, hidden = self.scheduler.decoding.made, self._hidden
         lag = self._lag()
-        while hidden and hidden[0][0] <= made + steps:
+        pace = self.rules.tokens_per_step
+        while hidden and hidden[0][0] <= made + int(steps * pace):
             at, request = heappop(hidden)
-            after = at - made
+            after = math.ceil((at - made) / pace)
             self.journal.first[request] = self.now + after * (first + slope * (after - 1) / 2) + lag
 
     def _book(self, batch: Batch, finished: list[Sequence], start: float, drain: float) -> list[Finished]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from planc.cost_model.catalogue import EngineProfile
+from planc.errors import InvalidField
+from planc.planner.priors import priors
 from planc.runtime.scheduler import Limits
 
 
@@ -22,6 +24,17 @@ class Speculation:
     acceptance: float
     draft_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, good in (("draft", self.draft >= 1), ("acceptance", 0 <= self.acceptance <= 1)):
+            if not good:
+                raise InvalidField(
+                    where="speculation",
+                    field=name,
+                    value=getattr(self, name),
+                    reason="a step drafts at least one token, and accepts it with a chance from 0 to 1",
+                    mend="Correct it, or serve without speculation.",
+                )
+
     @property
     def tokens(self) -> float:
         """Mean tokens of a sequence per step: 1 + a + a^2 + ... + a^draft (Leviathan et al., ICML 2023)."""
@@ -35,8 +48,11 @@ class Rules(Limits):
     stream_interval   tokens per message: a client sees the first with the n-th
     recv_interval     steps between looks at new arrivals
     request_ms        a request's way to the scheduler: network, tokenizer, admission
-    lag_steps         steps from a token's kernels to its client
+    lag_steps         steps from a token's kernels to its client (asynchronous scheduling)
     prefix_caching    prompts' blocks outlive their requests
+    speculative       drafts; they set tokens_per_step
+    adapter_ms        to load a LoRA adapter that is not on the device
+    swap_s_per_token  to move one token's cache between device and host
     """
 
     stream_interval: int = 1
@@ -48,6 +64,26 @@ class Rules(Limits):
     adapter_ms: float = 0.0
     swap_s_per_token: float = 0.0
 
+    def __post_init__(self) -> None:
+        Limits.__post_init__(self)
+        for name, least in (
+            ("stream_interval", 1),
+            ("recv_interval", 1),
+            ("request_ms", 0),
+            ("lag_steps", 0),
+        ):
+            value = getattr(self, name)
+            if not value >= least:
+                raise InvalidField(
+                    where="rules",
+                    field=name,
+                    value=value,
+                    reason=f"must be at least {least}",
+                    mend="Raise it.",
+                )
+        if self.speculative is not None:
+            object.__setattr__(self, "tokens_per_step", self.speculative.tokens)
+
     @staticmethod
     def of(
         profile: EngineProfile,
@@ -55,11 +91,24 @@ class Rules(Limits):
         max_num_batched_tokens: int | None = None,
         **changes: Any,
     ) -> Rules:
-        """An engine's rules by its profile, with its default limits or these; `changes` name fields."""
+        """An engine's rules by its profile, with its default limits or these; `changes` name fields.
+
+        What no profile states (request_ms, lag_steps) is as in the planner's priors.
+        """
+        serving, known = profile.serving, priors()
         fields: dict[str, Any] = {
             "max_num_seqs": max_num_seqs or profile.max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens or profile.max_num_batched_tokens,
             "scheduling": profile.scheduling,
-            "reserved_output": 1.0 if profile.reserves_output else 0.0,
+            "chunked": serving.chunked_prefill,
+            "prompts_per_step": serving.prompts_per_step,
+            "reserved_output": 1.0 if profile.reserves_output else serving.reserved_output,
+            "reserved_floor": None if profile.reserves_output else serving.reserved_floor,
+            "reserved_steps": serving.reserved_steps,
+            "preemption": serving.preemption,
+            "stream_interval": serving.stream_interval,
+            "recv_interval": serving.recv_interval,
+            "request_ms": known.request_s * 1e3,
+            "lag_steps": known.lag_steps,
         }
         return Rules(**(fields | changes))
