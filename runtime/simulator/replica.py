@@ -155,6 +155,13 @@ class Replica:
         made.generated, made.computed, made.swapped = 1, sent.prompt, True
         self._silent[sent.id] = since
 
+    def idle(self, until: float) -> None:
+        """Lets time pass with nothing to run, whatever waits."""
+        taken = 1 - self.cache.free_blocks / self.cache.blocks
+        held = (0.0, float(self.scheduler.seated), float(self.scheduler.queued), taken)
+        self.timeline.add(self.now, until - self.now, held)
+        self.now = until
+
     def step(self, until: float = math.inf) -> list[Finished]:
         """Runs one step, or as many plain decode steps as lead to the next event or past `until`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -127,16 +127,17 @@ def _load(target: Target) -> tuple[float, float]:
     return target.requests / target.weight, target.tokens / target.weight
 
 
-ROUTERS: Mapping[str, Callable[[int], Router]] = {
-    "round_robin": lambda seed: RoundRobin(),
-    "least_loaded": lambda seed: LeastLoaded(),
-    "power_of_two": PowerOfTwo,
-    "prefix_aware": lambda seed: PrefixAware(),
-}
+ROUTERS = ("round_robin", "least_loaded", "power_of_two", "prefix_aware")
 
 
-def router(name: str, seed: int = 0) -> Router:
+def router(name: str, seed: int = 0, block_tokens: int = 512, remembered: int = 1 << 16) -> Router:
     """A fresh router by name. Raises UnknownName."""
-    if name not in ROUTERS:
-        unknown("router", name, "router", ROUTERS)
-    return ROUTERS[name](seed)
+    if name == "round_robin":
+        return RoundRobin()
+    if name == "least_loaded":
+        return LeastLoaded()
+    if name == "power_of_two":
+        return PowerOfTwo(seed)
+    if name == "prefix_aware":
+        return PrefixAware(block_tokens, remembered)
+    return unknown("router", name, "router", ROUTERS)

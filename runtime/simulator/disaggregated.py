@@ -1,0 +1,144 @@
+"""Prefill and decode in pools of their own, with the cache handed over between them.
+
+A prompt's blocks stay taken where it was prefilled until its cache has arrived, and a transfer begins when
+the decoding replica has a seat and blocks for it: what decodes too slowly holds up what prefills. Each
+replica sends one cache and receives one at a time, at the link's full speed. The client has its first
+token from the prefill side.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from planc.runtime.simulator.cluster import Clients, Cluster, Front, fronted, on_its_way, sending, together
+from planc.runtime.simulator.load import Load
+from planc.runtime.simulator.records import Records
+from planc.runtime.simulator.replica import Finished, Journal, Replica, Sent, Server
+
+#: seconds that so many tokens' cache takes from one replica to another: (source, target, tokens)
+Transfer = Callable[[int, int, int], float]
+
+
+class Handover(NamedTuple):
+    """A prefilled request: where, how many blocks it holds there, when its first token was made."""
+
+    sent: Sent
+    source: int
+    held: int
+    made: float
+
+
+class Disaggregated(Cluster):
+    """`replicas` are the prefilling ones, then the decoding ones; each pool has its router.
+
+    served_by, decoded_by   the prefilling and the decoding replica of each request
+    """
+
+    coupled = True
+
+    def __init__(
+        self,
+        clients: Clients,
+        prefill: Front,
+        decode: Front,
+        journal: Journal,
+        transfer_s: Transfer,
+    ) -> None:
+        super().__init__([*prefill.replicas, *decode.replicas], clients)
+        self.prefill, self.decode, self.journal, self.transfer_s = prefill, decode, journal, transfer_s
+        self.first = len(prefill.replicas)
+        self.served_by = np.full(journal.requests, -1, dtype=np.int32)
+        self.decoded_by = np.full(journal.requests, -1, dtype=np.int32)
+        self._open: dict[int, Sent] = {}
+        self._queues: list[deque[Handover]] = [deque() for _ in decode.replicas]
+        self._coming = [0] * len(decode.replicas)
+        self._sending = [0.0] * len(prefill.replicas)
+        self._receiving = [0.0] * len(decode.replicas)
+
+    def arrive(self, sent: Sent) -> None:
+        where = self.prefill.choose(sent)
+        self.served_by[sent.id] = where
+        self._open[sent.id] = sent
+        replica = self.replicas[where]
+        replica.offer(on_its_way(sent, replica)._replace(output=1))
+        self.touched(where)
+
+    def answer(self, where: int, found: Finished) -> None:
+        sent = self._open[found.id]
+        if where >= self.first:
+            self.decode.answered(where - self.first, sent.prompt, found.at)
+            self._done(found)
+            self._admit(where - self.first)
+            return
+        self.prefill.answered(where, sent.prompt, found.at)
+        if sent.output == 1:
+            self._done(found)
+            return
+        replica = self.replicas[where]
+        held = min(replica.cache.blocks_for(sent.prompt), replica.cache.free_blocks)
+        replica.cache.take(held)
+        target = self.decode.choose(sent._replace(at=found.at))
+        self.decoded_by[found.id] = target
+        self._queues[target].append(Handover(sent, where, held, found.at))
+        self._admit(target)
+
+    def _done(self, found: Finished) -> None:
+        del self._open[found.id]
+        self.clients.answered(found.at)
+
+    def _admit(self, target: int) -> None:
+        """Begins the transfers that a decoding replica has room for, in order."""
+        replica, queue = self.replicas[self.first + target], self._queues[target]
+        while queue:
+            hand = queue[0]
+            blocks = replica.cache.blocks_for(hand.sent.prompt + 1)
+            if replica.load + self._coming[target] >= replica.rules.max_num_seqs:
+                return
+            if blocks > replica.cache.free_blocks:
+                return
+            queue.popleft()
+            replica.cache.take(blocks)
+            self._coming[target] += 1
+            begin = max(hand.made, replica.now, self._sending[hand.source], self._receiving[target])
+            end = begin + self.transfer_s(hand.source, target, hand.sent.prompt)
+            self._sending[hand.source] = self._receiving[target] = end
+            self.later(end, partial(self._arrived, hand, target, blocks))
+
+    def _arrived(self, hand: Handover, target: int, blocks: int, at: float) -> None:
+        source, replica = self.replicas[hand.source], self.replicas[self.first + target]
+        source.cache.give(hand.held)
+        replica.cache.give(blocks)
+        self._coming[target] -= 1
+        replica.resume(hand.sent._replace(at=at), hand.made)
+        self.freed(hand.source, at)
+        self.touched(self.first + target)
+
+
+def simulate_disaggregated(
+    prefill_servers: Sequence[Server],
+    decode_servers: Sequence[Server],
+    load: Load,
+    *,
+    transfer_s: Callable[[int], float],
+    router: str = "least_loaded",
+    seed: int = 0,
+) -> Records:
+    """Serves a load on two pools; `transfer_s` prices the hand-over of so many tokens' cache."""
+    prompt, output = load.lengths(seed)
+    journal = Journal(load.requests)
+    prefill = [Replica(server, journal, prefix_block=load.prefix_block) for server in prefill_servers]
+    decode = [Replica(server, journal) for server in decode_servers]
+    run = Disaggregated(
+        sending(load, journal, prompt.tolist(), output.tolist()),
+        fronted(router, prefill, [1.0] * len(prefill), seed, load.prefix_block),
+        fronted(router, decode, [1.0] * len(decode), seed, 0),
+        journal,
+        lambda source, target, tokens: transfer_s(tokens),
+    )
+    run.run()
+    return together(run.replicas, journal, prompt, output, load.concurrency or 0)
