@@ -148,6 +148,7 @@ class EngineProfile(Entry):
     launch_eager_us      the same for an engine that runs eagerly, Python of the modules included
     layer_us             per layer and step, of either sign: what a sum of kernels measured alone gets
                          wrong (overlap of neighbours, gaps between them)
+    kernel_factor        on the time of all kernels: what one deployment's clocks and versions make of it
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
     serves               kinds of model it runs
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
@@ -179,6 +180,7 @@ class EngineProfile(Entry):
     launch_us: float
     launch_eager_us: float
     layer_us: float = 0.0
+    kernel_factor: float = 1.0
     per_sequence_us: float
     overlaps_host: bool
     prefill_factor: float

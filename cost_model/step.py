@@ -261,9 +261,10 @@ class StepModel:
 
     def _pieces(self, load: Load) -> Pieces:
         times, links = self._times(load)
+        factor = self.profile.kernel_factor
         device = [
-            self._kernel_calls[:, kernels] @ times.seconds[kernels]
-            + self._collective_calls[:, moves] @ links[moves]
+            factor * (self._kernel_calls[:, kernels] @ times.seconds[kernels])
+            + factor * (self._collective_calls[:, moves] @ links[moves])
             for kernels, moves in self._by_part
         ]
         rows = load.seqs + load.tokens

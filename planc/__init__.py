@@ -30,10 +30,14 @@ if TYPE_CHECKING:
     from planc.api import (
         load_request as load_request,
     )
+    from planc.api import (
+        validate as validate,
+    )
     from planc.planner.diff import PlanDiff as PlanDiff
     from planc.planner.estimate import Estimate as Estimate
     from planc.planner.plan import Plan as Plan
     from planc.planner.request import Request as Request
+    from planc.runtime.validation.report import ValidationReport as ValidationReport
 
 _WHERE = {
     "compile": "planc.api",
@@ -42,10 +46,12 @@ _WHERE = {
     "load_plan": "planc.api",
     "load_profile": "planc.api",
     "load_request": "planc.api",
+    "validate": "planc.api",
     "Estimate": "planc.planner.estimate",
     "Plan": "planc.planner.plan",
     "PlanDiff": "planc.planner.diff",
     "Request": "planc.planner.request",
+    "ValidationReport": "planc.runtime.validation.report",
 }
 
 __all__ = ["__version__", *sorted(_WHERE)]

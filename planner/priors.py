@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 import yaml
+
+from planc.cost_model.catalogue import Provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +19,8 @@ class Priors:
     kv_margin_sd              standard deviations of cache demand kept free
     stable                    highest share of time that prompt processing may take
     power_band                factors around the power model
+    serving                   factors around TPOT, TTFT and throughput of a load test, by metric
+    wider                     powers of those, by how well founded the kernels are
     """
 
     request_s: float
@@ -24,6 +29,13 @@ class Priors:
     kv_margin_sd: float
     stable: float
     power_band: tuple[float, float]
+    serving: Mapping[str, tuple[float, float]]
+    wider: Mapping[str, float]
+
+    def serving_bands(self, source: Provenance) -> dict[str, tuple[float, float]]:
+        """(low, high) factors of tpot, ttft and throughput of a load test."""
+        power = self.wider[source]
+        return {name: (low**power, high**power) for name, (low, high) in self.serving.items()}
 
 
 def text() -> str:
@@ -42,4 +54,9 @@ def priors() -> Priors:
         kv_margin_sd=queueing["kv_margin_sd"],
         stable=queueing["stable"],
         power_band=(raw["power"]["low"], raw["power"]["high"]),
+        serving={
+            name: (raw["serving"][name]["low"], raw["serving"][name]["high"])
+            for name in ("tpot", "ttft", "throughput")
+        },
+        wider=raw["serving"]["wider"],
     )

@@ -2,6 +2,7 @@
 
 step_us          host time per step                    per_sequence_us  host time per sequence and step
 layer_us         per layer and step, of either sign: what a sum of kernels measured alone gets wrong
+kernel_factor    on the time of all kernels
 prefill_factor   on what prompts add to a step
 request_ms       network, tokenizer, admission         lag_steps        steps until a token reaches its client
 """
@@ -25,6 +26,7 @@ class Constants:
     step_us: float
     layer_us: float
     per_sequence_us: float
+    kernel_factor: float
     prefill_factor: float
     request_ms: float
     lag_steps: float
@@ -39,6 +41,7 @@ class Constants:
             step_us=profile.step_us,
             layer_us=profile.layer_us,
             per_sequence_us=profile.per_sequence_us,
+            kernel_factor=profile.kernel_factor,
             prefill_factor=profile.prefill_factor,
             request_ms=known.request_s * 1e3 if request is None else request,
             lag_steps=known.lag_steps if lag is None else lag,
@@ -51,6 +54,7 @@ class Constants:
                 "step_us": self.step_us,
                 "layer_us": self.layer_us,
                 "per_sequence_us": self.per_sequence_us,
+                "kernel_factor": self.kernel_factor,
                 "prefill_factor": self.prefill_factor,
             }
         )

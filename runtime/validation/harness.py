@@ -30,6 +30,7 @@ class Harness:
     batch_wait_steps          steps that a prompt is held back for company
     prompts_per_step          most prompts in a step, None for no limit
     max_num_batched_tokens    token budget of a step, None for the engine's default
+    budget_beyond_prompt      where that is None: the budget is a prompt, one token per client, and so many
     max_num_seqs              None: the concurrency
     kv                        cache format, None for the engine's usual one
     gpu_memory_utilization    None for the engine's default
@@ -46,6 +47,7 @@ class Harness:
     batch_wait_steps: int
     prompts_per_step: int | None = None
     max_num_batched_tokens: int | None = None
+    budget_beyond_prompt: int | None = None
     max_num_seqs: int | None = None
     kv: str | None = None
     gpu_memory_utilization: float | None = None

@@ -27,6 +27,7 @@ FLAGS: Mapping[str, type] = {
     "batch_wait_steps": int,
     "prompts_per_step": int,
     "max_num_batched_tokens": int,
+    "budget_beyond_prompt": int,
     "max_num_seqs": int,
     "kv": str,
     "gpu_memory_utilization": float,
@@ -222,7 +223,7 @@ def _parsed(number: int, name: str, raw: Mapping[str | None, Any]) -> Point:
         ttft_ms=times["ttft_ms"],
         tpot_ms=times["tpot_ms"],
         source=text.get("source", ""),
-        flags={key: _flag(key, kind, text[key]) for key, kind in FLAGS.items() if text.get(key)},
+        flags={key: flag_value(key, text[key]) for key in FLAGS if text.get(key)},
     )
 
 
@@ -261,7 +262,9 @@ def _pool(role: str, text: Mapping[str, str]) -> PoolLabel:
     return PoolLabel(**{name: value or 1 for name, value in found.items()})
 
 
-def _flag(name: str, kind: type, text: str) -> Any:
+def flag_value(name: str, text: str) -> Any:
+    """A flag from its text. Raises ValueError with the reason."""
+    kind = FLAGS[name]
     if kind is str:
         return text.lower()
     if kind is bool:

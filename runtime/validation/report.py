@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ValidationReport:
     """The outcome of a validation. `linted` are the same figures over rows that break no rule."""
 
     rows: tuple[Row, ...]
@@ -86,6 +86,7 @@ class Report:
                 rules[name] += 1
         return {
             **self.total,
+            "total": self.total,
             "blind": self.blind,
             "by": list(self.by),
             "groups": self.groups(),

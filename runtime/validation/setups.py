@@ -127,6 +127,8 @@ def _engine(
     each = math.ceil((harness.max_num_seqs or load) / (label.workers * label.dp))
     seqs = min(max(each, 1), max(profile.max_num_seqs, load))
     budget = harness.max_num_batched_tokens or profile.max_num_batched_tokens
+    if harness.max_num_batched_tokens is None and harness.budget_beyond_prompt is not None:
+        budget = seqs + point.isl + harness.budget_beyond_prompt
     if point.engine == "trtllm":  # whole prompts: the budget holds at least one
         budget = max(budget, point.isl)
     memory = _memory(point, harness, table, gpu, profile, shape, seqs, budget)

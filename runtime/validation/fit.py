@@ -1,0 +1,208 @@
+"""The constants of serving, fitted to measured points: few, shrunk, and blind where it matters.
+
+Measured TPOT and TTFT are compared with predictions that are linear in the constants around the shipped
+ones, t(x) = t0 + D x, with D from finite differences of the simulation; the fit minimises
+
+    sum over rows  w rho(ln t(x) - ln measured)  +  sum over constants (x / spread)^2
+
+with rho the soft L1 of `_SCALE` (so outliers pull little), and w such that every cell weighs the same
+however many rows it has. x has one part for all engines and one for each engine, the latter with narrower
+spreads: an engine's own constants are shrunk to the common ones. What is left out of a fit is a whole cell
+(model, GPU, engine, weights).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planc.cost_model.features import Array
+from planc.runtime.validation.constants import NAMES, Constants
+from planc.runtime.validation.predict import Predictor, Times
+from planc.runtime.validation.setups import Setup
+
+Cell = tuple[str, str, str, str]
+
+#: how far a constant may be expected to lie from the shipped one, and steps of the finite differences
+SPREAD: Mapping[str, float] = {
+    "step_us": 300.0,
+    "layer_us": 6.0,
+    "per_sequence_us": 12.0,
+    "kernel_factor": 0.05,
+    "prefill_factor": 0.20,
+    "request_ms": 25.0,
+    "lag_steps": 2.0,
+}
+_STEP: Mapping[str, float] = {
+    "step_us": 100.0,
+    "layer_us": 2.0,
+    "per_sequence_us": 5.0,
+    "kernel_factor": 0.03,
+    "prefill_factor": 0.05,
+    "request_ms": 5.0,
+    "lag_steps": 0.5,
+}
+#: spreads of an engine's own part, and of one deployment's, over those of the common part
+_ENGINE, _CELL = 0.4, 0.6
+#: errors in ln t beyond which a row pulls with constant force: TPOT, TTFT
+_SCALE = (0.06, 0.20)
+#: rows of noise that the prior is worth
+_NOISE = 8.0
+_ITERATIONS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """Predicted times of N setups as functions of the constants.
+
+    base       [N, 2] TPOT and TTFT, ms, with the shipped constants
+    slopes     [N, 2, P] what one unit of each constant adds
+    measured   [N, 2], nan where there is none
+    """
+
+    setups: tuple[Setup, ...]
+    base: Array
+    slopes: Array
+    measured: Array
+
+    def times(self, change: Array) -> Array:
+        """[N, 2] for changes [P] or [N, P] of the constants, at least a fifth of the base."""
+        moved = (
+            self.base + np.einsum("nmp,...p->nm", self.slopes, change)
+            if change.ndim == 1
+            else (self.base + np.einsum("nmp,np->nm", self.slopes, change))
+        )
+        return np.maximum(moved, 0.2 * self.base)
+
+    def rows(self, keep: Array) -> Linear:
+        chosen = tuple(s for s, k in zip(self.setups, keep, strict=True) if k)
+        return Linear(chosen, self.base[keep], self.slopes[keep], self.measured[keep])
+
+
+def linearised(
+    setups: Sequence[Setup], predictor: Predictor, progress: Callable[[str], None] | None = None
+) -> Linear:
+    """Simulates every setup once with the shipped constants and once with each of them moved."""
+
+    def run(name: str) -> Array:
+        found = []
+        for i, setup in enumerate(setups):
+            if progress and i % 20 == 0:
+                progress(f"simulating, {name}: {i} of {len(setups)}")
+            constants = Constants.shipped(setup.profile)
+            if name in NAMES:
+                constants = constants.moved(_unit(name, _STEP[name]))
+            times = predictor.times(setup, constants)
+            found.append((times.tpot, times.ttft))
+        return np.array(found)
+
+    base = run("shipped constants")
+    slopes = np.stack([(run(name) - base) / _STEP[name] for name in NAMES], axis=-1)
+    measured = np.array(
+        [(s.point.tpot_ms or np.nan, s.point.ttft_ms or np.nan) for s in setups], dtype=np.float64
+    )
+    return Linear(tuple(setups), base, slopes, measured)
+
+
+def _unit(name: str, size: float) -> Array:
+    return np.array([size if other == name else 0.0 for other in NAMES])
+
+
+# -- fits ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Changes of the shipped constants: common to all engines, and each engine's own part on top."""
+
+    common: Array
+    own: Mapping[str, Array]
+
+    def change(self, engine: str) -> Array:
+        found: Array = self.common + self.own.get(engine, np.zeros(len(NAMES)))
+        return found
+
+    def constants(self, setup: Setup) -> Constants:
+        return Constants.shipped(setup.profile).moved(self.change(setup.profile.name))
+
+
+def fit(linear: Linear) -> Fitted:
+    """The constants of all rows of a linear model."""
+    engines = sorted({s.profile.name for s in linear.setups})
+    size = len(NAMES)
+    counts = Counter(s.point.cell for s in linear.setups)
+    weights = np.array([np.sqrt(1.0 / counts[s.point.cell]) for s in linear.setups])
+    weights = weights * len(linear.setups) / max(weights.sum(), 1e-9)
+    spread = np.array([SPREAD[name] for name in NAMES])
+    spreads = np.concatenate([spread, *(spread * _ENGINE for _ in engines)])
+    design = np.zeros((len(linear.setups), 2, size * (1 + len(engines))))
+    for row, setup in enumerate(linear.setups):
+        own = size * (1 + engines.index(setup.profile.name))
+        design[row, :, :size] = linear.slopes[row]
+        design[row, :, own : own + size] = linear.slopes[row]
+    found = _solve(linear.base, design, linear.measured, weights, spreads, np.zeros(spreads.size))
+    parts = found.reshape(1 + len(engines), size)
+    return Fitted(parts[0], dict(zip(engines, parts[1:], strict=True)))
+
+
+def left_out(linear: Linear, cells: Iterable[Cell] | None = None) -> dict[Cell, Fitted]:
+    """For each cell, the constants fitted to all others."""
+    names = {s.point.cell for s in linear.setups} if cells is None else set(cells)
+    found = {}
+    for cell in sorted(names):
+        keep = np.array([s.point.cell != cell for s in linear.setups])
+        if keep.any():
+            found[cell] = fit(linear.rows(keep))
+    return found
+
+
+def calibrated(linear: Linear, prior: Array) -> Array:
+    """Changes of the shipped constants for one deployment, from a few of its own rows: shrunk to `prior`
+    (its engine's change) with the spreads of single deployments."""
+    spread = np.array([SPREAD[name] for name in NAMES]) * _CELL
+    weights = np.full(len(linear.setups), _NOISE)
+    return _solve(linear.base, linear.slopes, linear.measured, weights, spread, prior)
+
+
+def _solve(base: Array, design: Array, measured: Array, weights: Array, spread: Array, prior: Array) -> Array:
+    """Gauss-Newton with weights of the soft L1 (iteratively reweighted least squares)."""
+    change = prior.copy()
+    known = np.isfinite(measured)
+    scale = np.array(_SCALE)
+    for _ in range(_ITERATIONS):
+        times = np.maximum(base + np.einsum("nmp,p->nm", design, change), 0.2 * base)
+        error = np.where(known, np.log(times) - np.log(np.where(known, measured, 1.0)), 0.0) / scale
+        pull = weights[:, None] * known / np.sqrt(1.0 + error**2) / _NOISE
+        slope = design / times[:, :, None] / scale[None, :, None]
+        normal = np.einsum("nmp,nm,nmq->pq", slope, pull, slope) + np.diag(1.0 / spread**2)
+        right = np.einsum("nmp,nm,nm->p", slope, pull, error) + (change - prior) / spread**2
+        step = np.linalg.solve(normal, right)
+        change = change - step
+        if float(np.max(np.abs(step) / spread)) < 1e-4:
+            break
+    return change
+
+
+# -- three points ----------------------------------------------------------------------
+
+
+def chosen_points(linear: Linear, rows: Sequence[int]) -> list[int]:
+    """Three rows of a cell to calibrate on: the lightest load of the shortest prompts, the heaviest load of
+    the shortest prompts, and, of the longest prompts for their answers, the middle load. No measured value
+    decides."""
+    label = lambda i: linear.setups[i].point  # noqa: E731
+    shortest = min(label(i).isl for i in rows)
+    short = [i for i in rows if label(i).isl == shortest]
+    key = lambda i: (label(i).concurrency / label(i).gpus, label(i).concurrency, label(i).row)  # noqa: E731
+    low, high = min(short, key=key), max(short, key=key)
+    heavy = max(label(i).isl / label(i).osl for i in rows)
+    long = sorted((i for i in rows if label(i).isl / label(i).osl == heavy), key=key)
+    middle = long[len(long) // 2]
+    return list(dict.fromkeys((low, high, middle)))
+
+
+def to_times(values: Array, steady: float) -> Times:
+    return Times(float(values[0]), float(values[1]), steady)

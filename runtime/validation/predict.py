@@ -1,0 +1,184 @@
+"""One point, predicted: its harness played against a simulated engine.
+
+Attention data parallelism: one rank is simulated with its share of the clients, and all ranks are taken to
+do the same at the same time, as their scheduler balances them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from planc.cost_model.catalogue import Provenance
+from planc.cost_model.step import StepModel
+from planc.planner.priors import priors
+from planc.runtime.simulator import Clock, Load, Records, Rules, Server, closed_loop, simulate
+from planc.runtime.simulator.load import Lengths, uniform
+from planc.runtime.validation.constants import Constants
+from planc.runtime.validation.disaggregated import simulate_pools
+from planc.runtime.validation.lint import mean_lengths
+from planc.runtime.validation.setups import Engine, Setup
+
+Band = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """What a simulated harness reports, ms: means over all requests, and TTFT without the first wave."""
+
+    tpot: float
+    ttft: float
+    ttft_steady: float
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Times in ms. `ttft_ms` is what the harness would report, `ttft_steady_ms` what it would without its
+    start burst; `throughput` is tokens/s and GPU, by Little's law from both. `bands` are (low, high) of
+    tpot, ttft and throughput."""
+
+    tpot_ms: float
+    ttft_ms: float
+    ttft_steady_ms: float
+    throughput: float
+    source: Provenance
+    bands: Mapping[str, Band]
+
+    def value(self, metric: str) -> float:
+        """tpot and ttft in ms, throughput in tokens/s and GPU."""
+        if metric == "throughput":
+            return self.throughput
+        return self.tpot_ms if metric == "tpot" else self.ttft_ms
+
+
+class Predictor:
+    """Predicts setups; step models are made once per engine shape, clocks once per constants too."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self._models: dict[object, StepModel] = {}
+        self._clocks: dict[object, Clock] = {}
+
+    def times(self, setup: Setup, constants: Constants) -> Times:
+        """The harness against the engines, with these constants."""
+        if setup.prefill is None:
+            records = self._aggregated(setup, constants)
+        else:
+            records = self._pools(setup, setup.prefill, constants)
+        steady = records.steady()
+        return Times(
+            tpot=1e3 * float(np.nanmean(records.tpot_s)),
+            ttft=1e3 * float(np.mean(records.ttft_s)),
+            ttft_steady=1e3 * float(np.mean(steady.ttft_s)),
+        )
+
+    def predict(self, setup: Setup, constants: Constants | None = None) -> Prediction:
+        """With the shipped constants unless others are given."""
+        found = self.times(setup, constants or Constants.shipped(setup.profile))
+        return prediction(setup, found, self._model(setup, setup.decode, setup.profile).source)
+
+    # -- engines -------------------------------------------------------------------------
+
+    def _model(self, setup: Setup, engine: Engine, profile: object) -> StepModel:
+        key = (setup.table.fingerprint, engine.shape, engine.max_num_seqs, setup.profile.name)
+        if key not in self._models:
+            self._models[key] = StepModel(
+                setup.table,
+                engine.shape,
+                setup.gpu,
+                setup.fabric,
+                setup.profile,
+                max_num_seqs=engine.max_num_seqs,
+            )
+        return self._models[key]
+
+    def _clock(self, setup: Setup, engine: Engine, constants: Constants) -> Clock:
+        model = self._model(setup, engine, setup.profile)
+        key = (id(model), constants)
+        if key not in self._clocks:
+            own = copy.copy(model)  # kernels are prepared once; constants are read at every step
+            own.profile = constants.on(setup.profile)
+            self._clocks[key] = Clock(own)
+        return self._clocks[key]
+
+    def _server(self, setup: Setup, engine: Engine, constants: Constants) -> Server:
+        harness = setup.harness
+        rules = Rules.of(
+            setup.profile,
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.budget,
+            stream_interval=harness.stream_interval,
+            recv_interval=harness.recv_interval,
+            prompts_per_step=harness.prompts_per_step,
+            request_ms=constants.request_ms,
+            lag_steps=constants.lag_steps + harness.batch_wait_steps,
+        )
+        return Server(
+            self._clock(setup, engine, constants),
+            rules,
+            kv_blocks=cache_blocks(setup, engine),
+            block_size=engine.memory.block_size,
+        )
+
+    # -- loads ---------------------------------------------------------------------------
+
+    def _aggregated(self, setup: Setup, constants: Constants) -> Records:
+        server = self._server(setup, setup.decode, constants)
+        return simulate(server, clients(setup, setup.decode.shape.dp), seed=self.seed)
+
+    def _pools(self, setup: Setup, prefill: Engine, constants: Constants) -> Records:
+        return simulate_pools(
+            setup,
+            prefill,
+            self._clock(setup, prefill, constants),
+            self._clock(setup, setup.decode, constants),
+            constants,
+            clients(setup, 1),
+            self.seed,
+        )
+
+
+def clients(setup: Setup, ranks: int) -> Load:
+    """The closed loop of one of `ranks` equal schedulers."""
+    point, harness = setup.point, setup.harness
+    each = max(math.ceil(point.concurrency / ranks), 1)
+    requests = max(round(each * harness.requests_per_client), 1)
+    lengths = (_lengths(point.isl, setup), _lengths(point.osl, setup))
+    ramp = 0.0 if harness.burst else 1.0
+    return closed_loop(each, requests, *lengths, burst=harness.burst, ramp_s=ramp)
+
+
+def _lengths(stated: int, setup: Setup) -> Lengths:
+    low, high = setup.harness.length_low * stated, setup.harness.length_high * stated
+    return uniform(max(math.floor(low), 1), max(math.floor(high), 1))
+
+
+def cache_blocks(setup: Setup, engine: Engine) -> int:
+    """Blocks of the cache, counted as if every layer kept every token; more where layers forget."""
+    prompt, answer = mean_lengths(setup)
+    memory = engine.memory
+    context = math.ceil((prompt + answer) / memory.block_size) * memory.block_size
+    saved = memory.kv_bytes_per_token * context / float(memory.sequence_bytes(context))
+    return int(memory.kv_blocks * max(saved, 1.0))
+
+
+def prediction(setup: Setup, times: Times, source: Provenance) -> Prediction:
+    """Times with throughput and bands."""
+    _, answer = mean_lengths(setup)
+    point = setup.point
+    seconds = (times.ttft + max(answer - 1, 0.0) * times.tpot) * 1e-3
+    throughput = point.concurrency * answer / seconds / point.gpus
+    bands = priors().serving_bands(source)
+    values = {"tpot": times.tpot, "ttft": times.ttft, "throughput": throughput}
+    return Prediction(
+        tpot_ms=times.tpot,
+        ttft_ms=times.ttft,
+        ttft_steady_ms=times.ttft_steady,
+        throughput=throughput,
+        source=source,
+        bands={name: (bands[name][0] * value, bands[name][1] * value) for name, value in values.items()},
+    )
