@@ -5,7 +5,7 @@ Everything heavy (torch, transformers, OR-Tools) is imported inside the function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from planc.cost_model.table import CostTable
     from planc.planner.diff import PlanDiff
     from planc.planner.estimate import Estimate
+    from planc.runtime.validation.report import ValidationReport
 
 __all__ = [
     "compile",
@@ -27,6 +28,7 @@ __all__ = [
     "load_plan",
     "load_profile",
     "load_request",
+    "validate",
     "with_profile",
     "write_bundle",
 ]
@@ -106,6 +108,32 @@ def estimate(
     table = cost_table(request, trust_remote_code=trust_remote_code)
     with with_profile(profile, _gpus(request)):
         return evaluate(request, table, **settings)
+
+
+def validate(
+    points: str | Path,
+    *,
+    models: Sequence[str | Path] = (),
+    profile: ProfileDocument | str | Path | None = None,
+    **choices: Any,
+) -> ValidationReport:
+    """Predicts every measured serving point of a CSV file and compares.
+
+    models    folders of model configurations, NAME.json each; default examples/models
+    choices   as in `planc.runtime.validation.validate.validate`: by, options, rules, leave_out_cells ...
+    """
+    from planc.runtime.validation.setups import model_tables
+    from planc.runtime.validation.validate import gpus_of
+    from planc.runtime.validation.validate import validate as run
+
+    with with_profile(profile, gpus_of(points) if profile is not None else ()):
+        return run(points, model_tables(model_folders(models)), **choices)
+
+
+def model_folders(models: Sequence[str | Path] = ()) -> tuple[Path, ...]:
+    """Where model names are looked up: the folders given, or examples/models here and beside planc."""
+    beside = Path(__file__).resolve().parent.parent / "examples" / "models"
+    return tuple(Path(folder) for folder in models) or (Path("examples/models"), beside)
 
 
 def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "inspect",
     "diff": "diff",
     "estimate": "estimate",
+    "validate": "validate",
     "verify": "verify",
     "run": "run",
     "export": "export",
