@@ -1,8 +1,8 @@
 """One rank's share of the table: rows divided by a shape, stages, and unique kernels.
 
 Formulas follow Megatron-style tensor parallelism (Shoeybi et al. 2019) for `column`, `row`,
-`heads` and `vocab`, and vLLM's forms for experts: with ep = 1 each expert's width is divided over
-tp*dp ranks, with ep > 1 whole experts are.
+`heads` and `vocab`, and, for experts, ep groups of tp*dp/ep ranks: groups hold whole experts, and
+the ranks of a group divide each one's width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def factors(row: Row, shape: EngineShape) -> Factors:
     gemm = row.work.family == "gemm"
     if kind == "experts":
         ranks = shape.tp * shape.dp
-        width = 1.0 if shape.ep > 1 else 1.0 / ranks
+        width = shape.ep / ranks
         return Factors(1.0 / tp, 1.0 / ranks, 1.0 / tp, 1.0 / tp, 1.0, n=width, tokens=float(shape.dp))
     if kind == "replicated" or tp == 1:
         return Factors(1.0, 1.0, 1.0, 1.0, 1.0)

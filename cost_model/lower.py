@@ -228,19 +228,24 @@ def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str
 def _with_quantization(
     kernel: Kernel, shape: EngineShape, profile: EngineProfile, after_attention: bool
 ) -> list[Kernel]:
-    """A product and the kernel that quantizes its input, where the engine does not fuse that away."""
-    if not isinstance(kernel.spec, Gemm | GroupedGemm):
+    """A product and the kernel that quantizes its input, where the engine does not fuse that away.
+
+    Routed experts quantize their own inputs: that is part of what they cost.
+    """
+    if not isinstance(kernel.spec, Gemm):
         return [kernel]
     acts = kernel.spec.activations
     fused = acts in profile.fused_activation_quant and not after_attention
     if acts == unquantized(shape) or fused:
         return [kernel]
     both = fmt(unquantized(shape)).bytes + fmt(acts).bytes
-    inputs = kernel.reads
-    if isinstance(kernel.spec, GroupedGemm):  # tokens are quantized once, before they are copied to experts
-        inputs = inputs * (1.0 / kernel.spec.top_k)
     quantize = replace(
-        kernel, op=f"quantize to {acts}", family="elementwise", spec=None, nbytes=inputs * both, launches=1.0
+        kernel,
+        op=f"quantize to {acts}",
+        family="elementwise",
+        spec=None,
+        nbytes=kernel.reads * both,
+        launches=1.0,
     )
     return [replace(quantize, rows=NONE, flops=NONE, kv=NONE), kernel]
 

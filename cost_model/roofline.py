@@ -16,6 +16,7 @@ import numpy.typing as npt
 from planc.cost_model.catalogue import Gpu, Precision, Provenance
 from planc.cost_model.collectives import Fabric, Kind, group_seconds
 from planc.cost_model.efficiency import Efficiencies, efficiencies
+from planc.cost_model.experts import Curve, ExpertKernel, curve, stack
 from planc.cost_model.features import Array
 from planc.cost_model.formats import fmt, product_precision
 from planc.cost_model.kernels import (
@@ -59,35 +60,16 @@ class Roofline:
         return price
 
     def grouped_gemm(self, specs: Sequence[GroupedGemm]) -> Callable[[Array], Times]:
-        """Experts that T tokens touch: E (1 - (1 - k/E)^T) under uniform routing. Where experts lie on
-        several ranks the fullest one counts: mean times (1 + skew + the spread that chance gives), which
-        for n counts of mean c is about sqrt(2 ln n / c) (largest of n Poisson counts; experts touched are
-        binomial, so their spread ends where all are touched).
-        """
-        bandwidth = self._bandwidth("grouped_gemm_memory")
-        experts = column([s.experts for s in specs])
-        share = column([min(s.top_k / s.total_experts, 1.0) for s in specs])
-        ranks = column([float(s.ranks) for s in specs])
-        missed = np.log1p(-np.minimum(share, 1 - 1e-9))
-        weights = column([s.elements * fmt(s.weights).bytes for s in specs]) / experts / bandwidth
-        per_token = column([s.reads * fmt(s.activations).bytes + 2.0 * s.writes for s in specs]) / bandwidth
-        per_pair = column([s.flops_per_token for s in specs]) / (share * experts)
-        per_pair = per_pair / (self._peaks(specs) * self.named.value("grouped_gemm_peak"))
-        half_tile = self.named.value("expert_tile") / 2
-        skew, spread = self.named.value("expert_skew"), np.sqrt(2 * np.log(ranks))
-        launch = self._us("grouped_gemm_launch_us")
+        """`planc.cost_model.experts`, with constants that were fitted over all GPUs and engines."""
+        return stack([self.experts(spec) for spec in specs])
 
-        def price(tokens: Array) -> Times:
-            touched = experts * -np.expm1(tokens * missed)
-            touched = np.minimum(touched + spread * np.sqrt(touched * (1 - touched / experts)), experts)
-            mean = tokens * share * experts  # (token, expert) pairs on this rank
-            fullest = np.minimum(1 + skew + spread / np.sqrt(np.maximum(mean, 1.0)), ranks)
-            fullest = np.where(ranks > 1, fullest, 1.0)
-            compute = (mean * fullest + touched * half_tile) * per_pair
-            memory = touched * weights + tokens * per_token * fullest
-            return _after(launch, compute, memory, tokens > 0)
-
-        return price
+    def experts(self, spec: GroupedGemm) -> Curve:
+        precision = self._known(product_precision(spec.weights, spec.activations))
+        kernel = ExpertKernel(
+            **{n: self.named.on(f"expert_{n}", self.gpu, precision) for n in ExpertKernel.names()}
+        )
+        peak = self.gpu.peak_flops(precision)
+        return curve(spec, kernel, fmt(spec.weights).bytes, self.gpu.memory_bytes_s, peak)
 
     def attention(self, specs: Sequence[Attention]) -> Callable[[AttentionLoad], Times]:
         name = {
@@ -124,12 +106,22 @@ class Roofline:
     def collective(self, kind: Kind, ranks: int, fabric: Fabric) -> Callable[[Array], Array]:
         return lambda size: group_seconds(kind, size, ranks, self.gpu, fabric, custom_up_to=self.custom_up_to)
 
+    @property
+    def elementwise_floor(self) -> float:
+        """Seconds that no pointwise kernel of its own is shorter than."""
+        return self._us("elementwise_launch_us")
+
     def elementwise(self, launches: Array) -> Callable[[Array], Times]:
-        floor = launches * self._us("elementwise_launch_us")
-        bandwidth = self._bandwidth("elementwise_memory")
+        """What fits the cache comes from there (the kernel before left it); twice as much evicts itself."""
+        start, floor = launches * self._us("elementwise_start_us"), launches * self.elementwise_floor
+        cache = max(self.gpu.l2_mib * 1024**2 * self.named.on("cache_share", self.gpu), 1.0)
+        far = 1.0 / self._bandwidth("elementwise_memory")
+        per_clock = self.named.on("cache_bytes_per_clock", self.gpu)
+        near = min(1.0 / (per_clock * self.gpu.sm_count * self.gpu.clock_mhz * 1e6), far)
 
         def price(nbytes: Array) -> Times:
-            memory = nbytes / bandwidth
+            missed = np.clip(nbytes / cache - 1.0, 0.0, 1.0)
+            memory = start + nbytes * (near + missed * (far - near))
             seconds = np.where(nbytes > 0, np.maximum(memory, floor), 0.0)
             return Times(seconds, np.where(memory >= floor, MEMORY, LAUNCH).astype(np.int8))
 

@@ -75,7 +75,7 @@ def tables(
             continue
         for engine in sorted((folder / theirs / family).glob("*")):
             found = [v for v in engine.glob("*") if (v / f"{table}.parquet").is_file()]
-            found.sort(key=lambda v: _version(v.name))
+            found.sort(key=lambda v: version_key(v.name))
             for version in found[-1:] if newest else found:
                 yield Source(ours, family, engine.name, version.name, table, version / f"{table}.parquet")
 
@@ -92,13 +92,14 @@ def by_engine(
     for source in tables(folder, family, table, gpu=gpu, newest=False):
         found.setdefault(source.engine, []).append(source)
     for engine, mine in found.items():
-        mine.sort(key=lambda s: _version(s.version), reverse=True)
+        mine.sort(key=lambda s: version_key(s.version), reverse=True)
         if engine in served:
-            limit = _version(served[engine] + ".999")
-            newer = [s for s in mine if _version(s.version) > limit]
-            found[engine] = [s for s in mine if _version(s.version) <= limit] + newer[::-1]
+            limit = version_key(served[engine] + ".999")
+            newer = [s for s in mine if version_key(s.version) > limit]
+            found[engine] = [s for s in mine if version_key(s.version) <= limit] + newer[::-1]
     return found
 
 
-def _version(name: str) -> tuple[int, ...]:
+def version_key(name: str) -> tuple[int, ...]:
+    """What versions sort by: their numbers, "1.3.0rc20" -> (1, 3, 0, 20)."""
     return tuple(int(part) for part in re.findall(r"\d+", name))

@@ -1,16 +1,101 @@
-"""Routed experts."""
+"""Routed experts from measured tables.
+
+A table holds the shapes that one engine was timed at in one format: for each, the residual of
+`planc.cost_model.experts.curve` by tokens, with constants that were fitted to the whole table. A shape
+that was timed keeps its own residual; another one takes those of the nearest shapes (of as wide a model
+above all), weighted by inverse distance in logarithms.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
-from planc.cost_model.catalogue import EngineProfile, Gpu
+import numpy as np
+
+from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance, read
+from planc.cost_model.experts import Curve, ExpertKernel, curve, stack
 from planc.cost_model.features import Array
-from planc.cost_model.kernels import GroupedGemm, Times
+from planc.cost_model.kernels import GroupedGemm, Priced, Times
+from planc.cost_model.profile import Profile, Table, shipped
 from planc.cost_model.roofline import Roofline
+from planc.cost_model.routing import TOKENS
+
+#: what tells shapes apart, and how far a factor of e in it puts them; the model's own sizes weigh most
+SHAPE: Mapping[str, float] = {"hidden": 2.0, "inner": 1.0, "experts": 0.7, "total": 2.0, "top_k": 2.0}
+
+_NEIGHBOURS = 4
+_POWER = 3.0
+_SAME = 0.02  # distance under which a shape was timed itself
 
 
 def prepare(
     specs: Sequence[GroupedGemm], gpu: Gpu, engine: EngineProfile, roofline: Roofline
 ) -> Callable[[Array], Times]:
-    return roofline.grouped_gemm(specs)
+    """The engine's own rows, else those of another engine on this GPU, else the roofline."""
+    curves: list[Curve] = []
+    sources: list[Provenance] = []
+    profile = shipped("experts", gpu.name)
+    for spec in specs:
+        table = None if profile is None else find(profile, spec, engine.name)
+        if table is None:
+            curves.append(roofline.experts(spec))
+            sources.append(roofline.source)
+        else:
+            curves.append(measured(table, spec))
+            own = table.info.key["engine"] == engine.name and nearest(table, spec)[2] < _SAME
+            sources.append("measured" if own else "fitted")
+    return Priced(stack(curves), tuple(sources))
+
+
+def find(profile: Profile, spec: GroupedGemm, engine: str) -> Table | None:
+    """The table for a spec's formats: the engine's in any format of the pair's, then other engines'."""
+    formats = list(_formats(spec.weights, spec.activations))
+    for mine in (True, False):
+        for name in formats:
+            for table in profile.find(format=name):
+                if (table.info.key["engine"] == engine) == mine:
+                    return table
+    return None
+
+
+def measured(table: Table, spec: GroupedGemm) -> Curve:
+    """The table's formula for the spec times its residual there."""
+    of = table.info.ideal
+    kernel = ExpertKernel(**{name: of[name] for name in ExpertKernel.names()})
+    ideal = curve(spec, kernel, of["weight_bytes"], of["bytes_s"], of["flops_s"])
+    rows, weights, _ = nearest(table, spec)
+    residual = weights @ table.values[rows]
+    ratio = np.interp(np.log(TOKENS), np.log(table.axes[1]), residual)
+    return Curve(ideal.seconds * np.exp(ratio), ideal.bound)
+
+
+def nearest(table: Table, spec: GroupedGemm) -> tuple[Array, Array, float]:
+    """(rows, weights that sum to one, distance of the first): the shapes that stand for the spec."""
+    here = {
+        "hidden": spec.hidden,
+        "inner": spec.inner,
+        "experts": spec.experts,
+        "total": float(spec.total_experts),
+        "top_k": float(spec.top_k),
+    }
+    squares = sum(
+        (far * np.log(table.extra[name] / max(here[name], 1e-9))) ** 2 for name, far in SHAPE.items()
+    )
+    distance = np.sqrt(squares)
+    rows = np.argsort(distance, kind="stable")[:_NEIGHBOURS]
+    if distance[rows[0]] < _SAME:
+        return rows[:1], np.ones(1), float(distance[rows[0]])
+    weights = distance[rows] ** -_POWER
+    return rows, weights / weights.sum(), float(distance[rows[0]])
+
+
+def _formats(weights: str, activations: str) -> Iterator[str]:
+    for pair in _pairs():
+        if (pair["weights"], pair["activations"]) == (weights, activations):
+            yield from pair["measured"]
+
+
+@cache
+def _pairs() -> tuple[Mapping[str, str], ...]:
+    return tuple(read("experts.yaml")["pairs"])

@@ -13,8 +13,9 @@ from collections.abc import Callable
 import numpy as np
 
 from planc.cost_model.catalogue import EngineProfile, Gpu
-from planc.cost_model.collectives import Fabric, Inside, Kind, alpha_beta, group_seconds, seconds, spread
+from planc.cost_model.collectives import Fabric, Kind, alpha_beta, group_seconds, seconds, spread
 from planc.cost_model.features import Array
+from planc.cost_model.kernels import Priced
 from planc.cost_model.profile import Table, shipped
 from planc.cost_model.roofline import Roofline
 
@@ -36,8 +37,10 @@ def prepare(
             priced[kind, among] = curve(table, kind, among)
         return priced[kind, among](size)
 
-    measured: Inside = inside
-    return lambda size: group_seconds(kind, size, ranks, gpu, fabric, inside=measured)
+    def price(size: Array) -> Array:
+        return group_seconds(kind, size, ranks, gpu, fabric, inside=inside)
+
+    return Priced(price, (fabric.outer(gpu).source if far > 1 else "measured",))
 
 
 def find(kind: Kind, gpu: Gpu, engine: EngineProfile) -> Table | None:

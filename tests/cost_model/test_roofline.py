@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -107,42 +109,38 @@ def test_what_bounds_a_product_is_named() -> None:
 
 
 EXPERTS = GroupedGemm(
-    128, 128, 8, 128 * 3 * 4096 * 1536.0, 6.0 * 8 * 4096 * 1536, 8 * 5632.0, 8 * 7168.0, "bf16", "bf16"
+    experts=128,
+    total_experts=128,
+    top_k=8,
+    elements=128 * 3 * 4096 * 1536.0,
+    flops_per_pair=6.0 * 4096 * 1536,
+    hidden=4096,
+    inner=1536,
+    weights="bf16",
+    activations="bf16",
 )
+
+
+def spread(ranks: int) -> GroupedGemm:
+    """Whole experts over so many ranks."""
+    return replace(EXPERTS, experts=128 / ranks, elements=EXPERTS.elements / ranks, ranks=ranks)
 
 
 def test_experts_stream_their_weights_once_all_are_touched() -> None:
     gpu = catalogue.gpu("h100_sxm")
     price = Roofline(gpu).grouped_gemm([EXPERTS])
-    one, many = price(np.array([[1.0, 128.0]])).seconds[0]
+    one, many = price(np.array([[1.0, 1024.0]])).seconds[0]
     whole = 2 * EXPERTS.elements / gpu.memory_bytes_s
-    assert one < 0.15 * whole + 20e-6
+    assert one < 0.15 * whole + 60e-6
     assert whole < many < 2 * whole
 
 
 def test_experts_spread_over_ranks_wait_for_the_fullest() -> None:
-    half = GroupedGemm(
-        64, 128, 8, EXPERTS.elements / 2, EXPERTS.flops_per_token / 2, 0.0, 0.0, "bf16", "bf16", 2
-    )
-    alone = GroupedGemm(
-        64, 128, 8, EXPERTS.elements / 2, EXPERTS.flops_per_token / 2, 0.0, 0.0, "bf16", "bf16", 1
-    )
-    price = Roofline(catalogue.gpu("h100_sxm")).grouped_gemm([half, alone])
-    spread, even = price(np.full((1, 1), 20000.0)).seconds[:, 0]
-    assert 1.1 < spread / even < 1.5
-
-
-def test_a_single_token_meets_more_than_its_share_of_experts_on_some_rank() -> None:
-    """8 experts over 8 ranks: some rank holds two or three of them, and all wait for it."""
-    eighth = GroupedGemm(
-        16, 128, 8, EXPERTS.elements / 8, EXPERTS.flops_per_token / 8, 0.0, 0.0, "bf16", "bf16", 8
-    )
-    rng = np.random.default_rng(0)
-    fullest = [np.bincount(rng.choice(128, 8, replace=False) // 16, minlength=8).max() for _ in range(4000)]
-    gpu = catalogue.gpu("h100_sxm")
-    time = Roofline(gpu).grouped_gemm([eighth])(np.array([[1.0]])).seconds[0, 0] - 12e-6
-    experts = time * gpu.memory_bytes_s * 0.75 / (2 * EXPERTS.elements / 128)
-    assert experts == pytest.approx(np.mean(fullest), rel=0.25)
+    """Routers prefer some experts: the fullest of eight ranks has more than an eighth of the work."""
+    price = Roofline(catalogue.gpu("h100_sxm")).grouped_gemm([EXPERTS, spread(2), spread(8)])
+    whole, half, eighth = price(np.full((3, 1), 20000.0)).seconds[:, 0]
+    assert 0.5 * whole < half < 0.7 * whole
+    assert 0.125 * whole < eighth < 0.35 * whole
 
 
 def test_decode_attention_streams_the_cache() -> None:

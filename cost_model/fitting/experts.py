@@ -1,0 +1,277 @@
+"""Routed experts: each engine's kernels in each format, fitted under the routing that serving sees.
+
+Of `moe_perf` the rows of `power_law_1.2` are used (serving points are missed by up to twice the error with
+balanced ones). Of several versions the newest counts, and rows of older ones of kernels that it
+still runs.
+Set aside, by rule:
+
+    experts without a gate (kernels named so, and the shapes that they were timed at), other activations
+    kernels that stream weights at less than 0.4 of the memory bandwidth, where the engine or another one has
+    rows that do not (per-tensor fp8 through FlashInfer's CUTLASS on Hopper takes four times as long as the
+    Triton kernel it replaced)
+    deployments over more than 64 ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planc.cost_model import catalogue
+from planc.cost_model.catalogue import Gpu, Precision
+from planc.cost_model.experts import ExpertKernel, terms
+from planc.cost_model.features import Array
+from planc.cost_model.fitting import Score, sources
+from planc.cost_model.formats import fmt, product_precision
+from planc.cost_model.kernels import GroupedGemm
+from planc.cost_model.measured.experts import SHAPE, nearest
+from planc.cost_model.profile import Profile, Table, TableInfo
+from planc.cost_model.routing import TOKENS
+
+_DISTRIBUTION = "power_law_1.2"
+_OTHER = "nongated|situ"
+_MOST_RANKS = 64
+_LEAST_STREAM = 0.4
+
+#: residuals are rounded to this, which noise exceeds and compression thanks for
+_GRAIN = 0.005
+
+#: tables' formats -> planc's (weights, activations)
+FORMATS = {
+    "bfloat16": ("bf16", "bf16"),
+    "fp8": ("fp8", "fp8"),
+    "fp8_block": ("fp8", "fp8"),
+    "nvfp4": ("nvfp4", "nvfp4"),
+    "int4_wo": ("w4a16", "bf16"),
+    "w4a16_mxfp4": ("mxfp4", "bf16"),
+    "w4a8_mxfp4_mxfp8": ("mxfp4", "mxfp8"),
+}
+
+#: token counts that tables keep
+_KEPT: Array = 2.0 ** np.arange(15)
+_AT = np.searchsorted(TOKENS, _KEPT)
+_MEMORY = ExpertKernel.names().index("memory")
+
+_SHAPE = ["hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "moe_ep_size"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Rows of one engine and format on one GPU: seconds [shapes, `_KEPT`], nan where not timed, and
+    what each constant of the formula adds to them [shapes, `_KEPT`, constants]."""
+
+    gpu: Gpu
+    engine: str
+    format: str
+    versions: tuple[str, ...]
+    specs: tuple[GroupedGemm, ...]
+    seconds: Array
+    terms: Array
+    dropped: int
+
+    def take(self, shapes: Array) -> _Rows:
+        specs = tuple(self.specs[i] for i in shapes)
+        return replace(self, specs=specs, seconds=self.seconds[shapes], terms=self.terms[shapes])
+
+    def ideal(self, kernel: ExpertKernel) -> Array:
+        return self.terms @ kernel.factors
+
+    @property
+    def solved(self) -> ExpertKernel:
+        """The constants that fit these rows best."""
+        timed = np.isfinite(self.seconds)
+        return _solve(self.terms[timed], self.seconds[timed], np.ones(timed.sum()))
+
+
+def fit(folder: Path) -> Iterator[Profile]:
+    """One profile per GPU that has tables."""
+    for name in dict.fromkeys(sources.GPUS.values()):
+        tables = [
+            _table(rows, rows.solved, _held_out(rows)) for rows in _measured(folder, catalogue.gpu(name))
+        ]
+        if tables:
+            yield Profile(name, "experts", tuple(tables))
+
+
+def score(folder: Path) -> Iterator[Score]:
+    """Held out: each tenth of a table's shapes in turn; physics: one set of constants, this GPU left out."""
+    names = list(dict.fromkeys(sources.GPUS.values()))
+    found = {name: list(_measured(folder, catalogue.gpu(name))) for name in names}
+    for name in names:
+        known = physics([rows for other in names if other != name for rows in found[other]])
+        for rows in found[name]:
+            times = rows.ideal(known[precision(rows)])
+            yield Score(
+                family="experts",
+                gpu=name,
+                table=f"{rows.engine}/{rows.format}",
+                rows=int(np.isfinite(rows.seconds).sum()),
+                held_out=_held_out(rows),
+                physics=float(np.nanmedian(np.abs(times / rows.seconds - 1.0))),
+            )
+
+
+def physics(found: Sequence[_Rows]) -> dict[Precision, ExpertKernel]:
+    """Constants per arithmetic over all the tables, each weighing the same."""
+    kernels: dict[Precision, ExpertKernel] = {}
+    for name in {precision(rows) for rows in found}:
+        mine = [rows for rows in found if precision(rows) == name]
+        timed = [np.isfinite(rows.seconds) for rows in mine]
+        share = [np.full(t.sum(), 1.0 / t.sum()) for t in timed]
+        terms = [rows.terms[t] for rows, t in zip(mine, timed, strict=True)]
+        seconds = [rows.seconds[t] for rows, t in zip(mine, timed, strict=True)]
+        kernels[name] = _solve(*map(np.concatenate, (terms, seconds, share)))
+    return kernels
+
+
+def _peaks(gpu: Gpu, name: str) -> tuple[float, float, float]:
+    """Bytes per weight of a format, bytes/s, flop/s."""
+    weights, activations = FORMATS[name]
+    return fmt(weights).bytes, gpu.memory_bytes_s, gpu.peak_flops(product_precision(weights, activations))
+
+
+def precision(rows: _Rows) -> Precision:
+    """The arithmetic that a table's products run in."""
+    return product_precision(*FORMATS[rows.format])
+
+
+def _measured(folder: Path, gpu: Gpu) -> Iterator[_Rows]:
+    found = sources.tables(folder, "moe", "moe_perf", gpu=gpu.name, newest=False)
+    frames = [_frame(source, order) for order, source in enumerate(found)]  # ascending versions
+    if not frames:
+        return
+    import pandas
+
+    rows = pandas.concat(frames)
+    named, models = rows["kernel_source"].str.contains(_OTHER), pandas.MultiIndex.from_frame(rows[_SHAPE[:4]])
+    bare = models[rows["kernel_source"].str.contains("nongated")].unique()
+    odd = named | models.isin(bare)
+    wide = rows["moe_tp_size"] * rows["moe_ep_size"] > _MOST_RANKS
+    rows = rows[~odd & ~wide & rows["moe_dtype"].isin(FORMATS)]
+    slow = _slow(rows, gpu)
+    for (engine, name), mine in rows.groupby(["engine", "moe_dtype"]):
+        kept = mine[[key not in slow for key in mine[_KERNEL].itertuples(index=False, name=None)]]
+        now = kept[kept["order"] == kept["order"].max()]
+        kept = kept[kept["kernel_source"].isin(now["kernel_source"])]
+        if len(kept):
+            yield _square(kept, gpu, str(engine), str(name), len(mine) - len(kept))
+
+
+def _frame(source: sources.Source, order: int) -> Any:
+    rows = source.read()
+    rows = rows[(rows["distribution"] == _DISTRIBUTION) & rows["num_tokens"].isin(_KEPT)]
+    return rows.assign(engine=source.engine, version=source.version, order=order)
+
+
+_KERNEL = ["engine", "version", "kernel_source", "moe_dtype"]
+
+
+def _slow(rows: Any, gpu: Gpu) -> set[tuple[str, ...]]:
+    """Kernels whose best tenth of rows streams weights too slowly, where the format has better ones."""
+    share: dict[tuple[str, ...], float] = {}
+    for key, mine in rows.groupby(_KERNEL):
+        square = _square(mine, gpu, key[0], key[3], 0)
+        streams = square.terms[:, :, _MEMORY] / square.seconds
+        share[key] = float(np.nanquantile(streams, 0.9))
+    best = {name: max(s for key, s in share.items() if key[3] == name) for name in rows["moe_dtype"].unique()}
+    best["fp8"] = max(best.get("fp8", 0.0), best.get("fp8_block", 0.0))
+    return {key for key, s in share.items() if s < _LEAST_STREAM <= best[key[3]]}
+
+
+def _square(rows: Any, gpu: Gpu, engine: str, name: str, dropped: int) -> _Rows:
+    """Per shape the newest version's rows; of several kernels the fastest, which the engine would take."""
+    newest = rows.groupby(_SHAPE)["order"].transform("max")
+    rows = rows[rows["order"] == newest]
+    found = rows.pivot_table(index=_SHAPE, columns="num_tokens", values="latency", aggfunc="min") * 1e-3
+    found = found.reindex(columns=_KEPT)
+    specs = tuple(_spec(*shape, *FORMATS[name]) for shape in found.index)
+    versions = tuple(sorted(set(rows["version"]), key=sources.version_key))
+    parts = np.stack([terms(spec, *_peaks(gpu, name))[:, _AT].T for spec in specs])
+    return _Rows(gpu, engine, name, versions, specs, found.to_numpy(), parts, dropped)
+
+
+def _spec(
+    hidden: int, inner: int, top_k: int, total: int, tp: int, ep: int, weights: str, activations: str
+) -> GroupedGemm:
+    width, experts = inner / tp, total / ep
+    return GroupedGemm(
+        experts=experts,
+        total_experts=int(total),
+        top_k=int(top_k),
+        elements=experts * 3.0 * hidden * width,
+        flops_per_pair=6.0 * hidden * width,
+        hidden=float(hidden),
+        inner=width,
+        weights=weights,
+        activations=activations,
+        ranks=int(ep),
+    )
+
+
+def _solve(terms: Array, seconds: Array, share: Array) -> ExpertKernel:
+    """Constants >= 0 that leave the least relative error; far rows count less with each round."""
+    from scipy.optimize import lsq_linear
+
+    ratio = terms / seconds[:, None]
+    scale = ratio.max(axis=0)
+    low, high = np.zeros(scale.size), np.full(scale.size, np.inf)
+    low[-2:], high[-2:] = scale[-2:] / 1.2, scale[-2:] * 20.0
+    weight = np.sqrt(share)
+    for _ in range(6):
+        found = lsq_linear(ratio / scale * weight[:, None], weight, (low, high)).x
+        off = np.abs(np.log(np.maximum(ratio / scale @ found, 1e-6)))
+        weight = np.sqrt(share / np.maximum(off, 0.05))
+    values = found / scale
+    values[-2:] = 1.0 / values[-2:]
+    return ExpertKernel(*map(float, values))
+
+
+def _held_out(rows: _Rows) -> float:
+    """Median error over ten folds of shapes, each predicted from the other nine."""
+    fold = np.random.default_rng(0).permutation(len(rows.specs)) % 10
+    errors, kernel = [], rows.solved
+    for number in range(10):
+        out, kept = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        if not out.size or not kept.size:
+            continue
+        table = _table(rows.take(kept), kernel, 0.0)
+        found = [nearest(table, rows.specs[i]) for i in out]
+        ratio = np.exp([weights @ table.values[near] for near, weights, _ in found])
+        times = rows.take(out).ideal(kernel) * ratio
+        errors.append(np.abs(times / rows.seconds[out] - 1.0).reshape(-1))
+    return float(np.nanmedian(np.concatenate(errors)))
+
+
+def _table(rows: _Rows, kernel: ExpertKernel, error: float) -> Table:
+    size, bytes_s, flops_s = _peaks(rows.gpu, rows.format)
+    ideal = {name: getattr(kernel, name) for name in ExpertKernel.names()}
+    ideal |= {"weight_bytes": size, "bytes_s": bytes_s, "flops_s": flops_s}
+    off = np.log(rows.seconds / rows.ideal(kernel))
+    for row in off:
+        gap = np.isnan(row)
+        row[gap] = np.interp(np.log(_KEPT[gap]), np.log(_KEPT[~gap]), row[~gap])
+    shape = {"total": "total_experts"}
+    return Table(
+        TableInfo(
+            name=f"{rows.engine}/{rows.format}",
+            key={"engine": rows.engine, "format": rows.format, "versions": " ".join(rows.versions)},
+            axes=("shape", "tokens"),
+            ideal=ideal,
+            rows=int(np.isfinite(rows.seconds).sum()),
+            dropped=rows.dropped,
+            error=error,
+            source=sources.SOURCE,
+            date=sources.DATE,
+            note=f"routing {_DISTRIBUTION}; kernels that stream weights too slowly are dropped",
+        ),
+        (np.arange(1.0, len(rows.specs) + 1), _KEPT),
+        np.round(off / _GRAIN) * _GRAIN,
+        {
+            name: np.array([getattr(s, shape.get(name, name)) for s in rows.specs], dtype=float)
+            for name in SHAPE
+        },
+    )
