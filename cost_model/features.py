@@ -136,14 +136,14 @@ def _pairs(span: str, cached: Array, new: Array) -> Array:
         return new * (cached + new)
     if span[0] in "wk":
         reach = _reach(span)
-        return _window_sum(cached + new, reach) - _window_sum(cached, reach)
+        return window_sum(cached + new, reach) - window_sum(cached, reach)
     if span[0] == "c":
         chunk = _reach(span)
         return _chunk_sum(cached + new, chunk) - _chunk_sum(cached, chunk)
     raise ValueError(f"attention span {span!r}")
 
 
-def _window_sum(x: Array, reach: float) -> Array:
+def window_sum(x: Array, reach: float) -> Array:
     """Sum of min(t, reach) over t = 1..x."""
     inside = np.minimum(x, reach)
     found: Array = inside * (inside + 1) / 2 + (x - inside) * reach

@@ -81,7 +81,7 @@ class Attention:
     pair_flops    of one (query, key) pair over this rank's heads; 0 where the op does not say
     key_flops     of one cached key, as for keys and values expanded out of a latent
     token_flops   of one new token, as for projections absorbed into queries and results
-    key_width     cache elements per key on this rank
+    key_width     cache elements per key on this rank; of a recurrence, of a sequence's state
     """
 
     kind: Literal["attention", "recurrence", "products"]

@@ -179,7 +179,14 @@ def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_b
     if row.work.family == "recurrence":
         state = Amount({"S": 2.0 * dims.get("state_elements", 0) * divided.heads})
         spec = Attention(
-            "recurrence", base.part, 4.0, wide, weight_bytes, dims.get("heads", 0) * divided.heads
+            kind="recurrence",
+            part=base.part,
+            kv_bytes=4.0,
+            act_bytes=wide,
+            weight_bytes=weight_bytes,
+            q_heads=dims.get("heads", 0) * divided.heads,
+            token_flops=base.flops.terms.get("T", 0.0),
+            key_width=dims.get("state_elements", 0) * divided.heads,
         )
         return replace(base, spec=spec, kv=base.kv or state)
     spans = sorted(name[2:] for name in row.work.kv_reads.terms if name.startswith("K:"))

@@ -17,8 +17,8 @@ from planc.cost_model.profile import Profile, Table, TableInfo
 
 _DATE = "2026-11-21"
 _LAUNCH_S = 5e-6
-_ROUNDED = 8e-3  # nat; what is finer than repeat measurements only costs bytes
-_SHORTEST = 16  # tokens: decode contexts below it cost the same
+_ROUNDED = 1.6e-2  # nat; what is finer than repeat measurements only costs bytes
+_MERGED = (2.0, 8.0)  # tokens: decode contexts that cost what four do
 _SLOWER = 1.5  # times another engine's kernel at long loops: not what is served
 
 _AXES = {"heads": 2.0 ** np.arange(15), "tokens": 2.0 ** np.arange(15), "group": 2.0 ** np.arange(8)}
@@ -40,7 +40,12 @@ def score(folder: Path) -> Iterator[Score]:
 
 
 def _rows(folder: Path, gpu: str) -> Iterator[Rows]:
-    for read in (attention_rows.softmax, attention_rows.latent, attention_rows.absorbed):
+    for read in (
+        attention_rows.softmax,
+        attention_rows.latent,
+        attention_rows.absorbed,
+        attention_rows.linear,
+    ):
         yield from read(folder, gpu)
 
 
@@ -77,10 +82,17 @@ def _axis(name: str, values: Array, rows: Rows) -> Array:
     """Powers of two that the rows span; of loop lengths all that were measured."""
     measured = np.unique(values)
     if name == "reach":
-        return measured[measured >= _SHORTEST] if rows.key["part"] == "decode" else measured
+        return (
+            np.setdiff1d(measured, _MERGED)
+            if rows.key["op"] != "rule" and rows.key["part"] == "decode"
+            else measured
+        )
     grid = _AXES.get(name, measured)
-    within = grid[(grid >= measured[0]) & (grid <= measured[-1])]
-    return within if within.size else measured[:1]
+    if measured[-1] <= grid[0]:
+        return grid[:1]
+    first = np.searchsorted(grid, measured[0], side="right")
+    last = np.searchsorted(grid, measured[-1], side="left")
+    return grid[first - 1 : last + 1]
 
 
 def _plausible(tables: list[Table]) -> tuple[Table, ...]:

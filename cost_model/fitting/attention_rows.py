@@ -13,9 +13,12 @@ from planc.cost_model.catalogue import Precision
 from planc.cost_model.features import Array
 from planc.cost_model.fitting import sources
 from planc.cost_model.fitting.surface import Mask
+from planc.cost_model.measured.attention_linear import BLOCK, linear_work
 
 #: DeepSeek-V3: rank of the latent, rotary width, and each head's other widths
 _RANK, _ROTARY, _PLAIN, _VALUE = 512, 64, 128, 128
+#: Qwen3.5: width of the rule's heads, taps of the convolution; blocks of channels are as wide
+_STATE, _TAPS = 128.0, 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,41 @@ def absorbed(folder: Path, gpu: str) -> Iterator[Rows]:
             new=np.zeros_like(tokens),
             seconds=both.sum(axis=1).to_numpy(float) * 1e-3,
         )
+
+
+def linear(folder: Path, gpu: str) -> Iterator[Rows]:
+    """The gated delta rule and the short convolution before it."""
+    for source in sources.tables(folder, "linear_attention", "gdn_perf", gpu=gpu):
+        frame = source.read()
+        convolves = frame["kernel_source"].str.startswith("causal_conv1d")
+        for op, of_op in (("convolution", frame[convolves]), ("rule", frame[~convolves])):
+            for part, phase in (("prefill", "context"), ("decode", "generation")):
+                mine = of_op[of_op["phase"] == phase]
+                if len(mine):
+                    yield _linear(source, op, part, mine)
+
+
+def _linear(source: sources.Source, op: str, part: str, frame: Any) -> Rows:
+    frame = frame[frame["kernel_source"] == frame["kernel_source"].mode()[0]]
+    batch, keys, values = (_column(frame, c) for c in ("batch_size", "num_k_heads", "num_v_heads"))
+    reach = _column(frame, "seq_len") if part == "prefill" else np.ones_like(batch)
+    rule = op == "rule"
+    heads = batch * (values if rule else 2.0 * keys + values)
+    state = _STATE * _STATE if rule else (_TAPS - 1) * BLOCK
+    flops, cached, new = linear_work(
+        rule, heads, reach, (7.0 if rule else 2.0 * _TAPS / (_TAPS - 1)) * state, state
+    )
+    return Rows(
+        name=f"{part} {op} {source.engine}",
+        key={"op": op, "part": part, "engine": source.engine},
+        source=_text(source, frame),
+        precision="bf16",
+        coords={"heads": heads, "reach": reach},
+        flops=flops,
+        cached=cached,
+        new=new,
+        seconds=_column(frame, "latency") * 1e-3,
+    )
 
 
 def _column(frame: Any, name: str) -> Array:

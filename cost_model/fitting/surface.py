@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ _TIES = 0.03  # weight of a difference between neighbouring nodes, against 1 of 
 
 def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> tuple[Array, int]:
     """Values at the nodes whose interpolation (in the axes' logarithms) fits the rows best, and how many rows
-    were set aside for being off by more than 0.7. Nodes without rows are drawn to their neighbours."""
+    were set aside for being off by more than 0.7. Nodes without rows between others are drawn to them; nodes
+    beyond all others take their neighbour's value, along the last axis first."""
     shape = tuple(axis.size for axis in axes)
     shares = _shares(axes, coords)
     ties = scipy.sparse.vstack([_TIES * tie for tie in _differences(shape)])
@@ -30,7 +32,27 @@ def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> 
         normal = (rows.T @ rows + ties.T @ ties).tocsc()
         found = scipy.sparse.linalg.spsolve(normal, rows.T @ values[kept])
         kept = np.abs(values - shares @ found) <= _OUTLIER
-    return found.reshape(shape), int(np.sum(~kept))
+    known = np.asarray(shares[kept].sum(axis=0)).reshape(shape) > 0
+    return _filled(np.where(_between(known), found.reshape(shape), np.nan)), int(np.sum(~kept))
+
+
+def _between(known: Mask) -> Mask:
+    """Nodes that are known, or lie between known ones along some axis."""
+    found = known.copy()
+    for axis in range(known.ndim):
+        before = np.maximum.accumulate(known, axis=axis)
+        after = np.flip(np.maximum.accumulate(np.flip(known, axis), axis=axis), axis)
+        found |= before & after
+    return found
+
+
+def _filled(values: Array) -> Array:
+    for axis in reversed(range(values.ndim)):
+        along = np.moveaxis(values, axis, 0)
+        for ahead in (along, along[::-1]):
+            for before, here in pairwise(ahead):
+                here[...] = np.where(np.isnan(here), before, here)
+    return values
 
 
 def held_out(*coords: Array) -> Mask:

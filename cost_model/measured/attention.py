@@ -2,29 +2,48 @@
 
 A table's residual depends on how much runs side by side and how long each loop over keys is:
 
-    decode   (heads, context, group)   heads: sequences x KV heads; context: keys that a token sees
-    prefill  (heads, tokens, group)    heads: prompts x query heads; tokens: length of a causal prompt
+    decode   (heads, reach, group)   heads: sequences x KV heads; reach: keys that a token sees
+    prefill  (heads, reach, group)   heads: prompts x query heads; reach: length of a causal prompt
 
 with group = query heads per KV head. A chunk of q tokens after p cached ones is looked up as the causal
 prompt that has as many query tiles and as long loops: x = q + 2p tokens and heads * q / x heads, which
-attends to as many (query, key) pairs. A sliding window that was measured has a table of its own; any other
-span is priced as full attention to the keys it sees.
+attends to as many (query, key) pairs. It takes no less than one block's loop over all p + q keys, as in a
+lone head's prompt of p + q tokens. A sliding window that was measured has a table of its own; any
+other span is priced as full attention to the keys it sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from planc.cost_model.catalogue import EngineProfile, Gpu
-from planc.cost_model.features import Array
-from planc.cost_model.kernels import Attention, AttentionLoad, Priced, Times
-from planc.cost_model.measured import attention_latent
-from planc.cost_model.measured.attention_tables import Ideal, Loads, Price, nearest, pairs_of, sliced
+from planc.cost_model.features import Array, window_sum
+from planc.cost_model.kernels import COMPUTE, MEMORY, Attention, AttentionLoad, Priced, Times
+from planc.cost_model.measured import attention_latent, attention_linear
+from planc.cost_model.measured.attention_tables import (
+    SHORTEST,
+    TILE,
+    Causal,
+    Ideal,
+    Loads,
+    One,
+    Seconds,
+    Surface,
+    founded,
+    keys_of,
+    nearest,
+    pairs_of,
+    sliced,
+)
 from planc.cost_model.profile import Profile, Table, shipped
 from planc.cost_model.roofline import Roofline
+
+_BLOCK = 128.0  # query rows of a block
+_EVERYTHING = 1e9  # tokens: no window
 
 
 def prepare(
@@ -32,22 +51,25 @@ def prepare(
 ) -> Priced[AttentionLoad, Times]:
     """Kernels that no table covers cost what the roofline says."""
     profile = shipped("attention", gpu.name)
-    found = [None if profile is None else _price(spec, profile, gpu, engine, roofline) for spec in specs]
-    rest = [i for i, price in enumerate(found) if price is None]
+    found = [None if profile is None else _priced(spec, profile, gpu, engine, roofline) for spec in specs]
+    rest = [i for i, one in enumerate(found) if one is None]
     physics = roofline.attention([specs[i] for i in rest]) if rest else None
+    bounds = [COMPUTE if spec.part == "prefill" else MEMORY for spec in specs]
 
     def price(load: AttentionLoad) -> Times:
-        seconds = np.empty_like(load.flops)
-        bound: npt.NDArray[np.int8] = np.empty(load.flops.shape, dtype=np.int8)
+        seconds = np.zeros_like(load.flops)
+        bound: npt.NDArray[np.int8] = np.broadcast_to(np.array(bounds)[:, None], seconds.shape).astype(
+            np.int8
+        )
         if physics is not None:
             times = physics(_only(load, rest))
             seconds[rest], bound[rest] = times.seconds, times.bound
-        for row, measured in enumerate(found):
-            if measured is not None:
-                seconds[row], bound[row] = measured(_row(load, row))
+        for row, one in enumerate(found):
+            if one is not None:
+                seconds[row] = one.seconds(_row(load, row))
         return Times(np.where(load.tokens > 0, seconds, 0.0), bound)
 
-    return Priced(price, tuple(roofline.source if price is None else "measured" for price in found))
+    return Priced(price, tuple(roofline.source if one is None else one.source for one in found))
 
 
 def _only(load: AttentionLoad, rows: Sequence[int]) -> AttentionLoad:
@@ -59,54 +81,94 @@ def _only(load: AttentionLoad, rows: Sequence[int]) -> AttentionLoad:
 
 def _row(load: AttentionLoad, row: int) -> Loads:
     tokens, sequences = np.maximum(load.tokens, 1.0), np.maximum(load.sequences, 1.0)
-    return Loads(load.flops[row], load.kv[row], load.acts[row], tokens, sequences, load.context)
+    return Loads(load.flops[row], load.kv[row], tokens, sequences, load.context)
 
 
-def _price(
+def _priced(
     spec: Attention, profile: Profile, gpu: Gpu, engine: EngineProfile, roofline: Roofline
-) -> Price | None:
+) -> One | None:
+    if spec.kind == "recurrence":
+        return attention_linear.priced(spec, profile, engine.name)
     if spec.kind != "attention" or not (spec.kv_heads and spec.pair_flops and spec.key_width):
         return None
     if spec.latent:
-        return attention_latent.price(spec, profile, gpu, engine, roofline)
-    return _softmax(spec, profile, engine.name)
+        return attention_latent.priced(spec, profile, gpu, engine, roofline)
+    return _softmax(spec, profile, engine.name, float(gpu.sm_count))
 
 
-def _softmax(spec: Attention, profile: Profile, engine: str) -> Price | None:
-    """Prices multi-head or grouped-query attention from the table that fits it best."""
+@lru_cache(maxsize=512)
+def _softmax(spec: Attention, profile: Profile, engine: str, sms: float) -> One | None:
+    """Multi-head or grouped-query attention from the table that fits it best."""
     window = float(spec.span[1:]) if spec.span[:1] == "w" else 0.0
 
+    def head(table: Table) -> float:
+        return float(abs(np.log(float(table.info.key["head_dim"]) / spec.qk_dim)))
+
     def distance(table: Table) -> tuple[float, ...]:
-        key = table.info.key
-        theirs = float(key["window"])
+        theirs = float(table.info.key["window"])
+        near = window and theirs and 0.5 <= theirs / window <= 2.0
         unlike = (
-            0.0 if theirs == window else 1.0 if theirs == 0 else 1.0 + abs(np.log(theirs / (window or 1.0)))
+            0.0 if theirs == window else abs(np.log(theirs / window)) if near else np.inf if theirs else 1.0
         )
-        if theirs and not (window and 0.5 <= theirs / window <= 2.0):
-            unlike = np.inf
-        head = abs(np.log(float(key["head_dim"]) / spec.qk_dim))
-        return head, unlike, abs(float(key["kv_bytes"]) - spec.kv_bytes)
+        return head(table), unlike, abs(float(table.info.key["kv_bytes"]) - spec.kv_bytes)
 
     table = nearest(profile, engine, distance, op="softmax", part=spec.part)
-    if table is None or not np.isfinite(distance(table)[1]):
+    if table is None:
         return None
-    grid, ideal = sliced(table, spec.q_heads / spec.kv_heads), Ideal.of(table)
-    windowed = float(table.info.key["window"])
+    seconds = _decode(spec, table) if spec.part == "decode" else _prefill(spec, table, sms)
+    return One(seconds, founded(table, engine, head(table)))
 
-    def price(load: Loads) -> tuple[Array, npt.NDArray[np.int8]]:
-        written = load.tokens * spec.key_width
-        cached = (load.kv - written) * spec.kv_bytes
-        new = written * spec.kv_bytes + load.acts * spec.act_bytes
-        if spec.part == "decode":
-            seen = load.context if windowed else pairs_of(spec, load) / load.tokens
-            heads = load.sequences * spec.kv_heads
+
+def _decode(spec: Attention, table: Table) -> Seconds:
+    grid, ideal, window = sliced(table, spec.q_heads / spec.kv_heads), Ideal.of(table), _window(table)
+
+    def seconds(heads: Array, reach: Array) -> Array:
+        sequences = heads / spec.kv_heads
+        pairs = sequences * np.minimum(reach, window)
+        cached = pairs * spec.key_width * spec.kv_bytes
+        ideally = ideal.seconds(pairs * spec.pair_flops, cached, sequences * _new_bytes(spec))
+        return ideally * np.exp(grid.at(heads, reach))
+
+    surface = Surface.of(seconds, SHORTEST)
+    if window < _EVERYTHING:
+        return lambda load: surface.at(load.sequences * spec.kv_heads, load.context)
+    return lambda load: surface.at(load.sequences * spec.kv_heads, pairs_of(spec, load) / load.tokens)
+
+
+def _prefill(spec: Attention, table: Table, sms: float) -> Seconds:
+    grid, ideal, window = sliced(table, spec.q_heads / spec.kv_heads), Ideal.of(table), _window(table)
+
+    def seconds(rows: Array, reach: Array) -> Array:
+        """rows: tokens x query heads."""
+        tokens = rows / spec.q_heads
+        pairs = tokens * window_sum(reach, window) / reach
+        cached = tokens * spec.key_width * spec.kv_bytes
+        ideally = ideal.seconds(pairs * spec.pair_flops, cached, tokens * _new_bytes(spec))
+        return ideally * np.exp(grid.at(rows / reach, reach))
+
+    surface, lone = Surface.of(seconds, TILE), table.axes[0][0]
+
+    def price(load: Loads) -> Array:
+        if window < _EVERYTHING:
+            before = np.minimum(load.context, window)
+            chunk = Causal.of(load.tokens, load.sequences, before + load.tokens / load.sequences / 2)
         else:
-            if windowed:
-                seen = load.tokens / load.sequences + 2.0 * np.minimum(load.context, windowed)
-            else:
-                seen = np.maximum(2.0 * pairs_of(spec, load) / load.tokens - 1.0, 1.0)
-            heads = load.tokens * spec.q_heads / seen
-        seconds = ideal.seconds(load.flops, cached, new) * np.exp(grid.at(heads, seen))
-        return seconds, ideal.bound(load.flops, cached, new)
+            chunk = Causal.of(load.tokens, load.sequences, pairs_of(spec, load) / load.tokens)
+        full = surface.at(chunk.queries * spec.q_heads, chunk.reach)
+        waves = np.maximum(lone * chunk.loop / _BLOCK / sms, 1.0)
+        starved = surface.at(lone * chunk.loop, chunk.loop) / waves
+        moved = ideal.launch_s + keys_of(spec, load) * spec.key_width * spec.kv_bytes / ideal.bytes_s
+        found: Array = np.maximum(np.maximum(full, starved), moved)
+        return found
 
     return price
+
+
+def _window(table: Table) -> float:
+    return float(table.info.key["window"]) or _EVERYTHING
+
+
+def _new_bytes(spec: Attention) -> float:
+    """Bytes per new token: its query, key, value and result, and the cache's copy of key and value."""
+    wide = (spec.q_heads + spec.kv_heads) * (spec.qk_dim + spec.v_dim)
+    return wide * spec.act_bytes + spec.key_width * spec.kv_bytes

@@ -1,4 +1,5 @@
-"""What the attention modules share: the ideal that tables are relative to, and the choice of a table."""
+"""What the attention modules share: the ideal that tables are relative to, the choice of a table, and the
+surface of times that one kernel's share of it becomes."""
 
 from __future__ import annotations
 
@@ -6,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from planc.cost_model.catalogue import Provenance
 from planc.cost_model.features import Array
-from planc.cost_model.kernels import COMPUTE, LAUNCH, MEMORY, Attention
+from planc.cost_model.kernels import Attention
 from planc.cost_model.profile import Grid, Profile, Table
 
 #: whose kernels stand in for an engine without a table, nearest first
@@ -19,6 +20,14 @@ _KIN = {
     "trtllm": ("trtllm", "sglang", "vllm"),
 }
 
+_PER_OCTAVE = 2  # nodes of a surface; between them a + b x is off by less than 0.4 %
+_OCTAVES = (26, 18)
+
+#: query rows of a prefill kernel's smallest tile
+TILE = 64.0
+#: contexts of decode below it cost the same
+SHORTEST = 16.0
+
 
 @dataclass(frozen=True, slots=True)
 class Loads:
@@ -26,14 +35,21 @@ class Loads:
 
     flops: Array
     kv: Array
-    acts: Array
     tokens: Array
     sequences: Array
     context: Array
 
 
-#: seconds [N], and what bounds them
-Price = Callable[[Loads], tuple[Array, npt.NDArray[np.int8]]]
+#: seconds [N] of one kernel
+Seconds = Callable[[Loads], Array]
+
+
+@dataclass(frozen=True, slots=True)
+class One:
+    """One kernel's price, and how well founded it is."""
+
+    seconds: Seconds
+    source: Provenance
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +75,64 @@ class Ideal:
         found: Array = self.launch_s + work + new / self.bytes_s
         return found
 
-    def bound(self, flops: Array, cached: Array, new: Array) -> npt.NDArray[np.int8]:
-        compute, memory = flops / self.flops_s, cached / self.bytes_s
-        found = np.where(compute > memory, COMPUTE, MEMORY)
-        short = np.maximum(compute, memory) + new / self.bytes_s < self.launch_s
-        return np.where(short, LAUNCH, found).astype(np.int8)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Surface:
+    """Seconds over two amounts of work, from 1 and `shortest` up, that never fall while either grows."""
+
+    log_seconds: Array
+    shortest: float
+
+    @staticmethod
+    def of(seconds: Callable[[Array, Array], Array], shortest: float) -> Surface:
+        """Tabulates a function of two broadcast arrays at half octaves, and lifts it where it falls."""
+        one, two = (2.0 ** (np.arange(n * _PER_OCTAVE + 1) / _PER_OCTAVE) for n in _OCTAVES)
+        found = seconds(one[:, None], shortest * two[None, :])
+        lifted = np.maximum.accumulate(np.maximum.accumulate(found, axis=0), axis=1)
+        return Surface(np.log(lifted), shortest)
+
+    def at(self, one: Array, two: Array) -> Array:
+        rows, columns = self.log_seconds.shape
+        x = np.clip(np.log2(np.maximum(one, 1.0)) * _PER_OCTAVE, 0, rows - 1.001)
+        y = np.clip(np.log2(np.maximum(two / self.shortest, 1.0)) * _PER_OCTAVE, 0, columns - 1.001)
+        i, j = x.astype(np.intp), y.astype(np.intp)
+        u, v = x - i, y - j
+        flat, low = self.log_seconds.reshape(-1), i * columns + j
+        before = flat[low] * (1 - v) + flat[low + 1] * v
+        after = flat[low + columns] * (1 - v) + flat[low + columns + 1] * v
+        found: Array = np.exp(before * (1 - u) + after * u)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Causal:
+    """The causal prompt that a chunk of each sequence runs like: as many query tiles, as long loops.
+
+    A chunk fills tiles of `TILE` queries. Of q queries that see m keys in the mean, m - (q + 1) / 2 lie
+    before the chunk; with those twice over, the mean loop of a causal prompt is as long.
+    """
+
+    queries: Array  # of all sequences
+    reach: Array  # tokens of the causal prompt
+    loop: Array  # keys of the longest loop
+
+    @staticmethod
+    def of(tokens: Array, sequences: Array, seen: Array) -> Causal:
+        each = tokens / sequences
+        before, padded = np.maximum(seen - (each + 1) / 2, 0.0), np.maximum(each, TILE)
+        return Causal(padded * sequences, padded + 2 * before, padded + before)
 
 
 def pairs_of(spec: Attention, load: Loads) -> Array:
     """(query, key) pairs of all sequences: what is left of the operations per pair."""
-    keys = load.kv / spec.key_width - load.tokens
-    rest = load.flops - spec.key_flops * keys - spec.token_flops * load.tokens
+    rest = load.flops - spec.key_flops * keys_of(spec, load) - spec.token_flops * load.tokens
     found: Array = np.maximum(rest / spec.pair_flops, load.tokens)
     return found
+
+
+def keys_of(spec: Attention, load: Loads) -> Array:
+    """Cached keys that all sequences read."""
+    return load.kv / spec.key_width - load.tokens
 
 
 def nearest(
@@ -80,14 +141,21 @@ def nearest(
     distance: Callable[[Table], Sequence[float]],
     **key: str | float | int,
 ) -> Table | None:
-    """Of the tables with these key items the engine's own, else its nearest kin's; then the least distant."""
+    """Of the tables with these key items the engine's own, else its nearest kin's; then the least distant
+    one. Tables at an infinite distance do not fit at all."""
     kin = _KIN.get(engine, ())
 
     def order(table: Table) -> tuple[float, ...]:
         theirs = str(table.info.key["engine"])
         return (0 if theirs == engine else kin.index(theirs) if theirs in kin else len(kin), *distance(table))
 
-    return min(profile.find(**key), key=order, default=None)
+    fitting = [table for table in profile.find(**key) if np.inf not in distance(table)]
+    return min(fitting, key=order, default=None)
+
+
+def founded(table: Table, engine: str, apart: float = 0.0) -> Provenance:
+    """Measured where the engine's own kernel was, at this distance at most; else it stands in for another."""
+    return "measured" if table.info.key["engine"] == engine and apart < 1e-6 else "fitted"
 
 
 def sliced(table: Table, third: float) -> Grid:
