@@ -78,14 +78,12 @@ class Gpu(Entry):
 
 
 class Support(Entry):
-    """What an engine runs on one architecture: [weights, activations] pairs, KV formats, the cache's block
-    size where it is not the engine's usual one, and the engine whose all-reduce kernels it runs there, where
-    they are not its own."""
+    """What an engine runs on one architecture: [weights, activations] pairs, KV formats, and the cache's
+    block size where it is not the engine's usual one."""
 
     linear: tuple[tuple[str, str], ...]
     kv: tuple[str, ...]
     block_size: int | None = None
-    all_reduce: str | None = None
 
 
 class GraphRule(Entry):

@@ -25,17 +25,17 @@ def prepare(
 ) -> Callable[[Array], Array]:
     """Seconds of a collective of so many bytes; hierarchical over the network where ranks span nodes."""
     near, far = spread(ranks, gpu, fabric, 1)
-    if ranks <= 1 or (find(kind, gpu, engine) is None and far <= 1):
+    if ranks <= 1 or (not find(kind, gpu) and far <= 1):
         return roofline.collective(kind, ranks, fabric)
-    priced: dict[tuple[Kind, int], Callable[[Array], Array]] = {}
+    priced: dict[tuple[Kind, int], list[Callable[[Array], Array]]] = {}
 
     def inside(kind: Kind, size: Array, among: int) -> Array:
-        table = find(kind, gpu, engine)
-        if table is None:
+        tables = find(kind, gpu)
+        if not tables:
             return seconds(kind, size, among, fabric.inner(gpu, near, roofline.custom_up_to))
         if (kind, among) not in priced:
-            priced[kind, among] = curve(table, kind, among)
-        return priced[kind, among](size)
+            priced[kind, among] = [curve(table, kind, among) for table in tables]
+        return np.minimum.reduce([of(size) for of in priced[kind, among]])
 
     def price(size: Array) -> Array:
         return group_seconds(kind, size, ranks, gpu, fabric, inside=inside)
@@ -43,19 +43,15 @@ def prepare(
     return Priced(price, (fabric.outer(gpu).source if far > 1 else "measured",))
 
 
-def find(kind: Kind, gpu: Gpu, engine: EngineProfile) -> Table | None:
-    """The table to price a kind inside a node with: that of the engine whose kernels run (its own, unless
-    its profile names another), NCCL's, or another engine's."""
+def find(kind: Kind, gpu: Gpu) -> tuple[Table, ...]:
+    """The tables to price a kind inside a node with, the cheapest of which counts at every size.
+
+    Engines have several kernels for one collective, borrow each other's (FlashInfer's fused all-reduce, which
+    vLLM and SGLang run on Blackwell, is TensorRT-LLM's), and are tuned to take the fastest; a table holds
+    the choice of one benchmark.
+    """
     profile = shipped("links", gpu.name)
-    if profile is None:
-        return None
-    found, support = profile.find(kind=kind), engine.support(gpu)
-    borrowed = support.all_reduce if support and kind == "all_reduce" else None
-    for by in (borrowed, engine.name, "nccl"):
-        for table in found:
-            if table.info.key["engine"] == by:
-                return table
-    return found[0] if found else None
+    return profile.find(kind=kind) if profile else ()
 
 
 def curve(table: Table, kind: Kind, ranks: int) -> Callable[[Array], Array]:
