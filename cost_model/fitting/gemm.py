@@ -13,13 +13,14 @@ What is done to the rows, in this order:
 3. *Padding envelope.* A product of m rows can always be padded, so a latency above
    envelope(m) = min over m' >= m of latency(m') is odd. What a row has in excess that its eight neighbours
    in n and k have too (their median) is a step of the kernel's tiles, and stays: engines don't pad there.
-   What they have not is a spike of the measurement, and goes. Up to m = 16, one tile of any kernel, all
-   excess goes (on Blackwell vLLM's fp8 rows of m = 1 lie 17 us above those of m = 2).
+   What they have not is a spike of the measurement, and goes. Up to m = 16, one tile of any kernel, no
+   row exceeds their median (on Blackwell vLLM's fp8 rows of m = 1 lie 17 us above those of m = 2).
 4. *Defects.* A table whose median row with m <= 128 takes more than 1.5 times the cheapest engine's is a
    defect of the collector, not a kernel (vLLM's `fp8_block`), and is left out whole; so are single rows
    more than 3 times the cheapest engine's, and rows faster than their weights come from memory: they lay
    in the cache, where a model's layers evict each other (GPUs with slow memory and a large L2).
-5. Logarithms of latency / ideal are brought onto fewer m by least squares on hat functions.
+5. Logarithms of latency / ideal are brought onto fewer m by least squares on hat functions, and made to
+   never fall with m.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from planc.cost_model.features import Array
 from planc.cost_model.fitting import Score, sources
 from planc.cost_model.formats import fmt
 from planc.cost_model.kernels import Gemm
-from planc.cost_model.measured.gemm import ideal_seconds, peaks
+from planc.cost_model.measured.gemm import ascending, ideal_seconds, peaks
 from planc.cost_model.profile import Grid, Profile, Table, TableInfo
 
 #: collectors' names of formats -> (weights, activations)
@@ -195,6 +196,8 @@ def _values(cube: Cube) -> Array:
     nodes = nodes_of(cube)
     hats = np.stack([np.interp(np.log(cube.m), np.log(nodes), row) for row in np.eye(nodes.size)], axis=1)
     fitted = np.einsum("im,mnk->ink", np.linalg.pinv(hats), logs)
+    ideal = replace(cube, m=nodes).ideal()
+    fitted = np.log(ascending(np.exp(fitted) * ideal) / ideal)
     return np.asarray(np.round(fitted / STEP) * STEP)
 
 
@@ -216,23 +219,26 @@ def _without_spikes(m: Array, seconds: Array) -> Array:
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # no neighbour was measured
-        shared = np.where((m > ONE_TILE)[:, None, None], np.nanmedian(around, axis=0), 1.0)
-        cut = envelope * np.fmin(excess, shared)
+        cut = envelope * np.fmin(excess, np.nanmedian(around, axis=0))
+        cut[m <= ONE_TILE] = np.fmin(seconds[m <= ONE_TILE], np.nanmedian(seconds[m <= ONE_TILE], axis=0))
     return np.where(np.isnan(seconds), np.nan, cut)
 
 
 def _filled(axes: tuple[Array, ...], values: Array) -> Array:
-    """Gaps take the mean of what interpolation along each axis gives; where no axis has neighbours on both
-    sides of a gap, the nearest value along them."""
-    gap = np.isnan(values)
-    if not gap.any():
-        return values
-    for inside in (True, False):
-        found = [_along(axis, values, number, inside) for number, axis in enumerate(axes)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # all of them unknown
-            values = np.where(np.isnan(values), np.nanmean(found, axis=0), values)
-    return values if not np.isnan(values).any() else _filled(axes, values)
+    """Gaps take the mean of what interpolation along n and along k gives, for tiles step in m; where neither
+    has neighbours on both sides, interpolation along m, then the nearest value along any axis."""
+    every = range(len(axes))
+    for numbers, inside in ((every[1:], True), (every[:1], True), (every, False)):
+        while np.isnan(values).any():
+            found = [_along(axes[number], values, number, inside) for number in numbers]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # all of them unknown
+                better = np.where(np.isnan(values), np.nanmean(found, axis=0), values)
+            done = np.isnan(better).sum() == np.isnan(values).sum()
+            values = better
+            if done:
+                break
+    return values
 
 
 def _along(axis: Array, values: Array, number: int, inside: bool) -> Array:

@@ -8,6 +8,7 @@ import pytest
 
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
+from planc.cost_model.kernels import KernelCosts
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
@@ -16,10 +17,16 @@ from planc.cost_model.table import CostTable
 @pytest.fixture
 def model() -> Callable[..., StepModel]:
     def make(
-        table: CostTable, gpu: str = "h100_sxm", engine: str = "vllm", *, nodes_of: int = 8, **shape: object
+        table: CostTable,
+        gpu: str = "h100_sxm",
+        engine: str = "vllm",
+        *,
+        nodes_of: int = 8,
+        costs: KernelCosts | None = None,
+        **shape: object,
     ) -> StepModel:
         profile = catalogue.engine(engine)
         made = EngineShape(engine, gpu, **shape)  # type: ignore[arg-type]
-        return StepModel(table, made, catalogue.gpu(gpu), Fabric(nodes_of), profile)
+        return StepModel(table, made, catalogue.gpu(gpu), Fabric(nodes_of), profile, costs=costs)
 
     return make

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.kernels import BOUNDS
+from planc.cost_model.roofline import Roofline
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable, FusionOffer
@@ -161,7 +162,7 @@ def test_exchange_with_experts_crosses_the_network_when_it_must(model: Make) -> 
 
 
 def test_graphs_pad_the_batch_and_spare_launches(model: Make) -> None:
-    step = model(llama8b())
+    step = model(llama8b(), costs=Roofline(H100))
     nine, ten, sixteen = step.seconds(StepLoad([9, 10, 16], 1.0))
     host, blocks = 19e-6, 32 * 8 * 5.2e-6 / 132  # one more sequence: no GEMM grows, attention and the host do
     assert ten - nine == pytest.approx(host + blocks, rel=0.05)
@@ -177,13 +178,15 @@ def test_fusions_save_what_they_offer() -> None:
     profile, shape = catalogue.engine("vllm"), EngineShape("vllm", "h100_sxm")
 
     def seconds(*names: str) -> float:
-        return float(StepModel(table, shape, H100, Fabric(8), profile, frozenset(names)).seconds(load))
+        step = StepModel(table, shape, H100, Fabric(8), profile, frozenset(names), costs=Roofline(H100))
+        return float(step.seconds(load))
 
     none, merged, normed = seconds(), seconds("qkv_merge"), seconds("residual_add_rms_norm")
     assert none - normed == pytest.approx(4 * 3.0e-6, rel=0.01)  # one pointwise launch in each of 4 layers
     assert none - merged == pytest.approx(4 * 2 * 3.9e-6, rel=0.25)
     all_named = seconds("qkv_merge", "gate_up_merge", "residual_add_rms_norm")
-    by_engine = float(StepModel(table, shape, H100, Fabric(8), profile).seconds(load))
+    step = StepModel(table, shape, H100, Fabric(8), profile, costs=Roofline(H100))
+    by_engine = float(step.seconds(load))
     assert all_named - by_engine == pytest.approx(4 * 3.0e-6, rel=0.01)  # the sum behind the MLP rides too
 
 
@@ -195,10 +198,11 @@ def test_a_fusion_that_saves_traffic_helps_long_prompts() -> None:
     table = replace(TINY, fusions=(offer,))
     shape, profile = EngineShape("vllm", "h100_sxm"), catalogue.engine("vllm")
     load = StepLoad(0, 0, 100_000, 1)
-    apart = StepModel(table, shape, H100, Fabric(8), profile, frozenset()).breakdown(load)
-    fused = StepModel(table, shape, H100, Fabric(8), profile).breakdown(load)
+    costs = Roofline(H100)
+    apart = StepModel(table, shape, H100, Fabric(8), profile, frozenset(), costs=costs).breakdown(load)
+    fused = StepModel(table, shape, H100, Fabric(8), profile, costs=costs).breakdown(load)
     pick = lambda parts: sum(p.seconds for p in parts if p.site in offer.sites)  # noqa: E731
-    assert pick(fused) == pytest.approx(pick(apart) * (1 - 512 / (5 * 512)), rel=1e-6)
+    assert pick(fused) == pytest.approx(pick(apart) * (1 - 512 / (5 * 512)), rel=0.01)
 
 
 def test_a_merge_saves_its_input_and_nothing_of_what_follows() -> None:
@@ -219,13 +223,14 @@ def test_a_merge_saves_its_input_and_nothing_of_what_follows() -> None:
 def test_bands_and_sources_come_with_the_seconds(model: Make) -> None:
     step = model(TINY)
     low, high = step.band
-    assert step.source == "roofline"
+    assert step.source in ("measured", "fitted")
     assert low < 1 < high
-    assert model(TINY, "l40s", tp=2).source == "assumed"  # over PCIe
+    assert model(TINY, "mi300x").source == "roofline"  # no tables
+    assert model(TINY, "rtx_4090", tp=2).source == "assumed"  # over PCIe, no tables
     assert model(TINY, tp=2, pp=8).source == "assumed"  # over the network
-    assert model(TINY, tp=4).source == "roofline"
+    assert model(TINY, tp=4, costs=Roofline(H100)).source == "roofline"
     found = step.quantity(2.0)
-    assert (found.low, found.high, found.source) == (2 * low, 2 * high, "roofline")
+    assert (found.low, found.high, found.source) == (2 * low, 2 * high, step.source)
 
 
 @pytest.mark.parametrize(
