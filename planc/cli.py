@@ -23,6 +23,8 @@ COMMANDS = {
     "diff": "diff",
     "estimate": "estimate",
     "validate": "validate",
+    "calibrate": "calibrate",
+    "replay": "replay",
     "verify": "verify",
     "run": "run",
     "export": "export",

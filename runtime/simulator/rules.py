@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from planc.cost_model import overlay
 from planc.cost_model.catalogue import EngineProfile
 from planc.errors import InvalidField
 from planc.planner.priors import priors
@@ -93,9 +94,10 @@ class Rules(Limits):
     ) -> Rules:
         """An engine's rules by its profile, with its default limits or these; `changes` name fields.
 
-        What no profile states (request_ms, lag_steps) is as in the planner's priors.
+        What no profile states (request_ms, lag_steps) is as in the planner's priors, or in the measured
+        profile in use.
         """
-        serving, known = profile.serving, priors()
+        serving, known, used = profile.serving, priors(), overlay.current()
         fields: dict[str, Any] = {
             "max_num_seqs": max_num_seqs or profile.max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens or profile.max_num_batched_tokens,
@@ -111,4 +113,8 @@ class Rules(Limits):
             "request_ms": known.request_s * 1e3,
             "lag_steps": known.lag_steps,
         }
+        for name in ("request_ms", "lag_steps", "stream_interval", "recv_interval", "prompts_per_step"):
+            measured = used.constant(name, profile.name) if used else None
+            if measured is not None:
+                fields[name] = measured if name in ("request_ms", "lag_steps") else round(measured)
         return Rules(**(fields | changes))

@@ -1,0 +1,190 @@
+"""What an engine adds to its kernels: host time per step, layer and sequence, and a request's way in and out.
+
+Two small random Llamas of different depth are served by the engine and loaded in a closed loop. Kernels
+priced from the tables just measured are taken off the times that clients see; the rest is
+
+    decode step of B sequences    step_us + layer_us * layers + per_sequence_us * B
+    first token of a prompt       prefill_factor * kernels + host + request_ms
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from planc.cost_model import calibration, catalogue
+from planc.cost_model.calibration import Number, ProfileDocument
+from planc.cost_model.collectives import Fabric
+from planc.cost_model.shape import EngineShape
+from planc.cost_model.step import StepLoad, StepModel
+from planc.cost_model.table import CostTable
+from planc.passes.tabulate import load_table
+from planc.runtime.calibrate.checkpoint import random_llama, words
+from planc.runtime.calibrate.samples import Progress
+from planc.runtime.calibrate.server import closed_loop, serving
+
+_SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 2}
+_LAYERS = (2, 10)
+_BATCHES = (1, 4, 8, 16)
+_OUTPUT = 64
+_LONG = (256, 512)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One model's times, s.
+
+    steps   (sequences, mean context) -> time per token
+    first   tokens of a prompt -> time to the first token
+    """
+
+    layers: int
+    table: CostTable
+    steps: Mapping[tuple[int, float], float]
+    first: Mapping[int, float]
+
+
+def measure(
+    profile: ProfileDocument, program: str, variables: Mapping[str, str], progress: Progress | None = None
+) -> ProfileDocument:
+    """The profile with vLLM's host constants in it. `program`: the `vllm` command.
+
+    Raises ToolFailed where the engine does not start.
+    """
+    served = []
+    with tempfile.TemporaryDirectory(prefix="planc-calibrate-") as scratch:
+        for number, layers in enumerate(_LAYERS):
+            if progress:
+                progress(number, len(_LAYERS), f"vLLM with {layers} layers")
+            served.append(_served(Path(scratch), layers, program, variables))
+    if progress:
+        progress(len(_LAYERS), len(_LAYERS), "vLLM")
+    return fitted(profile, served)
+
+
+def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, str]) -> Served:
+    folder = scratch / f"llama-{layers}"
+    random_llama(folder, layers=layers, **_SHAPE)
+    block = catalogue.engine("vllm").block_size_on(catalogue.gpu("cpu"))
+    options = {"dtype": "bfloat16", "max-model-len": 1024, "max-num-seqs": max(_BATCHES), "block-size": block}
+    command = [program, "serve", str(folder), "--served-model-name", "tiny", "--no-enable-prefix-caching"]
+    command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command += ["--max-num-batched-tokens", "2048"]
+    surroundings = {"VLLM_CPU_KVCACHE_SPACE": "1", "PATH": f"{Path(program).parent}:{os.environ['PATH']}"}
+    with serving(command, scratch / f"log-{layers}", {**surroundings, **variables}) as port:
+        short, tokens = _prompt(folder, 16)
+        closed_loop(port, "tiny", [short] * 4, 2, 8)  # warm-up
+        steps, first = {}, {}
+        for batch in _BATCHES:
+            answers = closed_loop(port, "tiny", [short] * (3 * batch), batch, _OUTPUT)
+            steps[batch, tokens + _OUTPUT / 2] = statistics.median(a.tpot for a in answers)
+            if batch == 1:
+                first[tokens] = statistics.median(a.ttft for a in answers)
+        for wanted in _LONG:
+            prompt, tokens = _prompt(folder, wanted)
+            answers = closed_loop(port, "tiny", [prompt] * 7, 1, 2)
+            first[tokens] = statistics.median(a.ttft for a in answers)
+    return Served(layers, load_table(folder), steps, first)
+
+
+def _prompt(folder: Path, tokens: int) -> tuple[str, int]:
+    """A text of about so many tokens, and how many it has."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = str(tokenizer.decode(tokenizer.encode(words(tokens, seed=tokens))[:tokens]))
+    return text, len(tokenizer.encode(text))
+
+
+def fitted(profile: ProfileDocument, served: Sequence[Served]) -> ProfileDocument:
+    """Host constants by least squares on relative errors, none below zero."""
+    base = catalogue.engine("vllm")
+    bare: dict[str, Number] = {
+        name: Number(value=0.0) for name in ("step_us", "step_eager_us", "layer_us", "per_sequence_us")
+    }
+    bare |= {"prefill_factor": Number(value=1.0), "kernel_factor": Number(value=1.0)}
+    engines = {**profile.engines, base.name: bare}
+    with calibration.using(profile.model_copy(update={"engines": engines})):
+        models = [_model(each.table, profile.device.name) for each in served]
+        rows, rest, seen = [], [], []
+        for each, model in zip(served, models, strict=True):
+            for (batch, context), time in each.steps.items():
+                rows.append([1.0, each.layers, batch])
+                rest.append(time - float(model.seconds(StepLoad(batch, context))))
+                seen.append(time)
+        step, layer, sequence = _least_squares(np.array(rows), np.array(rest), np.array(seen))
+        host = [step + layer * each.layers + sequence for each in served]
+        factor, request = _prompts(served, models, host)
+    error = float(np.median(np.abs(np.array(rest) - np.array(rows) @ [step, layer, sequence]) / seen))
+    count = len(seen)
+
+    def number(seconds: float, unit: float, note: str) -> Number:
+        return Number(
+            value=round(seconds * unit, 4),
+            rows=count,
+            error=round(error, 4),
+            low=float(min(_BATCHES)),
+            high=float(max(_BATCHES)),
+            source="fitted",
+            note=f"{note}; over sequences, two random Llamas of {_LAYERS[0]} and {_LAYERS[1]} layers",
+        )
+
+    constants = {
+        "step_us": number(step, 1e6, "time per token less kernels"),
+        "layer_us": number(layer, 1e6, "time per token less kernels"),
+        "per_sequence_us": number(sequence, 1e6, "time per token less kernels"),
+        "kernel_factor": Number(value=1.0, note="kernels were measured on this device"),
+        "prefill_factor": number(factor, 1.0, "first tokens of long prompts, over kernels"),
+    }
+    serving_constants = {
+        **profile.serving.get(base.name, {}),
+        "request_ms": number(request, 1e3, "first token of a short prompt less its step"),
+        "lag_steps": Number(value=0.0, note="tokens leave as their step ends"),
+    }
+    return profile.model_copy(
+        update={
+            "engines": {**profile.engines, base.name: constants},
+            "serving": {**profile.serving, base.name: serving_constants},
+        }
+    )
+
+
+def _model(table: CostTable, gpu: str) -> StepModel:
+    entry, engine = catalogue.gpu(gpu), catalogue.engine("vllm")
+    return StepModel(table, EngineShape("vllm", entry.name), entry, Fabric(gpus_per_node=1), engine)
+
+
+def _least_squares(rows: Any, rest: Any, seen: Any) -> tuple[float, float, float]:
+    """Three coefficients, those that would be negative set to zero and the others fitted again."""
+    kept = [0, 1, 2]
+    while kept:
+        found = np.linalg.lstsq(rows[:, kept] / seen[:, None], rest / seen, rcond=None)[0]
+        if np.all(found >= 0):
+            break
+        kept = [column for column, value in zip(kept, found, strict=True) if value > 0]
+    values = [0.0, 0.0, 0.0]
+    for column, value in zip(kept, found if kept else (), strict=True):
+        values[column] = float(value)
+    return values[0], values[1], values[2]
+
+
+def _prompts(
+    served: Sequence[Served], models: Sequence[StepModel], host: Sequence[float]
+) -> tuple[float, float]:
+    """(factor on a prompt's kernels, seconds per request) from first tokens of short and long prompts."""
+    kernels, rest, seen = [], [], []
+    for each, model, own in zip(served, models, host, strict=True):
+        for tokens, time in each.first.items():
+            kernels.append(float(model.seconds(StepLoad(0, 1, tokens, 1))))
+            rest.append(time - own)
+            seen.append(time)
+    rows = np.stack([np.array(kernels), np.ones(len(kernels))], axis=1) / np.array(seen)[:, None]
+    factor, request = np.linalg.lstsq(rows, np.array(rest) / np.array(seen), rcond=None)[0]
+    return max(float(factor), 0.5), max(float(request), 0.0)
