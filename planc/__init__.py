@@ -31,12 +31,16 @@ if TYPE_CHECKING:
         load_request as load_request,
     )
     from planc.api import (
+        replay as replay,
+    )
+    from planc.api import (
         validate as validate,
     )
     from planc.planner.diff import PlanDiff as PlanDiff
     from planc.planner.estimate import Estimate as Estimate
     from planc.planner.plan import Plan as Plan
     from planc.planner.request import Request as Request
+    from planc.runtime.simulator.replay import Replay as Replay
     from planc.runtime.validation.report import ValidationReport as ValidationReport
 
 _WHERE = {
@@ -46,10 +50,12 @@ _WHERE = {
     "load_plan": "planc.api",
     "load_profile": "planc.api",
     "load_request": "planc.api",
+    "replay": "planc.api",
     "validate": "planc.api",
     "Estimate": "planc.planner.estimate",
     "Plan": "planc.planner.plan",
     "PlanDiff": "planc.planner.diff",
+    "Replay": "planc.runtime.simulator.replay",
     "Request": "planc.planner.request",
     "ValidationReport": "planc.runtime.validation.report",
 }

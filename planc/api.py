@@ -5,11 +5,12 @@ Everything heavy (torch, transformers, OR-Tools) is imported inside the function
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planc.errors import FileMissing, InvalidField
 from planc.planner.plan import Plan, load_plan
 from planc.planner.request import Request, load_request
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from planc.cost_model.table import CostTable
     from planc.planner.diff import PlanDiff
     from planc.planner.estimate import Estimate
+    from planc.runtime.simulator.replay import Replay
     from planc.runtime.validation.report import ValidationReport
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "load_plan",
     "load_profile",
     "load_request",
+    "replay",
     "validate",
     "with_profile",
     "write_bundle",
@@ -108,6 +111,95 @@ def estimate(
     table = cost_table(request, trust_remote_code=trust_remote_code)
     with with_profile(profile, _gpus(request)):
         return evaluate(request, table, **settings)
+
+
+def replay(
+    what: Plan | Request | str | Path,
+    trace: str | Path,
+    *,
+    format: str | None = None,
+    router: str = "round_robin",
+    limit: int | None = None,
+    rate_scale: float = 1.0,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    profile: ProfileDocument | str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Replay:
+    """Simulates a plan (or a bundle) under a recorded trace; for a request the one configuration that
+    `settings` name: `replay("request.yaml", "trace.csv", tp=2, replicas=4, prefill_replicas=1)`.
+
+    format      "mooncake", "azure" or "vllm"; told by the file when left out
+    limit       the first so many requests only          rate_scale   requests come so many times as fast
+
+    Raises FileMissing or FileUnreadable for the trace, UnknownName for a format or router, InvalidField
+    for settings that cannot be, Infeasible when the model does not fit into memory.
+    """
+    from planc.planner.inventory import groups
+    from planc.planner.request import make_request
+    from planc.planner.trace import scan
+    from planc.runtime.simulator import deployment
+    from planc.runtime.simulator.replay import replay as run
+    from planc.runtime.simulator.router import router as known
+
+    if not isinstance(what, Plan | Request):
+        place = Path(what)
+        what = load_plan(place) if place.is_dir() or place.suffix == ".json" else load_request(place)
+    known(router)  # unknown ones are refused before any work
+    if progress:
+        progress("reading the trace")
+    scanned = scan(trace, format, limit, rate_scale)
+    if isinstance(what, Plan):
+        _no_settings(settings)
+        request = make_request(what.request)
+        table = _plan_table(what, trust_remote_code=trust_remote_code)
+    else:
+        request = what
+        table = cost_table(request, trust_remote_code=trust_remote_code, progress=progress)
+    with with_profile(profile, _gpus(request)):
+        if isinstance(what, Plan):
+            pools = what.pools
+        else:
+            pools = deployment.requested(request, table, scanned, settings)
+        nodes = groups(request)
+        sites = deployment.sites(pools, table, nodes, scanned.prompt + scanned.output)
+        return run(
+            sites,
+            nodes,
+            scanned,
+            router=router,
+            limit=limit,
+            rate_scale=rate_scale,
+            seed=seed,
+            slos=request.slos(),
+            progress=progress,
+        )
+
+
+def _no_settings(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        raise InvalidField(
+            where="replay",
+            field=name,
+            value=value,
+            reason="a plan's configuration is fixed",
+            mend="Replay a request with --set, or compile again.",
+        )
+
+
+def _plan_table(plan: Plan, *, trust_remote_code: bool) -> CostTable:
+    """The cost table of a plan's model: that inside its bundle, else where the request had it."""
+    from planc.passes.tabulate import load_table
+
+    source = plan._model or plan.model.source
+    if ":" not in str(source) and not Path(source).exists():
+        raise FileMissing(
+            what="model",
+            path=source,
+            mend="Run from the folder that the request's model path is relative to.",
+        )
+    return load_table(source, trust_remote_code=trust_remote_code)
 
 
 def validate(

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -116,6 +117,46 @@ def read(path: str | Path, form: str, limit: int | None = None) -> Iterator[Trac
             field="format", value=form, kind="trace format", mend=f"Known: {', '.join(FORMATS)}."
         )
     return islice(_rows(Path(path), form), limit)
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """A trace in numbers.
+
+    prompt, output   mean tokens          longest   tokens of the longest request, both together
+    shares           some prefix blocks occur in several requests
+    """
+
+    path: Path
+    format: str
+    requests: int
+    seconds: float
+    prompt: float
+    output: float
+    longest: int
+    shares: bool
+
+
+def scan(
+    path: str | Path, form: str | None = None, limit: int | None = None, rate_scale: float = 1.0
+) -> Scan:
+    """Reads a whole trace, so that what is wrong with it is said before anything is done with it.
+
+    The format is told by the file when left out; times are divided by `rate_scale`. Raises as `read` does.
+    """
+    form = detect(path) if form is None else form
+    count = prompt = output = longest = 0
+    last, shares, seen = 0.0, False, set[int]()
+    for row in read(path, form, limit):
+        count += 1
+        prompt += row.prompt
+        output += row.output
+        longest = max(longest, row.prompt + row.output)
+        last = row.arrival_s
+        if row.blocks and not shares:
+            shares = not seen.isdisjoint(row.blocks)
+            seen.update(row.blocks)
+    return Scan(Path(path), form, count, last / rate_scale, prompt / count, output / count, longest, shares)
 
 
 def _rows(path: Path, name: str) -> Iterator[TraceRow]:

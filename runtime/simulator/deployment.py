@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import Gpu
@@ -13,8 +14,13 @@ from planc.cost_model.memory import MemoryMap, memory_map
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
+from planc.errors import InvalidField
+from planc.planner.estimate import configured
 from planc.planner.inventory import Group
 from planc.planner.plan import Pool, Replica, Role
+from planc.planner.request import Request
+from planc.planner.trace import Scan
+from planc.planner.workload import Workload
 from planc.runtime.simulator.clock import Clock
 
 
@@ -95,6 +101,50 @@ def sites(pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], cont
             ]
             number += 1
     return found
+
+
+def requested(request: Request, table: CostTable, trace: Scan, settings: Mapping[str, Any]) -> list[Pool]:
+    """The engines that `settings` name, for a trace in place of the request's own workload.
+
+    As for `planner.estimate`, `replicas` (1) among them; `prefill_replicas` of these only prefill. Sequences
+    may be as long as the trace's longest request, as far as the model goes, unless max_model_len is given.
+    """
+    rest = dict(settings)
+    prefill = _count(rest.pop("prefill_replicas", 0))
+    stated = rest.get("max_model_len", request.constraints.max_model_len)
+    if stated is None:
+        most = table.model.max_position or trace.longest
+        rest["max_model_len"] = min(max(1 << (trace.longest - 1).bit_length(), 2048), most)
+    average = {"isl": trace.prompt, "osl": trace.output, "prefix_hit_rate": 0.5 if trace.shares else 0.0}
+    workload = Workload.model_validate({**average, "rate": "max"})
+    replicas = configured(request.changed(workload=workload), table, **rest)
+    if not prefill:
+        return [Pool(role="aggregated", replicas=replicas)]
+    if prefill >= len(replicas):
+        raise InvalidField(
+            where="replay",
+            field="prefill_replicas",
+            value=prefill,
+            reason=f"of {len(replicas)} replicas none is left to decode",
+            mend=f"Raise replicas, e.g. --set replicas={prefill + 1}.",
+        )
+    return [
+        Pool(role="prefill", replicas=replicas[:prefill]),
+        Pool(role="decode", replicas=replicas[prefill:]),
+    ]
+
+
+def _count(value: object) -> int:
+    text = str(value).strip()
+    if not text.isdigit():
+        raise InvalidField(
+            where="replay",
+            field="prefill_replicas",
+            value=value,
+            reason="not a whole number",
+            mend="Write e.g. 1.",
+        )
+    return int(text)
 
 
 def link(source: Site, target: Site, groups: Sequence[Group]) -> tuple[Link, int]:

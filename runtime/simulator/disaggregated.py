@@ -55,6 +55,7 @@ class Disaggregated(Cluster):
         self.served_by = np.full(journal.requests, -1, dtype=np.int32)
         self.decoded_by = np.full(journal.requests, -1, dtype=np.int32)
         self._open: dict[int, Sent] = {}
+        self._noted: dict[int, tuple[int, int]] = {}
         self._queues: list[deque[Handover]] = [deque() for _ in decode.replicas]
         self._coming = [0] * len(decode.replicas)
         self._sending = [0.0] * len(prefill.replicas)
@@ -72,6 +73,7 @@ class Disaggregated(Cluster):
         sent = self._open[found.id]
         if where >= self.first:
             self.decode.answered(where - self.first, sent.prompt, found.at)
+            self._recall(found.id)
             self._done(found)
             self._admit(where - self.first)
             return
@@ -82,10 +84,17 @@ class Disaggregated(Cluster):
         replica = self.replicas[where]
         held = min(replica.cache.blocks_for(sent.prompt), replica.cache.free_blocks)
         replica.cache.take(held)
+        self._noted[found.id] = (self.journal.preemptions[found.id], self.journal.hit[found.id])
         target = self.decode.choose(sent._replace(at=found.at))
         self.decoded_by[found.id] = target
         self._queues[target].append(Handover(sent, where, held, found.at))
         self._admit(target)
+
+    def _recall(self, request: int) -> None:
+        """Adds what the prefill side had noted."""
+        preemptions, hit = self._noted.pop(request)
+        self.journal.preemptions[request] += preemptions
+        self.journal.hit[request] += hit
 
     def _done(self, found: Finished) -> None:
         del self._open[found.id]
