@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -43,6 +43,16 @@ class Line(NamedTuple):
     seconds: float
     slope: float
     steps: int
+
+
+class StepTimes(Protocol):
+    """What a replica asks: the seconds of its next step. `Clock` answers from a step model."""
+
+    def line(self, seqs: int, context: float, draft: int = 0) -> Line: ...
+
+    def mixed(
+        self, seqs: int, context: float, chunks: Sequence[tuple[int, int]], draft: int = 0
+    ) -> tuple[float, float]: ...
 
 
 class Clock:

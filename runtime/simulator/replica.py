@@ -15,7 +15,7 @@ from planc.errors import InvalidField
 from planc.runtime.decoding import Sequence
 from planc.runtime.kv_cache import KVCache
 from planc.runtime.scheduler import Batch, Scheduler
-from planc.runtime.simulator.clock import Clock, Line
+from planc.runtime.simulator.clock import Line, StepTimes
 from planc.runtime.simulator.records import Gaps, Records, Timeline
 from planc.runtime.simulator.rules import Rules
 
@@ -26,7 +26,7 @@ _NAN = math.nan
 class Server:
     """One scheduler on one engine (one attention-DP rank): its clock, its rules and its cache."""
 
-    clock: Clock
+    clock: StepTimes
     rules: Rules
     kv_blocks: int
     block_size: int
@@ -121,6 +121,7 @@ class Replica:
         self._stalled: list[tuple[float, int]] = []  # (last token at, members) that missed steps since
         self._silent: dict[int, float] = {}  # last token of preempted sequences
         self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
+        self._pace = 0.0  # seconds of the last decode step, prompts beside it not counted
         self._patient = rules.max_adapters is None
         self._draft = rules.speculative.draft if rules.speculative else 0
         self._draft_s = rules.speculative.draft_s if rules.speculative else 0.0
@@ -224,12 +225,13 @@ class Replica:
             stop = min(until, self._inbox[0].at) if self._inbox else until
             if stop <= self.now:  # it waits to be looked at
                 steps = min(steps, self.rules.recv_interval - self.steps % self.rules.recv_interval)
-            elif stop < math.inf:
-                steps = min(steps, _steps_to(stop - self.now, line.seconds, line.slope))
+            else:
+                steps = _steps_to(stop - self.now, line, steps)
         last = line.seconds + line.slope * (steps - 1)
         self._gaps(decodes, line.seconds, last, steps)
+        self._pace = last
         if self._hidden:
-            self._reveal(steps, line.seconds, line.slope)
+            self._reveal(steps, line, line)
         return steps, steps * (line.seconds + last) / 2
 
     def _line(self, decodes: int, context: float) -> Line:
@@ -256,8 +258,11 @@ class Replica:
         seconds += batch.adapters * self.rules.adapter_ms / 1e3
         if decodes:
             self._gaps(decodes, seconds, seconds, 1)
+            if self.rules.lag_steps:
+                line = self._line(decodes, context)
+                self._pace = line.seconds
             if self._hidden:
-                self._reveal(1, seconds, 0.0)
+                self._reveal(1, Line(seconds, 0.0, 1), Line(self._pace, 0.0, 1))
         else:
             stalled = sum(count for _, count in self._stalled)
             if self.scheduler.decoding.size > stalled:
@@ -287,27 +292,28 @@ class Replica:
             slope = (last - first) / (steps - 1)
             gaps.add_line(first + slope, last, steps - 1, decodes)
 
-    def _lag(self) -> float:
-        """Seconds from a step's end to the client."""
+    def _first_lag(self) -> float:
+        """Seconds from the end of a prompt's last step to its client: `lag_steps` of decoding."""
         if not self.rules.lag_steps:
             return 0.0
         group = self.scheduler.decoding
         size = max(group.size, 1)
         return self.rules.lag_steps * self._line(size, group.cached / size + 1).seconds
 
-    def _reveal(self, steps: int, first: float, slope: float) -> None:
-        """First tokens that are streamed in the course of a run."""
-        made, hidden = self.scheduler.decoding.made, self._hidden
-        lag = self._lag()
-        pace = self.rules.tokens_per_step
-        while hidden and hidden[0][0] <= made + int(steps * pace):
-            at, request = heappop(hidden)
-            after = math.ceil((at - made) / pace)
-            self.journal.first[request] = self.now + after * (first + slope * (after - 1) / 2) + lag
+    def _reveal(self, steps: int, line: Line, plain: Line) -> None:
+        """First tokens that are streamed in the course of a run of steps that take `line`, and would take
+        `plain` without prompts."""
+        made, hidden, pace = self.scheduler.decoding.made, self._hidden, self.rules.tokens_per_step
+        while hidden and hidden[0][0] <= made + self.scheduler.ahead(steps):
+            token, request = heappop(hidden)
+            after = math.ceil((token - made) / pace)
+            at = self.now + after * (line.seconds + line.slope * (after - 1) / 2)
+            lag = self.rules.lag_steps * (plain.seconds + plain.slope * (after - 1))
+            self.journal.first[request] = at + lag
 
     def _book(self, batch: Batch, finished: list[Sequence], start: float, drain: float) -> list[Finished]:
         journal, now = self.journal, self.now
-        lag = self._lag() if batch.chunks or finished else 0.0
+        lag = self._first_lag() if batch.chunks else 0.0
         for chunk in batch.chunks:
             sequence = chunk.sequence
             at = sequence.id
@@ -325,25 +331,28 @@ class Replica:
         found = []
         for sequence in finished:
             at = sequence.id
-            late = drain if sequence.max_new_tokens == 1 else 0.0
-            journal.finish[at] = now + late + lag
+            end = max(now + self.rules.lag_steps * self._pace, journal.first[at])
+            journal.finish[at] = end
             journal.preemptions[at] = sequence.preemptions
             journal.hit[at] = sequence.hit
-            found.append(Finished(at, now + late + lag))
+            found.append(Finished(at, end))
         return found
 
 
-def _steps_to(seconds: float, first: float, slope: float) -> int:
-    """The least number of steps, of `first` seconds and `slope` more each time, that take so long."""
-    if slope > 0:
-        b = first - slope / 2
-        steps = (math.sqrt(b * b + 2 * slope * seconds) - b) / slope
-    else:
-        steps = seconds / first
-    found = max(math.ceil(steps - 1e-9), 1)
-    while found > 1 and (found - 1) * (first + slope * (found - 2) / 2) >= seconds:
+def _steps_to(seconds: float, line: Line, most: int) -> int:
+    """The least number of steps that take so long together; `most` if that many do not."""
+
+    def taken(steps: int) -> float:
+        return steps * (line.seconds + line.slope * (steps - 1) / 2)
+
+    if taken(most) < seconds:
+        return most
+    half = line.seconds - line.slope / 2
+    root = math.sqrt(max(half * half + 2 * line.slope * seconds, 0.0))
+    found = min(max(math.ceil(2 * seconds / (half + root)), 1), most)
+    while found > 1 and taken(found - 1) >= seconds:
         found -= 1
-    while found * (first + slope * (found - 1) / 2) < seconds:
+    while taken(found) < seconds:
         found += 1
     return found
 

@@ -19,10 +19,7 @@ def simulate(server: Server, load: Load, *, seed: int = 0, jumps: bool = True) -
     journal = Journal(load.requests)
     replica = Replica(server, journal, prefix_block=load.prefix_block, jumps=jumps)
     requests = Requests(load, server.rules.request_ms / 1e3, journal, prompt.tolist(), output.tolist())
-    if load.arrival_s is None:
-        _closed(replica, requests)
-    else:
-        _open(replica, requests)
+    serve(replica, requests)
     return journal.records(
         prompt,
         output,
@@ -58,6 +55,14 @@ class Requests:
         )
 
 
+def serve(replica: Replica, requests: Requests) -> None:
+    """Runs a replica until the last request is answered."""
+    if requests.load.arrival_s is None:
+        _closed(replica, requests)
+    else:
+        _open(replica, requests)
+
+
 def _closed(replica: Replica, requests: Requests) -> None:
     load = requests.load
     clients = load.concurrency or 1
@@ -77,7 +82,7 @@ def _open(replica: Replica, requests: Requests) -> None:
     following, count = 0, len(arrivals)
     while following < count or replica.busy:
         soon = arrivals[following] + way if following < count else math.inf
-        if soon <= replica.now or not replica.busy:
+        if soon <= replica.ready_at:
             replica.offer(requests.send(following, arrivals[following]))
             following += 1
         else:
