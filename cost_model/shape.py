@@ -15,8 +15,8 @@ class EngineShape:
     """One engine instance, before batch limits.
 
     dp        attention data parallel inside the engine: each of the dp ranks schedules its own batch
-    ep        1, or tp*dp: whole experts are spread over all ranks of a stage. With ep = 1 the routed
-              experts' width is divided over tp*dp instead
+    ep        groups of ranks that hold whole experts; the tp*dp/ep ranks of a group divide the width of its
+              experts. 1 or tp*dp, or what divides tp*dp in engines that are free in it
     cp        context parallel: the cache is spread over cp ranks. No engine profile allows it yet, and
               step times do not model it
     class_weights     (layer class, format) pairs that differ from `weights`
@@ -81,6 +81,8 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
             say(
                 "ep", f"{profile.name} spreads experts over tp*dp = {shape.tp * shape.dp} ranks or not at all"
             )
+        elif shape.tp * shape.dp % shape.ep:
+            say("ep", f"tp*dp = {shape.tp * shape.dp} ranks do not divide into {shape.ep} groups")
         elif experts % shape.ep:
             say("ep", f"{experts} experts do not divide by {shape.ep}")
     if shape.pp > table.model.layers:
@@ -120,7 +122,7 @@ def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:
         return [Refusal("weights", f"{shape.weights} is a format of routed experts, and the model has none")]
     if not known.group:
         return []
-    ranks = {"row": shape.tp, "experts": 1 if shape.ep > 1 else shape.tp * shape.dp}
+    ranks = {"row": shape.tp, "experts": shape.tp * shape.dp // shape.ep}
     for row in table.rows.get("prefill", ()):
         work, degree = row.work, ranks.get(row.shard.kind, 1)
         inner = work.dims.get("k", 0) if work.family == "gemm" else work.dims.get("n", 0) // 2
@@ -132,15 +134,15 @@ def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:
 
 
 def _divisions(table: CostTable, shape: EngineShape) -> set[tuple[str, str, int, int]]:
-    """(site, kind, units, degree) of every divided row; experts under EP are counted whole."""
+    """(site, kind, units, degree) of every divided row; of experts what divides their width."""
     found: set[tuple[str, str, int, int]] = set()
     for rows in table.rows.values():
         for row in rows:
             kind, units, degree = row.shard.kind, row.shard.units, shape.tp
-            if kind == "vocab" or row.layer_class == "head" or (kind == "experts" and shape.ep > 1):
-                continue  # engines pad the vocabulary; experts are counted whole above
+            if kind == "vocab" or row.layer_class == "head":
+                continue  # engines pad the vocabulary
             if kind == "experts":
-                degree = shape.tp * shape.dp
+                degree = shape.tp * shape.dp // shape.ep
             if kind != "replicated" and units:
                 found.add((f"{row.layer_class}.{row.site}", kind, units, degree))
     return found

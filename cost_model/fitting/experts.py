@@ -1,8 +1,8 @@
 """Routed experts: each engine's kernels in each format, fitted under the routing that serving sees.
 
 Of `moe_perf` the rows of `power_law_1.2` are used (serving points are missed by up to twice the error with
-balanced ones). Of several versions the newest counts, and rows of older ones of kernels that it
-still runs.
+balanced ones). Of several versions the newest counts, and older ones that run the same kernels within
+3 % of it on the shapes that both have.
 Set aside, by rule:
 
     experts without a gate (kernels named so, and the shapes that they were timed at), other activations
@@ -36,6 +36,7 @@ _DISTRIBUTION = "power_law_1.2"
 _OTHER = "nongated|situ"
 _MOST_RANKS = 64
 _LEAST_STREAM = 0.4
+_AGREES = 0.03
 
 #: residuals are rounded to this, which noise exceeds and compression thanks for
 _GRAIN = 0.005
@@ -44,7 +45,7 @@ _GRAIN = 0.005
 FORMATS = {
     "bfloat16": ("bf16", "bf16"),
     "fp8": ("fp8", "fp8"),
-    "fp8_block": ("fp8", "fp8"),
+    "fp8_block": ("fp8_block", "fp8"),
     "nvfp4": ("nvfp4", "nvfp4"),
     "int4_wo": ("w4a16", "bf16"),
     "w4a16_mxfp4": ("mxfp4", "bf16"),
@@ -155,8 +156,7 @@ def _measured(folder: Path, gpu: Gpu) -> Iterator[_Rows]:
     slow = _slow(rows, gpu)
     for (engine, name), mine in rows.groupby(["engine", "moe_dtype"]):
         kept = mine[[key not in slow for key in mine[_KERNEL].itertuples(index=False, name=None)]]
-        now = kept[kept["order"] == kept["order"].max()]
-        kept = kept[kept["kernel_source"].isin(now["kernel_source"])]
+        kept = _agreeing(kept)
         if len(kept):
             yield _square(kept, gpu, str(engine), str(name), len(mine) - len(kept))
 
@@ -180,6 +180,23 @@ def _slow(rows: Any, gpu: Gpu) -> set[tuple[str, ...]]:
     best = {name: max(s for key, s in share.items() if key[3] == name) for name in rows["moe_dtype"].unique()}
     best["fp8"] = max(best.get("fp8", 0.0), best.get("fp8_block", 0.0))
     return {key for key, s in share.items() if s < _LEAST_STREAM <= best[key[3]]}
+
+
+def _agreeing(rows: Any) -> Any:
+    """Rows of the newest version, and of older ones that run its kernels as fast on the shapes they share."""
+    import pandas
+
+    by = dict(iter(rows.groupby("order")))
+    if not by:
+        return rows
+    kept = by.pop(max(by))
+    shape = [*_SHAPE, "num_tokens"]
+    for _, older in sorted(by.items(), reverse=True):
+        both = kept.merge(older, on=[*shape, "kernel_source"], suffixes=("", "_old"))
+        off = (both["latency_old"] / both["latency"] - 1.0).abs().median() if len(both) else 0.0
+        if off <= _AGREES and older["kernel_source"].isin(kept["kernel_source"]).all():
+            kept = pandas.concat([kept, older])
+    return kept
 
 
 def _square(rows: Any, gpu: Gpu, engine: str, name: str, dropped: int) -> _Rows:

@@ -27,6 +27,7 @@ SHAPE: Mapping[str, float] = {"hidden": 2.0, "inner": 1.0, "experts": 0.7, "tota
 _NEIGHBOURS = 4
 _POWER = 3.0
 _SAME = 0.02  # distance under which a shape was timed itself
+_WORSE = 0.1
 
 
 def prepare(
@@ -49,13 +50,19 @@ def prepare(
 
 
 def find(profile: Profile, spec: GroupedGemm, engine: str) -> Table | None:
-    """The table for a spec's formats: the engine's in any format of the pair's, then other engines'."""
-    formats = list(_formats(spec.weights, spec.activations))
+    """The table for a spec's formats: the engine's in any of them, else another engine's.
+
+    Of several the one that was timed at the nearest shape; a less fitting format must be nearer by `_WORSE`.
+    """
     for mine in (True, False):
-        for name in formats:
-            for table in profile.find(format=name):
-                if (table.info.key["engine"] == engine) == mine:
-                    return table
+        ranked = [
+            (nearest(table, spec)[2] + _WORSE * order, table)
+            for order, name in enumerate(_formats(spec.weights, spec.activations))
+            for table in profile.find(format=name)
+            if (table.info.key["engine"] == engine) == mine
+        ]
+        if ranked:
+            return min(ranked, key=lambda item: item[0])[1]
     return None
 
 
