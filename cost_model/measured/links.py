@@ -35,7 +35,8 @@ def prepare(
             return seconds(kind, size, among, fabric.inner(gpu, near, roofline.custom_up_to))
         if (kind, among) not in priced:
             priced[kind, among] = [curve(table, kind, among) for table in tables]
-        return np.minimum.reduce([of(size) for of in priced[kind, among]])
+        found: Array = np.minimum.reduce([of(size) for of in priced[kind, among]])
+        return found
 
     def price(size: Array) -> Array:
         return group_seconds(kind, size, ranks, gpu, fabric, inside=inside)

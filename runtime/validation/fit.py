@@ -1,7 +1,7 @@
 """The constants of serving, fitted to measured points: few, shrunk, and blind where it matters.
 
 Measured TPOT and TTFT are compared with predictions that are linear in the constants around the shipped
-ones, t(x) = t0 + D x, with D from finite differences of the simulation; the fit minimises
+ones, t(x) = t0 + D x, with t0 simulated and D in closed form; the fit minimises
 
     sum over rows  w rho(ln t(x) - ln measured)  +  sum over constants (x / spread)^2
 
@@ -21,12 +21,13 @@ import numpy as np
 
 from planc.cost_model.features import Array
 from planc.runtime.validation.constants import NAMES, Constants
+from planc.runtime.validation.lint import mean_lengths
 from planc.runtime.validation.predict import Predictor, Times
 from planc.runtime.validation.setups import Setup
 
 Cell = tuple[str, str, str, str]
 
-#: how far a constant may be expected to lie from the shipped one, and steps of the finite differences
+#: how far a constant may be expected to lie from the shipped one
 SPREAD: Mapping[str, float] = {
     "step_us": 300.0,
     "layer_us": 6.0,
@@ -35,15 +36,6 @@ SPREAD: Mapping[str, float] = {
     "prefill_factor": 0.20,
     "request_ms": 25.0,
     "lag_steps": 2.0,
-}
-_STEP: Mapping[str, float] = {
-    "step_us": 100.0,
-    "layer_us": 2.0,
-    "per_sequence_us": 5.0,
-    "kernel_factor": 0.03,
-    "prefill_factor": 0.05,
-    "request_ms": 5.0,
-    "lag_steps": 0.5,
 }
 #: spreads of an engine's own part, and of one deployment's, over those of the common part
 _ENGINE, _CELL = 0.4, 0.6
@@ -85,30 +77,65 @@ class Linear:
 def linearised(
     setups: Sequence[Setup], predictor: Predictor, progress: Callable[[str], None] | None = None
 ) -> Linear:
-    """Simulates every setup once with the shipped constants and once with each of them moved."""
-
-    def run(name: str) -> Array:
-        found = []
-        for i, setup in enumerate(setups):
-            if progress and i % 20 == 0:
-                progress(f"simulating, {name}: {i} of {len(setups)}")
-            constants = Constants.shipped(setup.profile)
-            if name in NAMES:
-                constants = constants.moved(_unit(name, _STEP[name]))
-            times = predictor.times(setup, constants)
-            found.append((times.tpot, times.ttft))
-        return np.array(found)
-
-    base = run("shipped constants")
-    slopes = np.stack([(run(name) - base) / _STEP[name] for name in NAMES], axis=-1)
+    """Simulates every setup once, with the shipped constants."""
+    base, slopes = [], []
+    for i, setup in enumerate(setups):
+        if progress and i % 20 == 0:
+            progress(f"simulating {i} of {len(setups)}")
+        constants = Constants.shipped(setup.profile)
+        times = predictor.times(setup, constants)
+        base.append((times.tpot, times.ttft))
+        slopes.append(_slopes(predictor, setup, constants, times))
     measured = np.array(
         [(s.point.tpot_ms or np.nan, s.point.ttft_ms or np.nan) for s in setups], dtype=np.float64
     )
-    return Linear(tuple(setups), base, slopes, measured)
+    return Linear(tuple(setups), np.array(base), np.array(slopes), measured)
 
 
-def _unit(name: str, size: float) -> Array:
-    return np.array([size if other == name else 0.0 for other in NAMES])
+def _slopes(predictor: Predictor, setup: Setup, constants: Constants, times: Times) -> Array:
+    """[2, P] what one unit of each constant adds to TPOT and TTFT, ms.
+
+    A token takes a step of `batch` sequences and, in a mixed engine, the share of prompts that others'
+    requests add. TTFT without its constant parts is time that steps with a prompt take, however many.
+    """
+    prompt, answer = mean_lengths(setup)
+    shape, ms = setup.decode.shape, 1e-3
+    decoding = max(answer - 1, 1.0) * times.tpot
+    ranks = setup.decode.workers * shape.dp
+    batch = max(setup.point.concurrency / ranks * decoding / (decoding + times.ttft), 1.0)
+    clock = predictor.clock(setup, setup.decode, constants)
+    context = prompt + answer / 2
+    plain = clock.line(max(round(batch), 1), context).seconds * 1e3
+    alone = setup.prefill is not None
+    reader = setup.prefill or setup.decode
+    riding = 0 if alone else max(round(batch), 1)
+    chunk = int(min(prompt, reader.budget - riding))
+    mixed = predictor.clock(setup, reader, constants).mixed(riding, context, [(max(chunk, 1), 0)])[0] * 1e3
+    layers = sum(cls.count for cls in setup.table.classes if cls.layers) / shape.pp
+    host = constants.step_us + constants.layer_us * layers + constants.per_sequence_us * batch
+    prompts = 0.0 if alone else max(times.tpot - plain, 0.0)
+    tpot = {
+        "step_us": ms,
+        "layer_us": ms * layers,
+        "per_sequence_us": ms * batch,
+        "kernel_factor": (times.tpot - ms * host) / constants.kernel_factor,
+        "prefill_factor": prompts / constants.prefill_factor,
+        "request_ms": 0.0,
+        "lag_steps": 0.0,
+    }
+    rest = max(times.ttft - constants.request_ms - constants.lag_steps * plain, 0.0)
+    steps = rest / max(mixed, plain)
+    share = 1.0 if alone else max(mixed - plain, 0.0) / max(mixed, 1e-9)
+    ttft = {
+        "step_us": ms * (steps + constants.lag_steps),
+        "layer_us": ms * layers * (steps + constants.lag_steps),
+        "per_sequence_us": ms * riding * (steps + constants.lag_steps),
+        "kernel_factor": (rest + constants.lag_steps * plain) / constants.kernel_factor,
+        "prefill_factor": rest * share / constants.prefill_factor,
+        "request_ms": 1.0,
+        "lag_steps": plain,
+    }
+    return np.array([[of[name] for name in NAMES] for of in (tpot, ttft)])
 
 
 # -- fits ------------------------------------------------------------------------------
@@ -202,7 +229,3 @@ def chosen_points(linear: Linear, rows: Sequence[int]) -> list[int]:
     long = sorted((i for i in rows if label(i).isl / label(i).osl == heavy), key=key)
     middle = long[len(long) // 2]
     return list(dict.fromkeys((low, high, middle)))
-
-
-def to_times(values: Array, steady: float) -> Times:
-    return Times(float(values[0]), float(values[1]), steady)

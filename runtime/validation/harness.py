@@ -29,6 +29,7 @@ class Harness:
     recv_interval             steps between two polls for arrivals
     batch_wait_steps          steps that a prompt is held back for company
     prompts_per_step          most prompts in a step, None for no limit
+    scheduling                "mixed" or "prefill_first", None for the engine's own
     max_num_batched_tokens    token budget of a step, None for the engine's default
     budget_beyond_prompt      where that is None: the budget is a prompt, one token per client, and so many
     max_num_seqs              None: the concurrency
@@ -46,6 +47,7 @@ class Harness:
     recv_interval: int
     batch_wait_steps: int
     prompts_per_step: int | None = None
+    scheduling: str | None = None
     max_num_batched_tokens: int | None = None
     budget_beyond_prompt: int | None = None
     max_num_seqs: int | None = None
@@ -81,6 +83,14 @@ def harness(point: Point, options: Mapping[str, Any] | None = None, *, rules: bo
         if name not in NAMES:
             raise UnknownField(where="harness", field=name, mend=f"Known: {', '.join(NAMES)}.")
     found = replace(found, **chosen)
+    if found.scheduling not in (None, "mixed", "prefill_first"):
+        raise InvalidField(
+            where="harness",
+            field="scheduling",
+            value=found.scheduling,
+            reason="is neither mixed nor prefill_first",
+            mend="Name one of them.",
+        )
     if not 0 < found.length_low <= found.length_high:
         raise InvalidField(
             where="harness",

@@ -26,6 +26,7 @@ FLAGS: Mapping[str, type] = {
     "recv_interval": int,
     "batch_wait_steps": int,
     "prompts_per_step": int,
+    "scheduling": str,
     "max_num_batched_tokens": int,
     "budget_beyond_prompt": int,
     "max_num_seqs": int,

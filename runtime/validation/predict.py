@@ -79,25 +79,23 @@ class Predictor:
     def predict(self, setup: Setup, constants: Constants | None = None) -> Prediction:
         """With the shipped constants unless others are given."""
         found = self.times(setup, constants or Constants.shipped(setup.profile))
-        return prediction(setup, found, self._model(setup, setup.decode, setup.profile).source)
+        return prediction(setup, found, self._model(setup, setup.decode).source)
 
     # -- engines -------------------------------------------------------------------------
 
-    def _model(self, setup: Setup, engine: Engine, profile: object) -> StepModel:
-        key = (setup.table.fingerprint, engine.shape, engine.max_num_seqs, setup.profile.name)
+    def _model(self, setup: Setup, engine: Engine) -> StepModel:
+        largest = setup.profile.cuda_graphs.largest
+        graphs = engine.max_num_seqs if engine.max_num_seqs > largest else largest
+        key = (setup.table.fingerprint, engine.shape, graphs, setup.profile.name)
         if key not in self._models:
             self._models[key] = StepModel(
-                setup.table,
-                engine.shape,
-                setup.gpu,
-                setup.fabric,
-                setup.profile,
-                max_num_seqs=engine.max_num_seqs,
+                setup.table, engine.shape, setup.gpu, setup.fabric, setup.profile, max_num_seqs=graphs
             )
         return self._models[key]
 
-    def _clock(self, setup: Setup, engine: Engine, constants: Constants) -> Clock:
-        model = self._model(setup, engine, setup.profile)
+    def clock(self, setup: Setup, engine: Engine, constants: Constants) -> Clock:
+        """Step times of an engine with these constants."""
+        model = self._model(setup, engine)
         key = (id(model), constants)
         if key not in self._clocks:
             own = copy.copy(model)  # kernels are prepared once; constants are read at every step
@@ -114,11 +112,12 @@ class Predictor:
             stream_interval=harness.stream_interval,
             recv_interval=harness.recv_interval,
             prompts_per_step=harness.prompts_per_step,
+            scheduling=harness.scheduling or setup.profile.scheduling,
             request_ms=constants.request_ms,
             lag_steps=constants.lag_steps + harness.batch_wait_steps,
         )
         return Server(
-            self._clock(setup, engine, constants),
+            self.clock(setup, engine, constants),
             rules,
             kv_blocks=cache_blocks(setup, engine),
             block_size=engine.memory.block_size,
@@ -134,8 +133,8 @@ class Predictor:
         return simulate_pools(
             setup,
             prefill,
-            self._clock(setup, prefill, constants),
-            self._clock(setup, setup.decode, constants),
+            self.clock(setup, prefill, constants),
+            self.clock(setup, setup.decode, constants),
             constants,
             clients(setup, 1),
             self.seed,
