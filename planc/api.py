@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,16 +102,36 @@ def estimate(
     *,
     trust_remote_code: bool = False,
     profile: ProfileDocument | str | Path | None = None,
+    simulate: bool = True,
     **settings: Any,
 ) -> Estimate:
-    """Evaluates one fixed configuration, without search: `estimate(request, tp=4, weights="fp8")`."""
+    """Evaluates one fixed configuration, without search: `estimate(request, tp=4, weights="fp8")`.
+
+    simulate   plays the workload against the engine's scheduler too: percentiles, and what a load test
+               reports. Settings of `LoadTest` (burst, stream_interval ...) say how it is sent.
+    """
     from planc.planner.estimate import estimate as evaluate
 
     if not isinstance(request, Request):
         request = load_request(request)
+    request, fixed = _with_load_test(request, settings)
     table = cost_table(request, trust_remote_code=trust_remote_code)
     with with_profile(profile, _gpus(request)):
-        return evaluate(request, table, **settings)
+        found = evaluate(request, table, **fixed)
+        if not simulate or table.model.kind != "causal_lm":
+            return found
+        from planc.runtime.load_test import load_test
+
+        return replace(found, simulated=load_test(request, table, found.replica, found.replicas).to_json())
+
+
+def _with_load_test(request: Request, settings: Mapping[str, Any]) -> tuple[Request, dict[str, Any]]:
+    """Settings of the load test go into the request; the others are returned."""
+    from planc.planner.workload import LoadTest
+
+    mine = {f"workload.load_test.{k}": v for k, v in settings.items() if k in LoadTest.model_fields}
+    rest = {name: value for name, value in settings.items() if name not in LoadTest.model_fields}
+    return request.overridden(mine) if mine else request, rest
 
 
 def replay(

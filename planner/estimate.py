@@ -11,6 +11,7 @@ from planc.cost_model.table import CostTable
 from planc.errors import Infeasible, InvalidField, UnknownField
 from planc.planner.plan import Predicted, Replica
 from planc.planner.request import Request
+from planc.planner.workload import LoadTest
 
 if TYPE_CHECKING:
     from planc.planner.candidates import Candidate
@@ -38,6 +39,7 @@ class Estimate:
     replica     one of the `replicas` identical engines (its GPUs are those of the first)
     capacity    what they could carry within the objectives (requests/s, or users of a closed loop)
     notes       what a reader must know: objectives that are missed, overload
+    simulated   what a simulated load test of it finds, as `planc.runtime.load_test` words it; None without
     """
 
     replica: Replica
@@ -46,6 +48,7 @@ class Estimate:
     meets_slo: bool
     predicted: dict[str, Predicted]
     notes: tuple[str, ...]
+    simulated: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,6 +58,7 @@ class Estimate:
             "meets_slo": self.meets_slo,
             "predicted": {name: found.model_dump(mode="json") for name, found in self.predicted.items()},
             "notes": list(self.notes),
+            "simulated": self.simulated,
         }
 
 
@@ -178,7 +182,8 @@ def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in known:
-            raise UnknownField(where="estimate", field=name, mend=f"Known: {', '.join(known)}.")
+            mend = f"Known: {', '.join((*known, *LoadTest.model_fields))}."
+            raise UnknownField(where="estimate", field=name, mend=mend)
         if name in _COUNTS:
             try:
                 number = int(value)

@@ -91,6 +91,41 @@ class Trace(Part):
     prefix_hit_rate: float | None = Field(default=None, ge=0, lt=1)
 
 
+class LoadTest(Part):
+    """How a load generator sends the workload, and the engine's flags that its clients feel. What is left
+    out of the flags is the engine profile's.
+
+    burst                all clients of a closed loop start at once; else evenly over one answer's time
+    requests_per_client  in a closed loop: requests of the whole run over its concurrency
+    requests             of the whole run; wins over requests_per_client
+    length_low, _high    lengths are drawn evenly between these shares of the workload's; where all are equal,
+                         requests that start together stay together and prompts queue for ever
+    stream_interval      tokens per message: a client sees the first with the n-th
+    recv_interval        steps between two looks at new arrivals
+    prompts_per_step     most prompts that begin in one step
+    request_ms           a request's way to the scheduler: network, tokenizer, admission
+    lag_steps            steps from a token's kernels to its client
+    """
+
+    burst: bool = True
+    requests_per_client: float = Field(default=10.0, ge=1, le=10_000)
+    requests: int | None = Field(default=None, ge=1, le=10_000_000)
+    length_low: float = Field(default=0.9, gt=0, le=10)
+    length_high: float = Field(default=1.1, gt=0, le=10)
+    stream_interval: int | None = Field(default=None, ge=1, le=10_000)
+    recv_interval: int | None = Field(default=None, ge=1, le=10_000)
+    prompts_per_step: int | None = Field(default=None, ge=1)
+    request_ms: float | None = Field(default=None, ge=0)
+    lag_steps: float | None = Field(default=None, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _range(self) -> LoadTest:
+        if self.length_low > self.length_high:
+            raise mistake("length_low lies above length_high", "Give shares such as 0.8 and 1.0.")
+        return self
+
+
 _CLASS_KEYS = ("name", "weight", "isl", "osl", "prefix_hit_rate")
 
 
@@ -99,6 +134,7 @@ class Workload(Part):
     concurrency (closed loop) or `rate: max`. A trace brings its own rate.
 
     arrival_cv   coefficient of variation of the times between arrivals; 1 is Poisson
+    load_test    how it is sent where `planc estimate` simulates it; plans do not depend on it
     """
 
     classes: list[TrafficClass] = Field(default_factory=list)
@@ -107,6 +143,7 @@ class Workload(Part):
     concurrency: int | None = Field(default=None, ge=1, le=10_000_000)
     rate: Literal["max"] | None = None
     arrival_cv: float = Field(default=1.0, ge=0, le=100)
+    load_test: LoadTest | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -173,4 +210,6 @@ class Workload(Part):
                 out[key] = getattr(self, key)
         if self.arrival_cv != 1.0:
             out["arrival_cv"] = self.arrival_cv
+        if self.load_test is not None:
+            out["load_test"] = self.load_test.model_dump(mode="json", exclude_unset=True)
         return out

@@ -21,13 +21,28 @@ from planc.commands.common import (
 @click.argument("request_file", metavar="REQUEST", type=click.Path())
 @set_option
 @profile_option
+@click.option(
+    "--simulate/--no-simulate",
+    default=True,
+    show_default=True,
+    help="Also play the workload against the engine's scheduler, as a load test would.",
+)
 @trust_option
 @json_option
 def estimate_command(
-    request_file: str, settings: tuple[str, ...], trust_remote_code: bool, as_json: bool
+    request_file: str,
+    settings: tuple[str, ...],
+    simulate: bool,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Evaluate the configuration that --set names (tp, pp, dp, ep, weights, kv, max_num_seqs, ...) under
-    REQUEST's workload. A dotted name changes the request itself, e.g. --set workload.isl=2000."""
+    REQUEST's workload. A dotted name changes the request itself, e.g. --set workload.isl=2000.
+
+    The load test that is simulated is set the same way, or by the request's workload.load_test: burst,
+    requests_per_client, requests, length_low, length_high, seed; and the engine's flags that clients feel:
+    stream_interval, recv_interval, prompts_per_step, request_ms, lag_steps.
+    """
     from planc import api
 
     given = pairs(settings)
@@ -36,7 +51,7 @@ def estimate_command(
     with progress() as say:
         request = api.load_request(request_file, overrides)
         say("evaluating")
-        found = api.estimate(request, trust_remote_code=trust_remote_code, **fixed)
+        found = api.estimate(request, trust_remote_code=trust_remote_code, simulate=simulate, **fixed)
     if as_json:
         emit_json(found.to_json())
         return
@@ -46,5 +61,7 @@ def estimate_command(
         f"{show.formats(found.replica)}, up to {found.replica.max_num_seqs} sequences"
     )
     show.predictions(found.predicted, console)
+    if found.simulated is not None:
+        show.load_test(found.simulated, console)
     for note in found.notes:
         console.print(f"! {note}", style="yellow", markup=False)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from rich.console import Console
 
 from planc.commands.common import UNITS, grid, number
@@ -80,6 +83,42 @@ def predictions(predicted: dict[str, Predicted], console: Console, kind: str = "
             )
         )
     console.print(grid(("predicted", "value", "band", "percentiles", "unit", "from"), rows))
+
+
+def load_test(found: Mapping[str, Any], console: Console) -> None:
+    """A simulated load test: what it was told, its latencies as reported and in the steady state."""
+    rows = []
+    for key, whole in found["load_test"].items():
+        label, unit = UNITS.get(key, (key, ""))
+        band = found["bands"].get(key)
+        for name, values in (("load test", whole), ("steady", found["steady"][key])):
+            if name == "steady" and found["load"]["kind"] == "offline":
+                continue
+            rows.append(
+                (
+                    f"{label}, {name}",
+                    number(values["mean"]),
+                    f"{number(band[0])} .. {number(band[1])}" if band and name == "load test" else "",
+                    ", ".join(f"{p} {number(v)}" for p, v in values.items() if p != "mean"),
+                    unit,
+                    found["source"],
+                )
+            )
+    rates = found["rates"]
+    band = found["bands"]["output_tok_s"]
+    bounds = f"{number(band[0])} .. {number(band[1])}"
+    rows.append(("output, load test", number(rates["output_tok_s"]), bounds, "", "tok/s", found["source"]))
+    console.print()
+    console.print(grid(("simulated", "mean", "band", "percentiles", "unit", "from"), rows))
+    if found["load"]["kind"] == "closed loop":
+        console.print(f"the start burst adds {number(found['burst_ttft_ms'])} ms to the mean TTFT")
+    for name in ("load", "engine"):
+        told = ", ".join(f"{key} {_told(value)}" for key, value in found[name].items() if value is not None)
+        console.print(f"{name}: {told}", style="dim", markup=False)
+
+
+def _told(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool | str) else number(value)  # type: ignore[arg-type]
 
 
 def memory(plan: Plan, console: Console) -> None:
