@@ -190,9 +190,8 @@ def predicted(
     """The simulator's answer for the same requests in a closed loop."""
     table = api.cost_table(request)
     with calibration.using(profile):
-        site = sites(
-            plan.pools, table, groups(request), request.workload.isl_mean + request.workload.osl_mean
-        )[0]
+        context = sum(map(sum, lengths)) / len(lengths[0])
+        site = sites(plan.pools, table, groups(request), context)[0]
         replica = site.plan
         engine = catalogue.engine(replica.engine)
         rules = Rules.of(engine, replica.max_num_seqs, replica.max_num_batched_tokens)

@@ -72,6 +72,7 @@ def measure(
 def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, str]) -> Served:
     folder = scratch / f"llama-{layers}"
     random_llama(folder, layers=layers, **_SHAPE)
+    table = load_table(folder)
     block = catalogue.engine("vllm").block_size_on(catalogue.gpu("cpu"))
     options = {"dtype": "bfloat16", "max-model-len": 1024, "max-num-seqs": max(_BATCHES), "block-size": block}
     command = [program, "serve", str(folder), "--served-model-name", "tiny", "--no-enable-prefix-caching"]
@@ -91,7 +92,7 @@ def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, st
             prompt, tokens = _prompt(folder, wanted)
             answers = closed_loop(port, "tiny", [prompt] * 7, 1, 2)
             first[tokens] = statistics.median(a.ttft for a in answers)
-    return Served(layers, load_table(folder), steps, first)
+    return Served(layers, table, steps, first)
 
 
 def _prompt(folder: Path, tokens: int) -> tuple[str, int]:
