@@ -6,13 +6,14 @@ vectors; `planc.cost_model.step` evaluates all of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import pairwise
-from typing import Literal
 
 from planc.cost_model.catalogue import EngineProfile
+from planc.cost_model.collectives import Kind as CollectiveKind
 from planc.cost_model.formats import fmt
 from planc.cost_model.kernels import Attention, Gemm, GroupedGemm, Part
 from planc.cost_model.local import activation_format, factors, unquantized, weight_format
@@ -20,7 +21,16 @@ from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, FusionOffer, Phase, Row
 from planc.ir.work import NONE, Amount, Family, total
 
+#: what fp8 weights of a checkpoint with a scale per block are to a kernel
+BLOCK_FP8 = "fp8_block"
+
 _BY_PART: tuple[Family, ...] = ("attention", "recurrence")
+
+#: in the path of a module that every token passes beside the routed experts
+_SHARED_EXPERT = "shared_expert"
+
+_NORM = "planc::rms_norm"
+_SQUARES = 4.0  # bytes of a row's sum of squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +58,7 @@ class Kernel:
     reads: Amount
     writes: Amount
     traffic: float
+    overlapped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +68,7 @@ class Collective:
     layer_class: str
     site: str
     part: Part
-    kind: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    kind: CollectiveKind
     calls: float
     ranks: int
     size: Amount
@@ -72,7 +83,9 @@ def kernels(
     A set: exactly those, and every other op is a kernel of its own.
     """
     rides = profile.fuses_pointwise and fusions is None
-    found = [_kernel_of(row, part, shape, rides) for part, row in parts(table)]
+    blocks = table.model.block_scales
+    overlaps = profile.overlaps_shared_experts
+    found = [_kernel_of(row, part, shape, rides, blocks, overlaps) for part, row in parts(table)]
     after_attention = {
         id(two) for one, two in pairwise(found) if isinstance(one.spec, Attention) and _same_class(one, two)
     }
@@ -126,9 +139,13 @@ def _key(row: Row) -> tuple[str, str, str, int]:
     return row.layer_class, row.site, row.op, row.calls
 
 
-def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool) -> Kernel:
+def _kernel_of(
+    row: Row, part: Part, shape: EngineShape, rides: bool, blocks: bool, overlaps: bool
+) -> Kernel:
     work, divided = row.work, factors(row, shape)
     weights, acts = weight_format(row, shape), activation_format(row, shape)
+    if blocks and weights == acts == "fp8":
+        weights = BLOCK_FP8
     wide = fmt(unquantized(shape)).bytes
     base = Kernel(
         layer_class=row.layer_class,
@@ -146,6 +163,7 @@ def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool) -> Kernel:
         reads=work.reads * divided.reads,
         writes=work.writes * divided.writes,
         traffic=_per_token(work.reads + work.writes),
+        overlapped=overlaps and _SHARED_EXPERT in row.site,
     )
     weight_bytes = work.weights * divided.weights * fmt(weights).bytes
     if work.family == "gemm" and not (work.weights and {"k", "n"} <= work.dims.keys()):
@@ -242,7 +260,8 @@ def _with_quantization(
     if not isinstance(kernel.spec, Gemm):
         return [kernel]
     acts = kernel.spec.activations
-    fused = acts in profile.fused_activation_quant and not after_attention
+    rides = acts in profile.fused_activation_quant and kernel.spec.weights != BLOCK_FP8
+    fused = rides and not after_attention
     if acts == unquantized(shape) or fused:
         return [kernel]
     both = fmt(unquantized(shape)).bytes + fmt(acts).bytes
@@ -326,34 +345,48 @@ def _per_token(amount: Amount) -> float:
     return sum(value for name, value in amount.terms.items() if name in ("T", "S"))
 
 
-def collectives(table: CostTable, shape: EngineShape) -> list[Collective]:
-    """All collectives of a layer of each class, besides the hand-over between pipeline stages."""
+def collectives(table: CostTable, shape: EngineShape, *, spread: bool = False) -> list[Collective]:
+    """All collectives of a layer of each class, besides the hand-over between pipeline stages.
+
+    `spread` says that the ranks which share the experts lie on several nodes. A product that is gathered to
+    be normalized over its full width is not: engines add up the squares of the ranks' own columns instead.
+    """
     found: list[Collective] = []
     wide = fmt(unquantized(shape)).bytes
-    for part, row in parts(table):
+    rows = parts(table)
+    normed = {id(one) for (_, one), (_, two) in pairwise(rows) if two.op == _NORM}
+    for part, row in rows:
+        make = partial(Collective, row.layer_class, row.site, part, calls=float(row.calls))
         if row.shard.kind == "experts" and shape.dp > 1:
-            found.extend(_exchange(row, part, shape, table.model.hidden, wide))
-        elif row.shard.collective and shape.tp > 1:
-            size = row.shard.moved * wide
-            found.append(
-                Collective(
-                    row.layer_class, row.site, part, row.shard.collective, float(row.calls), shape.tp, size
-                )
-            )
+            found.extend(_exchange(make, row, shape, table.model.hidden, wide, spread))
+        if not row.shard.collective or shape.tp == 1:
+            continue
+        if row.shard.collective == "all_gather" and id(row) in normed:
+            found.append(make(kind="all_reduce", ranks=shape.tp, size=Amount({"T": _SQUARES})))
+        else:
+            found.append(make(kind=row.shard.collective, ranks=shape.tp, size=row.shard.moved * wide))
     return found
 
 
-def _exchange(row: Row, part: Part, shape: EngineShape, width: int, wide: float) -> list[Collective]:
-    """Tokens to experts and back. EP: all-to-all of top_k copies; else gather all tokens, scatter sums."""
-    ranks, calls = shape.tp * shape.dp, float(row.calls)
-    hidden = Amount({"T": float(width)})
-    make = lambda kind, size: Collective(row.layer_class, row.site, part, kind, calls, ranks, size)  # noqa: E731
-    if shape.ep > 1:
-        copies = min(row.work.dims["top_k"], ranks) / shape.tp
+def _exchange(
+    make: Callable[..., Collective], row: Row, shape: EngineShape, width: int, wide: float, spread: bool
+) -> list[Collective]:
+    """Tokens of all dp ranks to the experts and sums back.
+
+    In a node engines gather all tokens and scatter the sums unless told otherwise (vLLM's
+    `allgather_reducescatter`, SGLang's `none`, TensorRT-LLM without an all-to-all). Over nodes whole experts
+    want an all-to-all: a token goes once to each rank that has one of its top_k.
+    """
+    hidden, ranks = Amount({"T": float(width)}), shape.tp * shape.dp
+    if shape.ep > 1 and spread:
+        copies = ranks * (1.0 - (1.0 - 1.0 / ranks) ** row.work.dims["top_k"]) / shape.tp
         sent = fmt(activation_format(row, shape)).bytes
-        return [make("all_to_all", hidden * (copies * sent)), make("all_to_all", hidden * (copies * wide))]
+        return [
+            make(kind="dispatch", ranks=ranks, size=hidden * (copies * sent)),
+            make(kind="combine", ranks=ranks, size=hidden * (copies * wide)),
+        ]
     whole = hidden * (shape.dp * wide)
-    return [make("all_gather", whole), make("reduce_scatter", whole)]
+    return [make(kind=kind, ranks=shape.dp, size=whole) for kind in ("all_gather", "reduce_scatter")]
 
 
 def unique(items: Sequence[Kernel]) -> tuple[list[Kernel], list[int]]:
@@ -362,7 +395,7 @@ def unique(items: Sequence[Kernel]) -> tuple[list[Kernel], list[int]]:
     seen: dict[object, int] = {}
     index = []
     for item in items:
-        key = (item.family, item.part, item.spec, item.launches, *_frozen(item))
+        key = (item.family, item.part, item.spec, item.launches, item.overlapped, *_frozen(item))
         if key not in seen:
             seen[key] = len(kept)
             kept.append(item)

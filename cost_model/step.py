@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from planc.cost_model import lower
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance
-from planc.cost_model.collectives import Fabric, Link, group_source, seconds
+from planc.cost_model.collectives import Fabric, Link, group_source, seconds, spread
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array, Load, StepLoad
 from planc.cost_model.formats import fmt
@@ -109,7 +109,8 @@ class StepModel:
         all_kernels = lower.kernels(table, shape, profile, fusions)
         self.kernels = all_kernels
         self._unique, self._index = lower.unique(all_kernels)
-        self._collectives = lower.collectives(table, shape)
+        _, nodes = spread(shape.tp * shape.dp, gpu, fabric, 1)
+        self._collectives = lower.collectives(table, shape, spread=nodes > 1)
         self._link_costs = [self.costs.collective(c.kind, c.ranks, fabric) for c in self._collectives]
         self._stages = stages(table, shape)
         count = {c.name: i for i, c in enumerate(table.classes)}
@@ -139,6 +140,7 @@ class StepModel:
         self._groups = _groups(self._unique, self._names, self.costs)
         self._sizes = _matrix(sizes, self._names)
         self._sources = _kernel_sources(self._groups, len(self._unique))
+        self._beside = self._hidden()
         no_graphs = shape.eager or gpu.vendor == "cpu"
         self._graphs = np.array(
             () if no_graphs else profile.cuda_graphs.sizes(max_num_seqs or profile.cuda_graphs.largest),
@@ -262,11 +264,11 @@ class StepModel:
     def _pieces(self, load: Load) -> Pieces:
         times, links = self._times(load)
         factor = self.profile.kernel_factor
-        device = [
+        shared, decode, prefill = (
             factor * (self._kernel_calls[:, kernels] @ times.seconds[kernels])
             + factor * (self._collective_calls[:, moves] @ links[moves])
             for kernels, moves in self._by_part
-        ]
+        )
         rows = load.seqs + load.tokens
         graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
         one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
@@ -275,7 +277,8 @@ class StepModel:
         layers = np.array([[len(stage.layers)] for stage in self._stages])
         each = self.profile.per_sequence_us * (load.seqs + load.chunks)
         host = (fixed + self.profile.layer_us * layers + each) * 1e-6
-        return Pieces(*device, self._launches[:, None] * per_launch, self._hand_over(rows) + host)
+        launches = self._launches[:, None] * per_launch
+        return Pieces(shared, decode, prefill, launches, self._hand_over(rows) + host)
 
     def _hand_over(self, tokens: Array) -> Array:
         """Activations to the next stage, [stages, N]; the last one hands over nothing."""
@@ -285,6 +288,16 @@ class StepModel:
         hops = [seconds("p2p", size, 2, link) for link in self._hops()]
         return np.stack([*hops, np.zeros_like(size)])
 
+    def _hidden(self) -> Array:
+        """Seconds [unique, 1] that the routed experts hide of kernels beside them: what one token takes.
+
+        That is starts, and weights of a layer that is small beside the experts. More tokens want the same
+        arithmetic units and take their time.
+        """
+        beside = np.array([[k.overlapped] for k in self._unique], dtype=np.float64).reshape(-1, 1)
+        self._beside = np.zeros_like(beside)
+        return beside * self._times(StepLoad(1, 1).arrays())[0].seconds if beside.any() else self._beside
+
     def _times(self, load: Load) -> tuple[Times, Array]:
         features = self._features(load)
         seconds = np.zeros((len(self._unique), load.size))
@@ -292,6 +305,7 @@ class StepModel:
         for group in self._groups:
             found = group.price(features[group.part])
             seconds[group.index], bound[group.index] = found.seconds, found.bound
+        seconds = np.maximum(seconds - self._beside, 0.0)
         links = np.zeros((len(self._collectives), load.size))
         done: dict[object, int] = {}
         for row, item in enumerate(self._collectives):
@@ -385,7 +399,7 @@ def _calls(
     return out
 
 
-def _seen_by(items: Sequence[Kernel] | Sequence[Collective], part: str) -> npt.NDArray[np.intp]:
+def _seen_by(items: Sequence[Kernel | Collective], part: str) -> npt.NDArray[np.intp]:
     """Which of the items see this part of a step's tokens."""
     return np.array([i for i, item in enumerate(items) if item.part == part], dtype=np.intp)
 

@@ -109,6 +109,7 @@ class ModelFacts:
     tied_embeddings: bool = False
     generic_ops: tuple[str, ...] = ()  # ATen ops that were costed generically, for coverage
     notes: tuple[str, ...] = ()  # what a user should know of how the model was traced
+    block_scales: bool = False  # the checkpoint's fp8 weights have a scale per block, not per tensor
 
 
 @dataclass(frozen=True, slots=True)

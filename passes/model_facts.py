@@ -43,6 +43,7 @@ def facts(graph: Graph, classes: tuple[LayerClass, ...], rows: tuple[Row, ...]) 
         tied_embeddings=_tied(graph),
         generic_ops=tuple(coverage(graph).generic),
         notes=graph.source.notes,
+        block_scales=block_scales(graph.source.config),
     )
 
 
@@ -57,6 +58,14 @@ def native_format(config: Mapping[str, Any]) -> str:
         return _quantized(quantized)
     dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
     return _DTYPES.get(str(dtype).removeprefix("torch."), "")
+
+
+def block_scales(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint's fp8 weights have a scale per block (DeepSeek-V3's 128 x 128): such products
+    run in other kernels, and need their inputs scaled per 128 elements."""
+    text = text_config(config)
+    quantized = text.get("quantization_config") or config.get("quantization_config")
+    return isinstance(quantized, Mapping) and bool(quantized.get("weight_block_size"))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from planc.cost_model.profile import Grid, Profile, Table, TableInfo
 from planc.cost_model.roofline import Roofline
 
 #: bytes moved at which curves are stored
-NODES = 2.0 ** np.arange(10, 34)
+NODES = np.array([2.0**power for power in range(10, 34)])
 BYTES_PER_ELEMENT = 3.0
 WIDEST = 16384
 
@@ -95,7 +95,7 @@ def _curve(gpu: catalogue.Gpu, size: Array, seconds: Array) -> Array:
         [np.median(logs[octave == i]) if (octave == i).any() else np.nan for i in range(NODES.size)]
     )
     known = ~np.isnan(found)
-    return np.interp(np.log(NODES), np.log(NODES[known]), found[known])
+    return np.asarray(np.interp(np.log(NODES), np.log(NODES[known]), found[known]))
 
 
 def _at(gpu: catalogue.Gpu, size: Array, curve: Array) -> Array:

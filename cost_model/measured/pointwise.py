@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planc.cost_model.catalogue import EngineProfile, Gpu
+from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance
 from planc.cost_model.features import Array
 from planc.cost_model.kernels import LAUNCH, MEMORY, Priced, Times
 from planc.cost_model.profile import Table, shipped
@@ -43,7 +43,8 @@ def prepare(launches: Array, gpu: Gpu, engine: EngineProfile, roofline: Roofline
         found = np.where(nbytes > 0, np.maximum(stream, floor), 0.0)
         return Times(found, np.where(stream >= floor, MEMORY, LAUNCH).astype(np.int8))
 
-    return Priced(price, ("fitted",) * len(launches))
+    source: Provenance = "fitted"
+    return Priced(price, (source,) * len(launches))
 
 
 def find(gpu: Gpu, engine: EngineProfile) -> Table | None:

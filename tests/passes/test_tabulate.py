@@ -93,6 +93,7 @@ def test_layer_classes_say_what_a_layer_keeps() -> None:
     assert (moe.name, moe.count, moe.kv_elements, moe.kv_units) == ("moe", 58, 576, 0)
     facts = table("deepseek-r1").model
     assert (facts.experts, facts.top_k, facts.native_format, facts.layers) == (256, 8, "fp8", 61)
+    assert facts.block_scales
     total = sum(each.count * each.parameters for each in table("deepseek-r1").classes)
     assert total == facts.parameters
 
