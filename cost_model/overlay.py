@@ -36,9 +36,11 @@ class Overlay:
     serving: Mapping[str, Mapping[str, float]]
     fingerprint: str
 
-    def constant(self, name: str, engine: str = "any") -> float | None:
-        """A serving constant: the engine's own, else the one for all engines, else None."""
-        own = self.serving.get(engine, {}).get(name)
+    def constant(self, name: str, engine: str | None = None) -> float | None:
+        """A serving constant: the engine's own, else the one for any engine, else None. Without an engine,
+        the one for any, or that of the only engine that the profile knows."""
+        only = next(iter(self.serving)) if engine is None and len(self.serving) == 1 else engine
+        own = self.serving.get(only or "any", {}).get(name)
         return self.serving.get("any", {}).get(name) if own is None else own
 
 

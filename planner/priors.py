@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 
 import yaml
 
+from planc.cost_model import overlay
 from planc.cost_model.catalogue import Provenance
 
 
@@ -43,8 +44,21 @@ def text() -> str:
     return resources.files("planc.planner").joinpath("priors.yaml").read_text(encoding="utf-8")
 
 
-@cache
 def priors() -> Priors:
+    """The priors; with the serving constants of the measured profile in use, if any."""
+    found, used = _shipped(), overlay.current()
+    if used is None:
+        return found
+    request, lag = used.constant("request_ms"), used.constant("lag_steps")
+    return replace(
+        found,
+        request_s=found.request_s if request is None else request / 1e3,
+        lag_steps=found.lag_steps if lag is None else lag,
+    )
+
+
+@cache
+def _shipped() -> Priors:
     raw = yaml.safe_load(text())
     ttft, queueing = raw["ttft"], raw["queueing"]
     return Priors(
