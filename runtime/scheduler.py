@@ -270,7 +270,7 @@ class Scheduler:
         New arrivals may end the run earlier; then `commit` fewer."""
         if not batch.plain:
             return 1
-        if self._waiting and self._falling:
+        if self._waiting and self._restless:
             return 1
         tokens = self.decoding.until_end()
         steps = self._steps_for(tokens)
@@ -364,7 +364,7 @@ class Scheduler:
                 if batch.chunks:
                     break
                 count = left
-            needed = self._needed(sequence, start + count, hit)
+            needed = self._needed(sequence, start + count, start if back else sequence.tokens, hit)
             if needed is None:
                 break
             heappop(self._waiting)
@@ -379,8 +379,9 @@ class Scheduler:
         for item in passed_over:
             heappush(self._waiting, item)
 
-    def _needed(self, sequence: Sequence, stop: int, hit: int) -> int | None:
-        """Blocks that a newcomer takes for its first `stop` tokens; None if that is not to be had now."""
+    def _needed(self, sequence: Sequence, stop: int, known: int, hit: int) -> int | None:
+        """Blocks that a newcomer takes for its first `stop` tokens, or for the `known` ones where output is
+        reserved; None if they are not to be had now."""
         cache, share = self.cache, self.limits.reserved_output
         if not self._running:
             self._reserved = (share, self._steps)
@@ -390,7 +391,7 @@ class Scheduler:
         if share == 1:
             stop = sequence.prompt + sequence.max_new_tokens - 1
         elif share:
-            stop = sequence.tokens
+            stop = known
         needed = cache.blocks_for(stop) - hit * cache.span
         if not share or share == 1 or not self._running:
             return needed if needed <= free else None
@@ -398,10 +399,14 @@ class Scheduler:
         return needed if needed + later / cache.block_size <= free else None
 
     @property
-    def _falling(self) -> bool:
-        """Whether the reserved share changes from step to step."""
-        share, floor = self.limits.reserved_output, self.limits.reserved_floor
-        return 0 < share < 1 and floor is not None and self._share() > floor
+    def _restless(self) -> bool:
+        """Whether the head of the queue may fit after a step in which nothing ends: the reserved share
+        falls, or the output asked for shrinks while whole blocks are not yet full."""
+        limits = self.limits
+        if not 0 < limits.reserved_output < 1 or len(self._running) >= limits.max_num_seqs:
+            return False
+        falls = limits.reserved_floor is not None and self._share() > limits.reserved_floor
+        return falls or self.cache.block_size > 1
 
     def _share(self) -> float:
         limits = self.limits

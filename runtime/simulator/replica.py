@@ -122,7 +122,7 @@ class Replica:
         self._silent: dict[int, float] = {}  # last token of preempted sequences
         self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
         self._pace = 0.0  # seconds of the last decode step, prompts beside it not counted
-        self._patient = rules.max_adapters is None
+        self._patient = rules.max_adapters is None and rules.recv_interval == 1
         self._draft = rules.speculative.draft if rules.speculative else 0
         self._draft_s = rules.speculative.draft_s if rules.speculative else 0.0
 

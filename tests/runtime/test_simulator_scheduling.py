@@ -62,7 +62,7 @@ def requests(draw: st.DrawFn) -> Load:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(how=rules(), load=requests(), blocks=st.sampled_from([16, 20, 40, 400]))
 def test_every_token_is_made_nothing_leaks_and_jumps_change_nothing(
     how: dict[str, Any], load: Load, blocks: int
