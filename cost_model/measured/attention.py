@@ -39,11 +39,13 @@ from planc.cost_model.measured.attention_tables import (
     pairs_of,
     sliced,
 )
+from planc.cost_model.memory import MIB
 from planc.cost_model.profile import Profile, Table, shipped
 from planc.cost_model.roofline import Roofline
 
 _BLOCK = 128.0  # query rows of a block
 _EVERYTHING = 1e9  # tokens: no window
+_SWEPT = 2.0  # cache sizes that a kernel must read before none of it stays for the next call
 
 
 def prepare(
@@ -93,11 +95,11 @@ def _priced(
         return None
     if spec.latent:
         return attention_latent.priced(spec, profile, gpu, engine, roofline)
-    return _softmax(spec, profile, engine.name, float(gpu.sm_count))
+    return _softmax(spec, profile, engine.name, float(gpu.sm_count), gpu.l2_mib * MIB)
 
 
 @lru_cache(maxsize=512)
-def _softmax(spec: Attention, profile: Profile, engine: str, sms: float) -> One | None:
+def _softmax(spec: Attention, profile: Profile, engine: str, sms: float, l2: float) -> One | None:
     """Multi-head or grouped-query attention from the table that fits it best."""
     window = float(spec.span[1:]) if spec.span[:1] == "w" else 0.0
 
@@ -115,19 +117,23 @@ def _softmax(spec: Attention, profile: Profile, engine: str, sms: float) -> One 
     table = nearest(profile, engine, distance, op="softmax", part=spec.part)
     if table is None:
         return None
-    seconds = _decode(spec, table) if spec.part == "decode" else _prefill(spec, table, sms)
+    seconds = _decode(spec, table, l2) if spec.part == "decode" else _prefill(spec, table, sms)
     return One(seconds, founded(table, engine, head(table)))
 
 
-def _decode(spec: Attention, table: Table) -> Seconds:
+def _decode(spec: Attention, table: Table, l2: float) -> Seconds:
+    """A benchmark that repeats itself finds keys and values in a cache that holds them; in a step, the other
+    layers have swept them out. So no reach is better used than one that is too long for the cache."""
     grid, ideal, window = sliced(table, spec.q_heads / spec.kv_heads), Ideal.of(table), _window(table)
+    per_key = spec.key_width / spec.kv_heads * spec.kv_bytes
 
     def seconds(heads: Array, reach: Array) -> Array:
         sequences = heads / spec.kv_heads
         pairs = sequences * np.minimum(reach, window)
         cached = pairs * spec.key_width * spec.kv_bytes
         ideally = ideal.seconds(pairs * spec.pair_flops, cached, sequences * _new_bytes(spec))
-        return ideally * np.exp(grid.at(heads, reach))
+        swept = np.maximum(reach, np.minimum(_SWEPT * l2 / (heads * per_key), window))
+        return ideally * np.exp(np.maximum(grid.at(heads, reach), grid.at(heads, swept)))
 
     surface = Surface.of(seconds, SHORTEST)
     if window < _EVERYTHING:
