@@ -151,7 +151,9 @@ class EngineProfile(Entry):
     serves               kinds of model it runs
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
     fusions              patterns of fusion names that the engine's own kernels always apply
+    overlaps_shared_experts  experts that every token passes run on a stream beside the routed ones
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
+    fused_all_reduce     architectures on which the norm after an all-reduce rides in it
     fused_activation_quant  formats whose quantization rides in the pointwise kernel before a product; after
                          attention, or for another format, it is a kernel of its own
     """
@@ -185,6 +187,8 @@ class EngineProfile(Entry):
     custom_all_reduce_max_mib: float
     fusions: tuple[str, ...]
     fuses_pointwise: bool
+    overlaps_shared_experts: bool = False
+    fused_all_reduce: tuple[str, ...] = ()
     fused_activation_quant: tuple[str, ...]
     archs: Mapping[str, Support]
     source: str

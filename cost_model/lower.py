@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 
-from planc.cost_model.catalogue import EngineProfile
+from planc.cost_model.catalogue import EngineProfile, gpu
 from planc.cost_model.collectives import Kind as CollectiveKind
 from planc.cost_model.formats import fmt
 from planc.cost_model.kernels import Attention, Gemm, GroupedGemm, Part
@@ -83,9 +83,11 @@ def kernels(
     A set: exactly those, and every other op is a kernel of its own.
     """
     rides = profile.fuses_pointwise and fusions is None
+    norms = fusions is None and shape.tp > 1 and gpu(shape.gpu).arch in profile.fused_all_reduce
     blocks = table.model.block_scales
     overlaps = profile.overlaps_shared_experts
     found = [_kernel_of(row, part, shape, rides, blocks, overlaps) for part, row in parts(table)]
+    found = [replace(k, launches=0.0) if norms and _follows_all_reduce(k, table) else k for k in found]
     after_attention = {
         id(two) for one, two in pairwise(found) if isinstance(one.spec, Attention) and _same_class(one, two)
     }
@@ -139,9 +141,7 @@ def _key(row: Row) -> tuple[str, str, str, int]:
     return row.layer_class, row.site, row.op, row.calls
 
 
-def _kernel_of(
-    row: Row, part: Part, shape: EngineShape, rides: bool, blocks: bool, overlaps: bool
-) -> Kernel:
+def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool, blocks: bool, overlaps: bool) -> Kernel:
     work, divided = row.work, factors(row, shape)
     weights, acts = weight_format(row, shape), activation_format(row, shape)
     if blocks and weights == acts == "fp8":
@@ -181,6 +181,12 @@ def _kernel_of(
     if work.family != "gather":  # a look-up reads the rows it is asked for, not the table
         moved = moved + Amount({"1": work.weights * divided.weights} if work.weights else {})
     return replace(base, nbytes=moved * wide)
+
+
+def _follows_all_reduce(kernel: Kernel, table: CostTable) -> bool:
+    """The norms of a layer's residual stream: an all-reduce that sums it can apply them."""
+    whole = kernel.reads.terms.get("T") == table.model.hidden
+    return kernel.op == "planc::rms_norm" and whole and kernel.layer_class != "head"
 
 
 def _is_plain(row: Row) -> bool:

@@ -67,6 +67,11 @@ def _document() -> Any:
     return yaml.safe_load(text)
 
 
+def block_scaled_families() -> frozenset[str]:
+    """Model types whose published fp8 checkpoints have a scale per block of weights."""
+    return frozenset(_document()["block_scaled_fp8"]["model_types"])
+
+
 def harness(point: Point, options: Mapping[str, Any] | None = None, *, rules: bool = True) -> Harness:
     """The harness of a point. Without `rules` only defaults, columns and options count.
 

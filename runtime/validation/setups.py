@@ -15,7 +15,7 @@ from planc.cost_model.memory import MemoryMap, memory_map
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.table import CostTable
 from planc.errors import PlancError
-from planc.runtime.validation.harness import Harness
+from planc.runtime.validation.harness import Harness, block_scaled_families
 from planc.runtime.validation.points import Point, PoolLabel
 
 #: other names of the same architecture
@@ -100,6 +100,7 @@ def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
     except PlancError as error:
         raise Unpredictable(str(error)) from None
     fabric = Fabric(gpus_per_node=8)
+    table = _as_published(table, point)
     make = lambda label, load: _engine(point, harness, table, gpu, profile, label, load)  # noqa: E731
     if point.mode == "agg":
         label = PoolLabel(1, point.tp, point.attention_dp, point.moe_ep)
@@ -133,6 +134,16 @@ def _engine(
         budget = max(budget, point.isl)
     memory = _memory(point, harness, table, gpu, profile, shape, seqs, budget)
     return Engine(label.workers, shape, memory, seqs, budget)
+
+
+def _as_published(table: CostTable, point: Point) -> CostTable:
+    """The table of the checkpoint that such a point serves: fp8 ones of some families, published beside the
+    bf16 one, have a scale per block of weights."""
+    families = block_scaled_families()
+    if point.weights != "fp8" or table.model.model_type not in families or table.model.block_scales:
+        return table
+    name = f"{table.fingerprint}, block scales"
+    return replace(table, model=replace(table.model, block_scales=True), fingerprint=name)
 
 
 def _memory(
