@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from planc.cost_model import softmax
 from planc.cost_model.catalogue import Gpu, Precision, Provenance
 from planc.cost_model.collectives import Fabric, Kind, group_seconds
 from planc.cost_model.efficiency import Efficiencies, efficiencies
@@ -72,34 +73,77 @@ class Roofline:
         return curve(spec, kernel, fmt(spec.weights).bytes, self.gpu.memory_bytes_s, peak)
 
     def attention(self, specs: Sequence[Attention]) -> Callable[[AttentionLoad], Times]:
-        name = {
-            "attention": ("attention_prefill_peak", "attention_decode_memory"),
-            "recurrence": ("recurrence_peak", "recurrence_memory"),
-            "products": ("gemm_peak", "gemm_memory"),
-        }
-        precision = self._known("bf16")
-        peak = self.gpu.peak_flops(precision)
-        peaks = column([peak * self.named.on(name[s.kind][0], self.gpu, precision) for s in specs])
-        widths = column([self._bandwidth(name[s.kind][1]) for s in specs])
-        kv = column([s.kv_bytes for s in specs]) / widths
-        acts = column([s.act_bytes for s in specs]) / widths
-        fixed = column([s.weight_bytes for s in specs]) / widths
-        launch = self._us("attention_launch_us")
-        sms = float(self.gpu.sm_count)
-        decode = column([s.kv_heads if s.part == "decode" else 0.0 for s in specs])
-        per_block = decode * (self._us("attention_block_us") / sms)
-        prefill = column([s.q_heads if s.part == "prefill" and s.kind == "attention" else 0.0 for s in specs])
-        tile = self.named.value("attention_prefill_tile")
-        fragment = self.named.value("attention_prefill_fragment")
+        prices = [self._softmax(s) if s.kind == "attention" else self._state(s) for s in specs]
 
         def price(load: AttentionLoad) -> Times:
-            memory = load.kv * kv + load.acts * acts + fixed + per_block * load.sequences
-            each = np.maximum(load.tokens / np.maximum(load.sequences, 1.0), 1.0)
-            blocks = np.ceil(each / tile) * load.sequences * prefill
-            padded = np.ceil(each / tile) * np.minimum(np.ceil(each / fragment) * fragment, tile) / each
-            waves = np.ceil(blocks / sms) * sms / np.maximum(blocks, 1.0) * padded
-            compute = load.flops * np.where(blocks > 0, waves, 1.0) / peaks
-            return _after(launch, compute, memory, load.acts > 0)
+            seconds = np.zeros_like(load.flops)
+            bound = np.full(load.flops.shape, LAUNCH, dtype=np.int8)
+            for row, one in enumerate(prices):
+                total, compute, memory = one(row, load)
+                seconds[row] = np.where(load.acts[row] > 0, total, 0.0)
+                work = np.where(compute > memory, COMPUTE, MEMORY)
+                bound[row] = np.where(2 * np.maximum(compute, memory) < total, LAUNCH, work)
+            return Times(seconds, bound)
+
+        return price
+
+    def _softmax(self, spec: Attention) -> Callable[[int, AttentionLoad], tuple[Array, Array, Array]]:
+        """`planc.cost_model.softmax`, with constants that were fitted over all GPUs and engines."""
+        precision = self._known("bf16")
+        on = self.named.on
+        known = softmax.Constants(
+            **{n: on(f"attention_{n}", self.gpu, precision) for n in softmax.Constants.names()}
+        )
+        machine = softmax.Machine(
+            self.gpu.peak_flops(precision),
+            self.gpu.memory_bytes_s,
+            float(self.gpu.sm_count),
+            self.gpu.clock_mhz * 1e6,
+        )
+        launch = self._us("attention_launch_us")
+        decode, heads = spec.part == "decode", max(spec.q_heads, 1.0)
+        pair_flops = spec.pair_flops or 2.0 * heads * (spec.qk_dim + spec.v_dim)
+
+        def price(row: int, load: AttentionLoad) -> tuple[Array, Array, Array]:
+            flops, tokens, sequences = (
+                load.flops[row],
+                np.maximum(load.tokens, 1.0),
+                np.maximum(load.sequences, 1.0),
+            )
+            each = tokens / sequences
+            pairs = flops / pair_flops if pair_flops else 0.0 * flops
+            reach = np.maximum(pairs / tokens, 1.0)
+            appended = tokens * spec.key_width * spec.kv_bytes
+            work = softmax.Work(
+                flops=flops,
+                exps=pairs * heads,
+                cached=load.kv[row] * spec.kv_bytes - appended + spec.weight_bytes,
+                new=load.acts[row] * spec.act_bytes + appended,
+                blocks=sequences
+                * (max(spec.kv_heads, 1.0) if decode else heads * np.maximum(each / softmax.TILE, 1.0)),
+                rows=np.minimum(each, softmax.TILE),
+                reach=reach,
+                loop=reach + (each - 1) / 2,
+            )
+            run = softmax.decode_seconds if decode else softmax.prefill_seconds
+            total, compute, memory = run(known, machine, work)
+            return launch + total, compute, memory
+
+        return price
+
+    def _state(self, spec: Attention) -> Callable[[int, AttentionLoad], tuple[Array, Array, Array]]:
+        """Recurrences and products of activations: operations or bytes, whichever take longer."""
+        recurrent = spec.kind == "recurrence"
+        precision = self._known("bf16")
+        named = ("recurrence_peak", "recurrence_memory") if recurrent else ("gemm_peak", "gemm_memory")
+        peak = self.gpu.peak_flops(precision) * self.named.on(named[0], self.gpu, precision)
+        width = self._bandwidth(named[1])
+        launch = self._us("gemm_launch_us" if not recurrent else "recurrence_launch_us")
+
+        def price(row: int, load: AttentionLoad) -> tuple[Array, Array, Array]:
+            moved = load.kv[row] * spec.kv_bytes + load.acts[row] * spec.act_bytes + spec.weight_bytes
+            compute, memory = load.flops[row] / peak, moved / width
+            return launch + np.maximum(compute, memory), compute, memory
 
         return price
 

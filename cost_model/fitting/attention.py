@@ -10,7 +10,8 @@ import numpy as np
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import Gpu
 from planc.cost_model.features import Array
-from planc.cost_model.fitting import Score, attention_rows, sources, surface
+from planc.cost_model.fitting import Score, attention_physics, attention_rows, sources, surface
+from planc.cost_model.fitting.attention_physics import Sample
 from planc.cost_model.fitting.attention_rows import Rows
 from planc.cost_model.measured.attention_tables import Ideal
 from planc.cost_model.profile import Profile, Table, TableInfo
@@ -21,7 +22,11 @@ _ROUNDED = 1.6e-2  # nat; what is finer than repeat measurements only costs byte
 _MERGED = (2.0, 8.0)  # tokens: decode contexts that cost what four do
 _SLOWER = 1.5  # times another engine's kernel at long loops: not what is served
 
-_AXES = {"heads": 2.0 ** np.arange(15), "tokens": 2.0 ** np.arange(15), "group": 2.0 ** np.arange(8)}
+_AXES: dict[str, Array] = {
+    "heads": 2.0 ** np.arange(15),
+    "tokens": 2.0 ** np.arange(15),
+    "group": 2.0 ** np.arange(8),
+}
 
 
 def fit(folder: Path) -> Iterator[Profile]:
@@ -33,10 +38,16 @@ def fit(folder: Path) -> Iterator[Profile]:
 
 
 def score(folder: Path) -> Iterator[Score]:
-    for gpu in dict.fromkeys(sources.GPUS.values()):
+    """Physics is scored on softmax attention, with constants fitted to the other GPUs; nan for the rest."""
+    gpus = tuple(dict.fromkeys(sources.GPUS.values()))
+    samples = [Sample.of(rows, gpu) for gpu in gpus for rows in attention_rows.softmax(folder, gpu)]
+    for gpu in gpus:
+        physics = attention_physics.fit(samples, without=gpu)
         for rows in _rows(folder, gpu):
-            table = _scored(rows, catalogue.gpu(gpu))
-            yield Score("attention", gpu, rows.name, table.info.rows, table.info.error, float("nan"))
+            table, error = _scored(rows, catalogue.gpu(gpu)), float("nan")
+            if rows.key["op"] == "softmax":
+                error = float(np.median(np.abs(Sample.of(rows, gpu, None).ratio(physics) - 1)))
+            yield Score("attention", gpu, rows.name, table.info.rows, table.info.error, error)
 
 
 def _rows(folder: Path, gpu: str) -> Iterator[Rows]:
@@ -87,7 +98,7 @@ def _axis(name: str, values: Array, rows: Rows) -> Array:
             if rows.key["op"] != "rule" and rows.key["part"] == "decode"
             else measured
         )
-    grid = _AXES.get(name, measured)
+    grid: Array = _AXES.get(name, measured)
     if measured[-1] <= grid[0]:
         return grid[:1]
     first = np.searchsorted(grid, measured[0], side="right")

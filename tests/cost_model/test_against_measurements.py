@@ -84,7 +84,9 @@ def test_attention_on_a_workstation_gpu() -> None:
     """Llama-3.1-8B, vLLM 0.19, RTX PRO 6000: prompts or decodes alone."""
     price = Roofline(catalogue.gpu("rtx_pro_6000"))
     kernels = {
-        part: price.attention([Attention("attention", part, 2.0, q_heads=32, kv_heads=8)])  # type: ignore[arg-type]
+        part: price.attention(
+            [Attention("attention", part, 2.0, q_heads=32, kv_heads=8, qk_dim=128, v_dim=128)]  # type: ignore[arg-type]
+        )
         for part in ("prefill", "decode")
     }
     pairs = []
@@ -106,6 +108,7 @@ def test_attention_on_a_workstation_gpu() -> None:
             one(tokens * 80 * 128),
             np.array([tokens]),
             np.array([sequences]),
+            np.array([context if seqs else cached]),
         )
         pairs.append((1e6 * kernels[part](load).seconds[0, 0], float(row["time_us"])))
     assert len(pairs) > 100
