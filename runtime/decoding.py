@@ -56,13 +56,14 @@ class Sequence:
 class Decoding:
     """The group of decoding sequences.
 
-    made     tokens that each member has made since the beginning of time
+    pace     tokens that a member makes in a step, on average; above 1 when drafts are accepted
+    made     tokens that each member has made since the beginning of time, in `steps`
     size     members                          cached   tokens of all members in the cache
     """
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
-        self.made = self.size = self.cached = 0
+    def __init__(self, block_size: int, pace: float = 1.0) -> None:
+        self.block_size, self.pace = block_size, pace
+        self.made = self.steps = self.size = self.cached = 0
         self._phase = [0] * block_size  # members by (position - made) modulo the block size
         self._ends: list[tuple[int, int, Sequence]] = []
 
@@ -88,6 +89,21 @@ class Decoding:
     def position(self, member: Sequence) -> int:
         """Tokens of a member in the cache."""
         return member.computed + self.made - member.joined
+
+    def ahead(self, steps: int) -> int:
+        """Tokens that each member makes in the next steps."""
+        if self.pace == 1:
+            return steps
+        return int(self.pace * (self.steps + steps)) - self.made
+
+    def steps_for(self, tokens: int) -> int:
+        """Steps in which each member makes at least so many tokens."""
+        if self.pace == 1:
+            return tokens
+        steps = max(int(tokens / self.pace) - 1, 0)
+        while self.ahead(steps) < tokens:
+            steps += 1
+        return steps
 
     def filled(self, tokens: int) -> int:
         """Blocks that all members together begin while each makes so many tokens."""
@@ -117,8 +133,10 @@ class Decoding:
             heappop(ends)
         return ends[0][0] - self.made
 
-    def advance(self, tokens: int) -> list[Sequence]:
-        """Every member makes so many tokens; those that have made their last one leave."""
+    def advance(self, steps: int) -> list[Sequence]:
+        """Every member makes its next tokens; those that have made their last one leave."""
+        tokens = self.ahead(steps)
+        self.steps += steps
         self.made += tokens
         self.cached += tokens * self.size
         found = []

@@ -11,139 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import Literal, NamedTuple
 
 from planc.errors import InvalidField
+from planc.runtime.admission import Adapters, Reserve
 from planc.runtime.decoding import Decoding, Sequence
 from planc.runtime.kv_cache import KVCache
+from planc.runtime.limits import Limits
+from planc.runtime.steps import Batch, Chunk, Part, Step, chunk_of
 
-#: decode steps ahead that SGLang looks when it sets the reserved share anew after a preemption
-_RETRACT_STEPS = 20
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The rules of one scheduler.
-
-    max_num_seqs            sequences running at once
-    max_num_batched_tokens  tokens in one step
-    scheduling              "mixed": decodes first, prompts beside them. "prefill_first": steps of prompts
-                            alone as long as one can be admitted
-    chunked                 prompts may be cut at the budget; if not, a longer one has a step to itself
-    prompts_per_step        prompts that may begin in one step; None: as many as fit
-    reserved_output         share of the output still asked for, by the newcomer and all that run, that must
-                            be free at admission; 1: it is taken at once, and nothing is ever preempted
-    reserved_floor          what that share falls to, evenly over `reserved_steps` decode steps; idleness
-                            resets it, and so does preemption, to what the running ones have used up
-    preemption              what becomes of the preempted one's cache: computed again, or swapped out to
-                            the host and back
-    max_adapters            LoRA adapters that may run at once
-    tokens_per_step         of a decoding sequence, on average; above 1 with speculative decoding
-    """
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    scheduling: Literal["mixed", "prefill_first"] = "mixed"
-    chunked: bool = True
-    prompts_per_step: int | None = None
-    reserved_output: float = 0.0
-    reserved_floor: float | None = None
-    reserved_steps: int = 600
-    preemption: Literal["recompute", "swap"] = "recompute"
-    max_adapters: int | None = None
-    tokens_per_step: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "prompts_per_step", "max_adapters"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidField(
-                    where="scheduler",
-                    field=name,
-                    value=value,
-                    reason="must be at least 1",
-                    mend="Raise it.",
-                )
-        floor = self.reserved_output if self.reserved_floor is None else self.reserved_floor
-        if not 0 <= floor <= self.reserved_output <= 1:
-            raise InvalidField(
-                where="scheduler",
-                field="reserved_output",
-                value=self.reserved_output,
-                reason=f"is a share of the requested output, and falls to {floor}",
-                mend="Give a number from 0 to 1, and a floor below it.",
-            )
-        if self.tokens_per_step < 1:
-            raise InvalidField(
-                where="scheduler",
-                field="tokens_per_step",
-                value=self.tokens_per_step,
-                reason="a step makes at least one token of every sequence",
-                mend="Give 1 or more.",
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One sequence's share of a step: its tokens `start .. stop`; `samples` if a new token follows."""
-
-    sequence: int
-    start: int
-    stop: int
-    samples: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One model forward. `decode`: every sequence has one query token."""
-
-    parts: tuple[Part, ...]
-    preempted: tuple[int, ...] = ()
-
-    @property
-    def tokens(self) -> int:
-        return sum(part.stop - part.start for part in self.parts)
-
-    @property
-    def decode(self) -> bool:
-        return all(part.stop - part.start == 1 for part in self.parts)
-
-
-class Chunk(NamedTuple):
-    """`tokens` of a prompt (or of one computed again) after `start` cached ones."""
-
-    sequence: Sequence
-    start: int
-    tokens: int
-    samples: bool
-
-
-@dataclass(slots=True)
-class Batch:
-    """A step in short: the decoding group is not listed.
-
-    decodes, context   sequences of the group and the tokens they attend to, all together
-    swapped            tokens whose cache moves between device and host
-    resumed            swapped-in sequences that decode from the next step on
-    adapters           adapters that must be loaded first
-    """
-
-    decodes: int = 0
-    context: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    resumed: list[Sequence] = field(default_factory=list)
-    swapped: int = 0
-    adapters: int = 0
-    taken: int = 0
-    held: list[Sequence] = field(default_factory=list)
-
-    @property
-    def plain(self) -> bool:
-        """Nothing but decoding: the next steps will be the same until something happens."""
-        return not (self.chunks or self.preempted or self.resumed or self.held or self.adapters)
+__all__ = ["Batch", "Limits", "Part", "Scheduler", "Step"]
 
 
 class Scheduler:
@@ -155,7 +32,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits, cache: KVCache) -> None:
         self.limits, self.cache = limits, cache
-        self.decoding = Decoding(cache.block_size)
+        self.decoding = Decoding(cache.block_size, limits.tokens_per_step)
         self.owed = 0  # tokens that running sequences may still ask for
         self._waiting: list[tuple[int, int, Sequence]] = []
         self._running: dict[int, Sequence] = {}
@@ -163,11 +40,10 @@ class Scheduler:
         self._arrivals = 0
         self.ranked = False
         self._ahead = 0  # tokens of each member, between plan and commit, whose blocks are taken
-        self._steps = 0  # decode steps so far
-        self._reserved = (limits.reserved_output, 0)  # share, and the step at which it was set
         self._batch = Batch()
         self._grows = limits.reserved_output < 1
-        self._adapters: dict[int, int] = {}  # users of each loaded adapter, the least recently used first
+        self._adapters = Adapters(limits.max_adapters)
+        self._reserve = Reserve(limits)
 
     @property
     def busy(self) -> bool:
@@ -270,27 +146,27 @@ class Scheduler:
         New arrivals may end the run earlier; then `commit` fewer."""
         if not batch.plain:
             return 1
-        if self._waiting and self._restless:
+        restless = self._reserve.restless(self.decoding.steps, self.cache.block_size)
+        if self._waiting and restless and len(self._running) < self.limits.max_num_seqs:
             return 1
         tokens = self.decoding.until_end()
-        steps = self._steps_for(tokens)
+        steps = self.decoding.steps_for(tokens)
         if self._grows:
             room = self.decoding.lasts(self.cache.free_blocks + batch.taken)
             if room < tokens:
-                steps = self._steps_for(room + 1) - 1
+                steps = self.decoding.steps_for(room + 1) - 1
         return max(steps, 1)
 
     def commit(self, batch: Batch, steps: int = 1, stopped: Collection[int] = ()) -> list[Sequence]:
         """Books what a step computed, `steps` times if it only decodes. Returns the finished sequences."""
         finished: list[Sequence] = []
         if batch.decodes:
-            tokens = self.ahead(steps)
+            tokens = self.decoding.ahead(steps)
             if self._grows and steps > 1:
                 self.cache.take(self.decoding.filled(tokens) - batch.taken)
             self.owed -= tokens * batch.decodes
-            self._steps += steps
             self._ahead = 0
-            for member in self.decoding.advance(tokens):
+            for member in self.decoding.advance(steps):
                 self._settle(member)
                 finished.append(member)
             for member in [self._running[i] for i in stopped if i in self._running]:
@@ -306,23 +182,6 @@ class Scheduler:
             self._release(sequence)
         return finished
 
-    def ahead(self, steps: int) -> int:
-        """Tokens that each decoding sequence makes in its next steps."""
-        pace = self.limits.tokens_per_step
-        if pace == 1:
-            return steps
-        return int(pace * (self._steps + steps)) - int(pace * self._steps)
-
-    def _steps_for(self, tokens: int) -> int:
-        """Steps in which each decoding sequence makes at least so many tokens."""
-        pace = self.limits.tokens_per_step
-        if pace == 1:
-            return tokens
-        steps = max(int(tokens / pace) - 1, 0)
-        while self.ahead(steps) < tokens:
-            steps += 1
-        return steps
-
     # -- parts of a step -----------------------------------------------------------------
 
     def _decode(self, batch: Batch, budget: int) -> int:
@@ -333,7 +192,7 @@ class Scheduler:
             for member in late:
                 self._leave_group(member)
             batch.held = late
-        ahead = self.ahead(1)
+        ahead = group.ahead(1)
         if self._grows:
             while (needed := group.filled(ahead)) > self.cache.free_blocks:
                 self._preempt(self._latest(), batch)
@@ -352,7 +211,7 @@ class Scheduler:
         passed_over = []
         while self._waiting and budget > 0 and len(self._running) < limits.max_num_seqs and most:
             sequence = self._waiting[0][2]
-            if self._gated(sequence):
+            if self._adapters.full_for(sequence.adapter):
                 passed_over.append(heappop(self._waiting))
                 continue
             hit = self._hits(sequence)
@@ -373,7 +232,7 @@ class Scheduler:
                 batch.resumed.append(sequence)
                 continue
             self._prefilling.append(sequence)
-            batch.chunks.append(_chunk(sequence, count))
+            batch.chunks.append(chunk_of(sequence, count))
             budget -= count
             most -= 1
         for item in passed_over:
@@ -384,7 +243,7 @@ class Scheduler:
         reserved; None if they are not to be had now."""
         cache, share = self.cache, self.limits.reserved_output
         if not self._running:
-            self._reserved = (share, self._steps)
+            self._reserve.reset(self.decoding.steps)
         free = cache.free_blocks
         if hit:
             free -= cache.idle_among(sequence.prefix[:hit])
@@ -395,26 +254,10 @@ class Scheduler:
         needed = cache.blocks_for(stop) - hit * cache.span
         if not share or share == 1 or not self._running:
             return needed if needed <= free else None
-        later = self._share() * (self.owed + sequence.max_new_tokens - sequence.generated)
+        later = self._reserve.share(self.decoding.steps) * (
+            self.owed + sequence.max_new_tokens - sequence.generated
+        )
         return needed if needed + later / cache.block_size <= free else None
-
-    @property
-    def _restless(self) -> bool:
-        """Whether the head of the queue may fit after a step in which nothing ends: the reserved share
-        falls, or the output asked for shrinks while whole blocks are not yet full."""
-        limits = self.limits
-        if not 0 < limits.reserved_output < 1 or len(self._running) >= limits.max_num_seqs:
-            return False
-        falls = limits.reserved_floor is not None and self._share() > limits.reserved_floor
-        return falls or self.cache.block_size > 1
-
-    def _share(self) -> float:
-        limits = self.limits
-        if limits.reserved_floor is None:
-            return limits.reserved_output
-        share, since = self._reserved
-        fall = (limits.reserved_output - limits.reserved_floor) / limits.reserved_steps
-        return max(share - fall * (self._steps - since), limits.reserved_floor)
 
     def _hits(self, sequence: Sequence) -> int:
         """Leading hashes whose blocks are in the cache; the last token is computed in any case."""
@@ -438,7 +281,7 @@ class Scheduler:
         self._running[sequence.id] = sequence
         self.owed += sequence.max_new_tokens - sequence.generated
         if sequence.adapter is not None:
-            self._load(sequence.adapter, batch)
+            batch.adapters += self._adapters.use(sequence.adapter)
 
     def _continue(self, batch: Batch, budget: int) -> int:
         """Prompts that have begun get their next chunks."""
@@ -455,7 +298,7 @@ class Scheduler:
             if sequence.id in self._running:
                 self.cache.take(needed)
                 sequence.blocks += needed
-                batch.chunks.append(_chunk(sequence, count))
+                batch.chunks.append(chunk_of(sequence, count))
                 budget -= count
         return budget
 
@@ -503,11 +346,9 @@ class Scheduler:
             batch.swapped += victim.computed
         else:
             victim.computed = 0
-        if 0 < self.limits.reserved_output < 1:
+        if self._reserve.partial:
             asked = sum(s.max_new_tokens for s in self._running.values())
-            ahead = _RETRACT_STEPS * len(self._running)
-            used = (asked - self.owed + ahead) / asked if asked else self.limits.reserved_output
-            self._reserved = (min(used, 1.0), self._steps)
+            self._reserve.learn(asked, self.owed, len(self._running), self.decoding.steps)
         batch.preempted.append(victim)
         heappush(self._waiting, (victim.priority, victim.order, victim))
 
@@ -530,26 +371,4 @@ class Scheduler:
         sequence.blocks = 0
         sequence.shared.clear()
         if sequence.adapter is not None:
-            self._adapters[sequence.adapter] -= 1
-
-    # -- adapters ------------------------------------------------------------------------
-
-    def _gated(self, sequence: Sequence) -> bool:
-        """Whether a sequence waits for its adapter's turn."""
-        most, name = self.limits.max_adapters, sequence.adapter
-        if most is None or name is None or self._adapters.get(name):
-            return False
-        return sum(users > 0 for users in self._adapters.values()) >= most
-
-    def _load(self, name: int, batch: Batch) -> None:
-        """Counts a user of an adapter; loads it if it is not there, in place of the longest unused one."""
-        if name not in self._adapters:
-            batch.adapters += 1
-            if self.limits.max_adapters is not None and len(self._adapters) >= self.limits.max_adapters:
-                del self._adapters[next(n for n, users in self._adapters.items() if not users)]
-        self._adapters[name] = self._adapters.pop(name, 0) + 1
-
-
-def _chunk(sequence: Sequence, count: int) -> Chunk:
-    stop = sequence.computed + count
-    return Chunk(sequence, sequence.computed, count, samples=stop == sequence.tokens)
+            self._adapters.leave(sequence.adapter)

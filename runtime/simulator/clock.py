@@ -212,22 +212,22 @@ class Curve:
 
     def _find(self, rows: int) -> float:
         if rows <= _EVERY_ROW:
-            low = max(rows - 1, 0) // 128 * 128 + 1
-            wanted = range(low, low + 128)
-            self._known.update(
-                zip(wanted, self._ask(np.array(wanted, dtype=np.float64)).tolist(), strict=True)
-            )
-            return float(self._known[rows])
+            low = max(rows - 1, 0) // 128 * 128
+            self._fill(range(low + 1, low + 129))
+            return self._known[rows]
         low = (rows - 1) // 64 * 64 + 1
         high = low + 63
         if low not in self._known or high not in self._known:
             start = (low - 1) // 2048 * 2048
-            ends = [end for k in range(start, start + 2048, 64) for end in (k + 1, k + 64)]
-            edges = [end for end in ends if end > _EVERY_ROW]
-            self._known.update(zip(edges, self._ask(np.array(edges, dtype=np.float64)).tolist(), strict=True))
+            ends = [end for at in range(start, start + 2048, 64) for end in (at + 1, at + 64)]
+            self._fill([end for end in ends if end > _EVERY_ROW])
         below, above = self._known[low], self._known[high]
         found = self._known[rows] = below + (above - below) * (rows - low) / 63
         return found
+
+    def _fill(self, rows: Sequence[int]) -> None:
+        seconds: list[float] = self._ask(np.array(rows, dtype=np.float64)).tolist()
+        self._known.update(zip(rows, seconds, strict=True))
 
 
 def _line(row: list[float], context: float) -> Line:

@@ -274,7 +274,7 @@ class Replica:
     def _gaps(self, decodes: int, first: float, last: float, steps: int) -> None:
         gaps = self.journal.gaps
         if self._draft:  # tokens that come with another one
-            gaps.add(0.0, (self.scheduler.ahead(steps) - steps) * decodes)
+            gaps.add(0.0, (self.scheduler.decoding.ahead(steps) - steps) * decodes)
         if not self._stalled:
             if steps == 1:
                 gaps.add(first, decodes)
@@ -304,7 +304,7 @@ class Replica:
         """First tokens that are streamed in the course of a run of steps that take `line`, and would take
         `plain` without prompts."""
         made, hidden, pace = self.scheduler.decoding.made, self._hidden, self.rules.tokens_per_step
-        while hidden and hidden[0][0] <= made + self.scheduler.ahead(steps):
+        while hidden and hidden[0][0] <= made + self.scheduler.decoding.ahead(steps):
             token, request = heappop(hidden)
             after = math.ceil((token - made) / pace)
             at = self.now + after * (line.seconds + line.slope * (after - 1) / 2)
