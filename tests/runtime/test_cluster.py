@@ -1,0 +1,175 @@
+"""Several replicas: behind one router, and in pools that prefill and decode."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from planc.planner.trace import MOONCAKE_BLOCK, read
+from planc.runtime.simulator import closed_loop, open_loop
+from planc.runtime.simulator.cluster import simulate_cluster
+from planc.runtime.simulator.disaggregated import simulate_disaggregated
+from planc.runtime.simulator.load import Load, fixed, poisson, uniform
+from planc.runtime.simulator.records import Records
+from planc.runtime.simulator.router import ROUTERS
+from tests.runtime.simulated import Linear, server, simulate
+
+CLOCK = Linear(0.01, 1e-4, 1e-7, 1e-5)
+OPEN = open_loop(poisson(4.0, 300, seed=1), uniform(100, 1000), uniform(2, 200))
+CLOSED = closed_loop(24, 240, uniform(100, 1000), uniform(2, 200))
+
+
+def same(one: Records, other: Records) -> None:
+    for name in ("arrival_s", "admitted_s", "first_token_s", "finish_s", "preemptions"):
+        assert np.allclose(getattr(one, name), getattr(other, name), atol=1e-9), name
+    first, second = one.summary(), other.summary()
+    for name in ("utilisation", "running", "waiting", "kv_occupancy"):
+        assert first[name] == pytest.approx(second[name], abs=1e-9), name
+
+
+def sound(found: Records) -> None:
+    assert np.isfinite(found.finish_s).all()
+    assert (found.arrival_s < found.first_token_s).all()
+    assert ((found.first_token_s < found.finish_s) | (found.output == 1)).all()
+
+
+@pytest.mark.parametrize("load", [OPEN, CLOSED], ids=["open", "closed"])
+@pytest.mark.parametrize("router", ROUTERS)
+def test_one_replica_is_the_simulator_of_one(load: Load, router: str) -> None:
+    one = server(CLOCK, 400, max_num_seqs=16)
+    same(simulate_cluster([one], load, router=router), simulate(one, load))
+
+
+def test_turns_split_an_open_load_into_independent_ones() -> None:
+    one, count = server(CLOCK, max_num_seqs=16), 200
+    arrivals = poisson(4.0, count, seed=5)
+    prompt, output = np.arange(100, 100 + count), np.arange(20, 20 + count)
+    both = simulate_cluster([one, one], open_loop(arrivals, prompt, output))
+    for half in (slice(0, None, 2), slice(1, None, 2)):
+        alone = simulate(one, open_loop(arrivals[half], prompt[half], output[half]))
+        assert np.allclose(both.finish_s[half], alone.finish_s, atol=1e-9)
+        assert np.allclose(both.first_token_s[half], alone.first_token_s, atol=1e-9)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("load", [OPEN, CLOSED], ids=["open", "closed"])
+def test_every_request_is_served_once_and_the_same_way_again(load: Load, router: str) -> None:
+    servers = [server(CLOCK, max_num_seqs=16), server(CLOCK, 300, max_num_seqs=8)]
+    found = simulate_cluster(servers, load, router=router, weights=[2.0, 1.0], seed=4)
+    sound(found)
+    same(found, simulate_cluster(servers, load, router=router, weights=[2.0, 1.0], seed=4))
+
+
+def test_routers_that_look_beat_turns_under_uneven_load() -> None:
+    """Every other request is long: turns send all of them to one replica."""
+    one = server(CLOCK, max_num_seqs=4)
+    output = np.tile([400, 10], 150)
+    load = open_loop(poisson(1.2, 300, seed=2), fixed(100), output)
+    waits = {
+        name: simulate_cluster([one, one], load, router=name).summary()["ttft_ms"]["mean"] for name in ROUTERS
+    }
+    assert waits["least_loaded"] < 0.5 * waits["round_robin"]
+    assert waits["power_of_two"] < 0.5 * waits["round_robin"]
+
+
+def test_prefix_aware_routing_finds_more_in_the_caches() -> None:
+    """Forty conversations of eight turns each; a replica's cache holds about half of them."""
+    one = server(CLOCK, 1400, max_num_seqs=16, prefix_caching=True)
+    turns = [(c, t) for t in range(8) for c in range(40)]
+    prefix = [tuple(1000 * c + i for i in range(t + 1)) for c, t in turns]
+    prompt = np.array([64 * (t + 1) + 1 for _, t in turns])
+    load = open_loop(poisson(8.0, len(turns), seed=9), prompt, fixed(8), prefix=prefix, prefix_block=64)
+    hits = {name: int(simulate_cluster([one] * 3, load, router=name).hit.sum()) for name in ROUTERS}
+    assert hits["prefix_aware"] > 1.5 * hits["round_robin"]
+
+
+def test_a_request_goes_where_it_fits() -> None:
+    servers = [server(CLOCK, 20, max_num_seqs=8), server(CLOCK, 100, max_num_seqs=8)]
+    load = open_loop(np.arange(10.0), fixed(800), fixed(50))
+    sound(simulate_cluster(servers, load))
+
+
+# -- prefill and decode apart ------------------------------------------------------------
+
+
+def apart(load: Load, *, blocks: int = 4000, seconds: float = 0.002, decoders: int = 2) -> Records:
+    one = server(CLOCK, blocks, max_num_seqs=16)
+    return simulate_disaggregated(
+        [one], [one] * decoders, load, transfer_s=lambda tokens: seconds * tokens / 1000
+    )
+
+
+@pytest.mark.parametrize("load", [OPEN, CLOSED], ids=["open", "closed"])
+def test_pools_serve_every_request_and_prompts_stall_nobody(load: Load) -> None:
+    found = apart(load)
+    sound(found)
+    same(found, apart(load))
+    together = simulate_cluster([server(CLOCK, 4000, max_num_seqs=16)] * 2, load)
+    assert found.summary()["itl_ms"]["p99"] < together.summary()["itl_ms"]["p99"]
+
+
+def test_one_request_step_by_step() -> None:
+    """The first token from the prefill side, the transfer, one step to take the cache over, decode steps."""
+    found = apart(open_loop([0.5], fixed(1000), fixed(11)), seconds=0.3)
+    first = 0.5 + CLOCK.mixed(0, 0, [(1000, 0)])[0]
+    steps = sum(CLOCK.line(1, 1001 + i).seconds for i in range(10))
+    assert found.first_token_s[0] == pytest.approx(first)
+    assert found.finish_s[0] == pytest.approx(first + 0.3 + steps, rel=1e-3)
+    assert found.gaps.count == 10
+    assert found.gaps.total == pytest.approx(float(found.finish_s[0] - found.first_token_s[0]))
+
+
+def test_one_token_answers_never_reach_the_decode_pool() -> None:
+    found = apart(open_loop(np.arange(5.0), fixed(100), fixed(1)))
+    assert np.array_equal(found.first_token_s, found.finish_s)
+
+
+def test_a_link_carries_one_cache_at_a_time() -> None:
+    """Ten prompts at once, half a second of transfer each: the last one decodes five seconds later."""
+    found = apart(open_loop(np.zeros(10), fixed(100), fixed(5)), seconds=5.0, decoders=1)
+    assert float(found.finish_s.max() - found.first_token_s.min()) > 5.0
+    wide = apart(open_loop(np.zeros(10), fixed(100), fixed(5)), seconds=0.05, decoders=1)
+    assert float(wide.finish_s.max()) < 0.5
+
+
+def test_slow_decoding_holds_up_prefilling() -> None:
+    """Prompts stay where they were prefilled until the decode side has room, so later ones wait."""
+    load = open_loop(np.linspace(0, 1, 60), fixed(400), fixed(200))
+    tight, wide = apart(load, blocks=150, decoders=1), apart(load, blocks=4000, decoders=4)
+    sound(tight)
+    assert tight.summary()["ttft_ms"]["mean"] > 5 * wide.summary()["ttft_ms"]["mean"]
+    assert tight.summary()["kv_occupancy_peak"] <= 1.0
+
+
+# -- recorded traffic --------------------------------------------------------------------
+
+
+@pytest.mark.skipif("PLANC_DATA" not in os.environ, reason="needs the recorded traces (PLANC_DATA)")
+def test_a_cache_without_end_finds_what_the_trace_repeats() -> None:
+    """36.6 % of the Mooncake trace's blocks were seen before. The simulator keeps whole blocks only, and
+    computes at least the last token of a prompt."""
+    file = Path(os.environ["PLANC_DATA"]) / "traces" / "mooncake_conversation_trace.jsonl"
+    rows = list(read(file, "mooncake"))
+    seen: set[int] = set()
+    kept: set[int] = set()
+    blocks = repeated = hits = 0
+    for row in rows:
+        blocks += len(row.blocks)
+        repeated += sum(block in seen for block in row.blocks)
+        seen.update(row.blocks)
+        hits += sum(block in kept for block in row.blocks[: (row.prompt - 1) // MOONCAKE_BLOCK])
+        kept.update(row.blocks[: row.prompt // MOONCAKE_BLOCK])
+    assert repeated / blocks == pytest.approx(0.366, abs=5e-4)
+
+    fast = server(Linear(1e-5), 1 << 26, max_num_batched_tokens=1 << 20, prefix_caching=True)
+    load = open_loop(
+        np.arange(len(rows), dtype=float),
+        [row.prompt for row in rows],
+        fixed(1),
+        prefix=[row.blocks for row in rows],
+        prefix_block=MOONCAKE_BLOCK,
+    )
+    assert simulate(fast, load).hit.sum() == hits * MOONCAKE_BLOCK
