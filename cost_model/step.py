@@ -140,12 +140,12 @@ class StepModel:
         self._groups = _groups(self._unique, self._names, self.costs)
         self._sizes = _matrix(sizes, self._names)
         self._sources = _kernel_sources(self._groups, len(self._unique))
-        self._beside = self._hidden()
         no_graphs = shape.eager or gpu.vendor == "cpu"
         self._graphs = np.array(
             () if no_graphs else profile.cuda_graphs.sizes(max_num_seqs or profile.cuda_graphs.largest),
             dtype=np.float64,
         )
+        self._beside = self._hidden()
 
     @cached_property
     def source(self) -> Provenance:
