@@ -12,16 +12,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
-from planc.cost_model.catalogue import Gpu, Provenance, read, unknown
+from planc.cost_model.catalogue import Entry, Gpu, Provenance, read, unknown
 from planc.cost_model.features import Array, ArrayLike
 from planc.cost_model.quantity import worst
 
-Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p", "broadcast"]
-KINDS: tuple[Kind, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "p2p", "broadcast")
+Kind = Literal[
+    "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "dispatch", "combine", "p2p", "broadcast"
+]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 #: bytes through a rank's link per byte of the full tensor, as (ranks) -> factor
 _MOVED = {
@@ -29,6 +31,8 @@ _MOVED = {
     "all_gather": lambda n: (n - 1) / n,
     "reduce_scatter": lambda n: (n - 1) / n,
     "all_to_all": lambda n: (n - 1) / n,
+    "dispatch": lambda n: (n - 1) / n,
+    "combine": lambda n: (n - 1) / n,
     "broadcast": lambda n: 1.0,
     "p2p": lambda n: 1.0,
 }
@@ -36,23 +40,39 @@ _MOVED = {
 #: seconds of a collective of (kind, bytes, ranks) inside a node
 Inside = Callable[[Kind, Array, int], Array]
 
-#: kinds that engines have small-message kernels for
+#: kinds that engines have small-message kernels for, and those that are tokens on their way to experts
 _CUSTOM = ("all_reduce", "all_gather", "reduce_scatter")
+_EXCHANGE = ("dispatch", "combine")
+
+
+class Constants(Entry):
+    """Of one way to run collectives on one kind of wire.
+
+    alpha_us, per_step_us   start, and one step of the ring
+    share                   of the link's one-direction peak that large messages reach
+    chunk_us                start of one chunk of a pipelined message
+    """
+
+    alpha_us: float
+    per_step_us: float
+    share: float
+    chunk_us: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """A kind of wire: one direction, per GPU.
 
-    library       (alpha us, us per hop, share of peak) of a collective launched by itself
-    custom        the same of an engine's own kernel inside a CUDA graph
-    custom_up_to  messages up to so many bytes take the latter
+    library       a collective of NCCL's kind
+    custom        an engine's own kernel; messages up to `custom_up_to` bytes take it
+    exchange      tokens to experts and back
     """
 
     name: str
     bytes_s: float
-    library: tuple[float, float, float]
-    custom: tuple[float, float, float]
+    library: Constants
+    custom: Constants
+    exchange: Constants
     custom_up_to: float = 0.0
     source: Provenance = "assumed"
 
@@ -74,16 +94,16 @@ class Fabric:
     def inner(self, gpu: Gpu, ranks: int, custom_up_to: float = 0.0) -> Link:
         """The link inside a node for a group of `ranks` neighbours: NVLink while they fit its domain."""
         if gpu.vendor == "cpu":
-            return _link("shared_memory", gpu.memory_bytes_s, 0.0)
+            return _link("shared_memory", gpu.memory_bytes_s, gpu.arch, 0.0)
         if ranks <= gpu.nvlink_domain and gpu.nvlink_gbytes_s > 0:
             name = "xgmi" if gpu.vendor == "amd" else "nvlink"
-            return _link(name, gpu.nvlink_gbytes_s * 1e9, custom_up_to)
-        return _link("pcie", gpu.pcie_gbytes_s * 1e9, custom_up_to if ranks <= 2 else 0.0)
+            return _link(name, gpu.nvlink_gbytes_s * 1e9, gpu.arch, custom_up_to)
+        return _link("pcie", gpu.pcie_gbytes_s * 1e9, gpu.arch, custom_up_to if ranks <= 2 else 0.0)
 
     def outer(self, gpu: Gpu) -> Link:
         """The network between nodes."""
         gbit_s = gpu.fabric_gbit_s if self.inter_node_gbit_s is None else self.inter_node_gbit_s
-        return _link("fabric", gbit_s * 1e9 / 8, 0.0)
+        return _link("fabric", gbit_s * 1e9 / 8, gpu.arch, 0.0)
 
 
 @cache
@@ -91,26 +111,36 @@ def _constants() -> Any:
     return read("links.yaml")
 
 
-def _link(name: str, bytes_s: float, custom_up_to: float) -> Link:
+def _link(name: str, bytes_s: float, arch: str, custom_up_to: float) -> Link:
     raw = _constants()["links"][name]
-    of = lambda kind: (raw[kind]["alpha_us"], raw[kind]["per_step_us"], raw[kind]["share"])  # noqa: E731
-    return Link(name, bytes_s, of("library"), of("custom"), custom_up_to, raw["source_kind"])
+    lanes = raw | raw.get("by_arch", {}).get(arch, {})
+    made = {lane: Constants(**lanes[lane]) for lane in ("library", "custom", "exchange")}
+    return Link(name, bytes_s, **made, custom_up_to=custom_up_to, source=raw["source_kind"])
 
 
-def alpha_beta(
-    kind: Kind, size: Array, ranks: int, alpha_us: float, per_step_us: float, bytes_s: float
-) -> Array:
-    """A start, a step for each doubling of the ranks, and the bytes that pass one rank's link."""
-    hops = 1.0 if kind == "p2p" else math.log2(ranks)
-    found: Array = (alpha_us + per_step_us * hops) * 1e-6 + size * (_MOVED[kind](ranks) / bytes_s)
+def alpha_beta(kind: Kind, size: Array, ranks: int, of: Constants, bytes_s: float) -> Array:
+    """Start, ring steps, bytes through one rank's link, and what pipelining them in chunks leaves over.
+
+    A message of b/B seconds in chunks of start c takes b/B + 2 sqrt(c b/B) at the best number of chunks.
+    """
+    wire: Array = size * (_MOVED[kind](ranks) / (of.share * bytes_s))
+    start = (of.alpha_us + of.per_step_us * steps(kind, ranks)) * 1e-6
+    found: Array = start + wire + 2.0 * np.sqrt(of.chunk_us * 1e-6 * wire)
     return found
+
+
+def steps(kind: Kind, ranks: int) -> float:
+    """Of a ring, and of trees above a node's eight ranks; all-to-alls and transfers take one."""
+    ring = ranks - 1.0 if ranks <= 8 else 7.0 * math.log2(ranks) / 3.0
+    return {"all_reduce": 2.0 * ring, "all_gather": ring, "reduce_scatter": ring}.get(kind, 1.0)
 
 
 def seconds(kind: Kind, size: ArrayLike, ranks: int, link: Link) -> Array:
     """Time of one collective inside one kind of link.
 
     size   bytes of the full tensor: what every rank ends with (all_reduce, all_gather), what it
-           starts with (reduce_scatter, all_to_all: a rank's own send buffer), or what is sent (p2p)
+           starts with (reduce_scatter; a rank's own send buffer in all_to_all, dispatch and combine), or
+           what is sent (p2p)
     Raises UnknownName for another kind. One rank, or nothing to move, costs nothing.
     """
     if kind not in _MOVED:
@@ -118,14 +148,10 @@ def seconds(kind: Kind, size: ArrayLike, ranks: int, link: Link) -> Array:
     size = np.asarray(size, dtype=np.float64)
     if ranks <= 1:
         return np.zeros_like(size)
-
-    def by(constants: tuple[float, float, float]) -> Array:
-        alpha, step, share = constants
-        return alpha_beta(kind, size, ranks, alpha, step, link.bytes_s * share)
-
-    time = by(link.library)
+    time = alpha_beta(kind, size, ranks, link.exchange if kind in _EXCHANGE else link.library, link.bytes_s)
     if kind in _CUSTOM and link.custom_up_to > 0:
-        time = np.where(size <= link.custom_up_to, np.minimum(by(link.custom), time), time)
+        custom = alpha_beta(kind, size, ranks, link.custom, link.bytes_s)
+        time = np.where(size <= link.custom_up_to, np.minimum(custom, time), time)
     return np.where(size > 0, time, 0.0)
 
 
@@ -162,7 +188,7 @@ def group_seconds(
     if kind == "all_reduce":
         local = near_seconds("reduce_scatter", size, near) + near_seconds("all_gather", size, near)
         return local + seconds("all_reduce", size / near, far, outer)
-    if kind == "all_to_all":
+    if kind in ("all_to_all", *_EXCHANGE):
         leaving = size * (ranks - near) / (ranks - 1)
         return np.maximum(near_seconds(kind, size - leaving, near), seconds("p2p", leaving, 2, outer))
     local = near_seconds(kind, size, near)

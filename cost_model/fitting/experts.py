@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import Gpu, Precision
@@ -53,7 +54,7 @@ FORMATS = {
 }
 
 #: token counts that tables keep
-_KEPT: Array = 2.0 ** np.arange(15)
+_KEPT: Array = np.array([2.0**power for power in range(15)])
 _AT = np.searchsorted(TOKENS, _KEPT)
 _MEMORY = ExpertKernel.names().index("memory")
 
@@ -74,7 +75,7 @@ class _Rows:
     terms: Array
     dropped: int
 
-    def take(self, shapes: Array) -> _Rows:
+    def take(self, shapes: npt.NDArray[np.intp]) -> _Rows:
         specs = tuple(self.specs[i] for i in shapes)
         return replace(self, specs=specs, seconds=self.seconds[shapes], terms=self.terms[shapes])
 
@@ -205,15 +206,14 @@ def _square(rows: Any, gpu: Gpu, engine: str, name: str, dropped: int) -> _Rows:
     rows = rows[rows["order"] == newest]
     found = rows.pivot_table(index=_SHAPE, columns="num_tokens", values="latency", aggfunc="min") * 1e-3
     found = found.reindex(columns=_KEPT)
-    specs = tuple(_spec(*shape, *FORMATS[name]) for shape in found.index)
+    specs = tuple(_spec(shape, *FORMATS[name]) for shape in found.index)
     versions = tuple(sorted(set(rows["version"]), key=sources.version_key))
     parts = np.stack([terms(spec, *_peaks(gpu, name))[:, _AT].T for spec in specs])
     return _Rows(gpu, engine, name, versions, specs, found.to_numpy(), parts, dropped)
 
 
-def _spec(
-    hidden: int, inner: int, top_k: int, total: int, tp: int, ep: int, weights: str, activations: str
-) -> GroupedGemm:
+def _spec(shape: tuple[int, ...], weights: str, activations: str) -> GroupedGemm:
+    hidden, inner, top_k, total, tp, ep = shape
     width, experts = inner / tp, total / ep
     return GroupedGemm(
         experts=experts,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance, read
 from planc.cost_model.experts import Curve, ExpertKernel, curve, stack
@@ -77,7 +78,7 @@ def measured(table: Table, spec: GroupedGemm) -> Curve:
     return Curve(ideal.seconds * np.exp(ratio), ideal.bound)
 
 
-def nearest(table: Table, spec: GroupedGemm) -> tuple[Array, Array, float]:
+def nearest(table: Table, spec: GroupedGemm) -> tuple[npt.NDArray[np.intp], Array, float]:
     """(rows, weights that sum to one, distance of the first): the shapes that stand for the spec."""
     here = {
         "hidden": spec.hidden,
@@ -93,7 +94,7 @@ def nearest(table: Table, spec: GroupedGemm) -> tuple[Array, Array, float]:
     rows = np.argsort(distance, kind="stable")[:_NEIGHBOURS]
     if distance[rows[0]] < _SAME:
         return rows[:1], np.ones(1), float(distance[rows[0]])
-    weights = distance[rows] ** -_POWER
+    weights: Array = distance[rows] ** -_POWER
     return rows, weights / weights.sum(), float(distance[rows[0]])
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from planc.cost_model.catalogue import EngineProfile, Gpu
-from planc.cost_model.collectives import Fabric, Kind, alpha_beta, group_seconds, seconds, spread
+from planc.cost_model.collectives import Constants, Fabric, Kind, alpha_beta, group_seconds, seconds, spread
 from planc.cost_model.features import Array
 from planc.cost_model.kernels import Priced
 from planc.cost_model.profile import Table, shipped
@@ -63,14 +63,14 @@ def curve(table: Table, kind: Kind, ranks: int) -> Callable[[Array], Array]:
     """
     knots = np.log(table.axes[1])
     values = table.grid.at(float(ranks), table.axes[1])
-    of = table.info.ideal
-    constants = of["alpha_us"], of["per_step_us"], of["bytes_s"]
-    ideal = np.log(alpha_beta(kind, table.axes[1], ranks, *constants))
+    stated = table.info.ideal
+    of = Constants(alpha_us=stated["alpha_us"], per_step_us=stated["per_step_us"], share=1.0)
+    ideal = np.log(alpha_beta(kind, table.axes[1], ranks, of, stated["bytes_s"]))
     values = np.minimum.accumulate((values + ideal)[::-1])[::-1] - ideal
 
     def price(size: Array) -> Array:
         size = np.asarray(size, dtype=np.float64)
         ratio = np.exp(np.interp(np.log(np.maximum(size, 1.0)), knots, values))
-        return np.where(size > 0, ratio * alpha_beta(kind, size, ranks, *constants), 0.0)
+        return np.where(size > 0, ratio * alpha_beta(kind, size, ranks, of, stated["bytes_s"]), 0.0)
 
     return price

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from planc.cost_model.calibration import TableDocument
-from planc.cost_model.collectives import Kind, alpha_beta
+from planc.cost_model.collectives import Constants, Kind, alpha_beta
 from planc.cost_model.profile import TableInfo
 from planc.errors import ToolFailed
 from planc.runtime.calibrate.cases import Grid
@@ -35,7 +35,8 @@ def tables(worker: Worker, grid: Grid, ranks: int, source: str, date: str) -> tu
         rate = max(grid.messages[-1] / (float(times[0, -1]) - alpha), 1e6) if times[0, -1] > alpha else 1e9
         of = {"alpha_us": 1e6 * alpha, "per_step_us": 0.0, "bytes_s": rate}
         sizes = np.array(grid.messages, dtype=np.float64)
-        expected = [alpha_beta(kind, sizes, group, *of.values()) for group in groups]
+        start = Constants(alpha_us=of["alpha_us"], per_step_us=of["per_step_us"], share=1.0)
+        expected = [alpha_beta(kind, sizes, group, start, rate) for group in groups]
         info = TableInfo(
             name=f"links {kind}",
             key={"kind": kind, "engine": "gloo" if worker.device == "cpu" else "nccl"},

@@ -38,17 +38,16 @@ def test_large_all_reduce_approaches_the_bus_bandwidth() -> None:
     size, n = 4e9, 8
     time = float(seconds("all_reduce", size, n, NODE.inner(H100, n)))
     bus = 2 * (n - 1) / n * size / time
-    assert bus == pytest.approx(0.8 * 450e9, rel=0.01)
+    assert bus == pytest.approx(0.764 * 450e9, rel=0.05)
 
 
 def test_library_all_reduce_lies_near_measured_constants() -> None:
-    """H100 DGX, NCCL through torch (vidur): alpha us and bus GB/s by ranks."""
-    measured = {2: (16.6, 282.0), 4: (30.6, 380.0), 8: (28.6, 339.0)}
-    for ranks, (alpha, bus) in measured.items():
+    """NCCL 2.29 on H100, us by ranks: 8 KB, 2 MB, 32 MB."""
+    measured = {2: (6.8, 27.9, 143.6), 4: (10.0, 27.7, 175.7), 8: (16.0, 38.2, 199.8)}
+    for ranks, timed in measured.items():
         link = NODE.inner(H100, ranks)
-        for size in (64e3, 16e6, 512e6):
-            want = alpha * 1e-6 + 2 * (ranks - 1) / ranks * size / (bus * 1e9)
-            assert float(seconds("all_reduce", size, ranks, link)) == pytest.approx(want, rel=0.35)
+        for size, us in zip((8192.0, 2.0**21, 2.0**25), timed, strict=True):
+            assert float(seconds("all_reduce", size, ranks, link)) == pytest.approx(us * 1e-6, rel=0.3)
 
 
 def test_the_engines_own_kernel_is_faster_for_small_messages_only() -> None:
