@@ -1,0 +1,336 @@
+"""The sections of docs/accuracy.md: each turns the results of its runs into Markdown lines and plots.
+
+A section takes all results by name and the folder for plots; a result that it needs and that is absent
+raises KeyError. Numbers in the text come from the results alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import accuracy_plots as plot
+
+Results = Mapping[str, Any]
+Rows = list[dict[str, str]]
+
+METRICS = {"tpot": "TPOT", "ttft": "TTFT", "throughput": "tokens/s and GPU"}
+
+
+def table(path: Path) -> Rows:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """A Markdown table; the first column is text, the others numbers."""
+    line = lambda cells: "| " + " | ".join(str(cell) for cell in cells) + " |"  # noqa: E731
+    return [line(head), line(["---", *["---:"] * (len(head) - 1)]), *map(line, rows), ""]
+
+
+def figure(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+# -- serving points ----------------------------------------------------------------------
+
+
+def serving(results: Results, plots: Path) -> list[str]:
+    blind, rows = results["blind"], predicted(results["blind"], results["predictions"])
+    asked = blind["n"] + blind["n_unpredicted"]
+    lines = [
+        f"{blind['n']} of {asked} measured points are predicted ({100 * blind['n'] / asked:.1f} %), "
+        f"aggregated and disaggregated; {blind['lint']['n_flagged']} break a lint rule "
+        f"({100 * blind['lint']['share_passed']:.1f} % pass). Blind: everything that was fitted to serving "
+        "points was fitted without the cell (model, GPU, engine, weights) that is scored.",
+        "",
+    ]
+    kinds = [
+        ("blind, all rows", blind),
+        ("blind, rows that pass lint", blind["linted"]),
+    ]
+    if "few_shot" in results:
+        kinds += [
+            ("+ three points of the cell, all rows", results["few_shot"]),
+            ("+ three points of the cell, lint passed", results["few_shot"]["linted"]),
+        ]
+    if "no_flags" in results:
+        kinds.append(("blind, engine flags unknown, all rows", results["no_flags"]))
+    if "shipped" in results:
+        kinds.append(("shipped constants (not blind), all rows", results["shipped"]))
+    lines += grid(
+        ["", "n", *(f"{label} median / mean / bias" for label in METRICS.values()), "in band"],
+        (
+            [label, item["n"], *map(_errors, [item] * 3, METRICS), share(item["within_band"])]
+            for label, item in kinds
+        ),
+    )
+    lines += grid(
+        ["choosing a shape, blind", "families", "Spearman", "picks meet TPOT <= 30 ms", "mean regret"],
+        [
+            [
+                "all rows",
+                blind["n_families"],
+                figure(blind["spearman"], 3),
+                share(blind["pick_meets_slo"]),
+                figure(_percent(blind["pick_regret"]), 1) + " %",
+            ]
+        ],
+    )
+    lines += ["By cell, blind, all rows:", ""]
+    lines += grid(
+        ["cell", "n", *(f"{label} median / mean / bias" for label in METRICS.values())],
+        ([_name(group), group["n"], *map(_errors, [group] * 3, METRICS)] for group in blind["groups"]),
+    )
+    rules = ", ".join(f"{name} {count}" for name, count in blind["lint"]["rules"].items()) or "none"
+    lines += [f"Lint rules and the rows that they flag: {rules}.", ""]
+    if blind["unpredicted"]:
+        reasons: dict[str, int] = defaultdict(int)
+        for item in blind["unpredicted"]:
+            reasons[item["reason"]] += 1
+        lines += ["Not predicted:", ""]
+        lines += [f"* {count}: {reason}" for reason, count in sorted(reasons.items())] + [""]
+    for metric, unit in (("tpot", "ms"), ("ttft", "ms")):
+        label = METRICS[metric]
+        pairs = [(row["cell"], row[metric].measured, row[metric].value) for row in rows if metric in row]
+        plot.scatter(plots / f"{metric}.svg", pairs, f"{label}, {unit}")
+        lines.append(f"![{label}, predicted and measured](accuracy/{metric}.svg)")
+    groups = {
+        name: {key: [row["tpot"].error for row in rows if row[name] == key and "tpot" in row] for key in keys}
+        for name, keys in ((n, sorted({row[n] for row in rows})) for n in ("gpu", "engine", "model"))
+    }
+    plot.spreads(plots / "groups.svg", groups, "TPOT error, %")
+    lines.append("![TPOT error by GPU, engine and model](accuracy/groups.svg)")
+    coverage = {
+        label: [row[metric].inside for row in rows if metric in row] for metric, label in METRICS.items()
+    }
+    plot.coverage(plots / "bands.svg", {label: fmean(held) for label, held in coverage.items() if held})
+    lines.append("![Share of measured values inside the bands](accuracy/bands.svg)")
+    return lines
+
+
+class Value:
+    """One metric of a point: predicted with its band, and measured."""
+
+    def __init__(self, value: float, low: float, high: float, measured: float) -> None:
+        self.value, self.measured = value, measured
+        self.error = 100 * (value / measured - 1)
+        self.inside = low <= measured <= high
+
+
+def predicted(report: Mapping[str, Any], rows: Rows) -> list[dict[str, Any]]:
+    """Points with a prediction: labels, and a Value per metric that was measured."""
+    found = []
+    for row in rows:
+        if row.get("unpredicted"):
+            continue
+        item: dict[str, Any] = {name: row[name] for name in ("id", "model", "gpu", "engine", "weights")}
+        item["cell"] = " ".join(row[name] for name in report["by"] if name != "mode" or row[name] != "agg")
+        item |= {name: int(row[name]) for name in ("concurrency", "isl", "gpus")}
+        item["flagged"] = bool(row["lint"])
+        for metric, column in (("tpot", "tpot_ms"), ("ttft", "ttft_ms"), ("throughput", "throughput")):
+            if row[f"{column}_measured"]:
+                numbers = (row[f"{column}{end}"] for end in ("", "_low", "_high", "_measured"))
+                item[metric] = Value(*map(float, numbers))
+        found.append(item)
+    return found
+
+
+def _errors(item: Mapping[str, Any], metric: str) -> str:
+    parts = (
+        figure(item[f"{metric}_median_ape"]),
+        figure(item[f"{metric}_mape"]),
+        figure(item[f"{metric}_bias"], sign=True),
+    )
+    return " / ".join(parts)
+
+
+def _name(group: Mapping[str, Any]) -> str:
+    names = [group[name] for name in ("model", "gpu", "engine", "weights")]
+    return " ".join([*names, *(["disagg"] if group.get("mode") == "disagg" else [])])
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+# -- others ------------------------------------------------------------------------------
+
+
+def rival(results: Results, plots: Path) -> list[str]:
+    found = results["rival"]
+    names = {
+        "all": "all points, each on those it predicts",
+        "both": "points that both predict",
+        "both_linted": "of those, that pass lint",
+        "both_aggregated": "of those both predict, aggregated",
+    }
+    cells = [(label, found[key]) for key, label in names.items()] + list(found["cells"].items())
+
+    def line(item: Mapping[str, Any], who: str, metric: str) -> str:
+        one = item[who][metric]
+        return f"{figure(one['median_ape'])} / {figure(one['mape'])}"
+
+    lines = [
+        f"aiconfigurator {found['version']} on the same points with the same repaired labels and harness; "
+        f"planc's figures are blind. It answers {found['all']['rival']['tpot']['n']} of {found['points']} "
+        f"points, planc {found['all']['planc']['tpot']['n']}. Median / mean errors:",
+        "",
+    ]
+    head = [f"{label} {who}" for label in ("TPOT", "TTFT", "tokens/s") for who in ("planc", "aiconfigurator")]
+    lines += grid(
+        ["", "n", *head],
+        (
+            [
+                label,
+                item["rival"]["tpot"]["n"],
+                *(line(item, who, metric) for metric in METRICS for who in ("planc", "rival")),
+            ]
+            for label, item in cells
+        ),
+    )
+    within = [
+        (who, found["both"][key]["tpot"]["within_20"])
+        for who, key in (("planc", "planc"), ("aiconfigurator", "rival"))
+    ]
+    lines += [
+        "TPOT within 20 %, on points that both predict: "
+        + ", ".join(f"{w} {share(v)}" for w, v in within)
+        + "."
+    ]
+    plot.duel(plots / "rival.svg", found["rows"])
+    return [*lines, "", "![TPOT errors of both](accuracy/rival.svg)"]
+
+
+def offline(results: Results, plots: Path) -> list[str]:
+    found = results["offline"]
+    total, whole, each = found["total"], found["choice_instance"], found["choice_per_gpu"]
+    lines = [
+        f"{total['n']} of {total['n'] + len(found['unpredicted'])} rows, nothing fitted to them: throughput "
+        f"median {figure(total['median_ape'])} %, mean {figure(total['mape'])} %, bias "
+        f"{figure(total['bias'], sign=True)} %. Among the parallel shapes that were measured for one model, "
+        "GPU and pair of lengths, the one predicted best is the best or within 2 % of it in "
+        f"{whole['right']} of {whole['groups']} groups by tokens/s of the instance "
+        f"({share(whole['share'])}) and {each['right']} of {each['groups']} by tokens/s and GPU "
+        f"({share(each['share'])}).",
+        "",
+    ]
+    lines += grid(
+        ["model", "GPU", "n", "median", "mean", "bias"],
+        (
+            [
+                g["model"],
+                g["gpu"],
+                g["n"],
+                figure(g["median_ape"]),
+                figure(g["mape"]),
+                figure(g["bias"], sign=True),
+            ]
+            for g in found["groups"]
+        ),
+    )
+    pairs = [(row["gpu"], row["measured"], row["predicted"]) for row in found["rows"]]
+    plot.scatter(plots / "offline.svg", pairs, "output tokens/s of an instance")
+    return [*lines, "![Throughput, predicted and measured](accuracy/offline.svg)"]
+
+
+def operators(results: Results, plots: Path) -> list[str]:
+    families: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for item in results["operators"]:
+        families[item["family"], item["gpu"]].append(item)
+    lines = [
+        "Median errors on a tenth of the shapes of each table, held out of the fit, and of physics alone "
+        "with the whole GPU held out; medians over a GPU's tables, and the worst of them.",
+        "",
+    ]
+    rows = []
+    for (family, gpu), items in sorted(families.items()):
+        held, physics = ([_finite(100 * x[key]) for x in items] for key in ("held_out", "physics"))
+        count = sum(x["rows"] for x in items)
+        rows.append(
+            [family, gpu, len(items), f"{count:,}", _mid(held), _worst(held), _mid(physics), _worst(physics)]
+        )
+    head = ["family", "GPU", "tables", "rows", "held out", "worst table", "physics alone", "worst table"]
+    lines += grid(head, rows)
+    by_family: dict[str, list[float]] = defaultdict(list)
+    for item in results["operators"]:
+        if math.isfinite(item["held_out"]):
+            by_family[item["family"]].append(100 * item["held_out"])
+    plot.spreads(plots / "operators.svg", {"held-out shapes": dict(by_family)}, "median error of a table, %")
+    return [*lines, "![Held-out errors of operator tables](accuracy/operators.svg)"]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _mid(values: Sequence[float | None]) -> str:
+    known = [v for v in values if v is not None]
+    return figure(median(known)) if known else "-"
+
+
+def _worst(values: Sequence[float | None]) -> str:
+    return figure(max((v for v in values if v is not None), default=None))
+
+
+def replay(results: Results, plots: Path) -> list[str]:
+    found = results["replay"]
+    clocks = list(found["errors"])
+    stats = list(next(iter(found["errors"].values())))
+    lines = [f"{found['run']}. Errors in %:", ""]
+    return lines + grid(
+        ["", "measured", *(f"{name}" for name in clocks)],
+        (
+            [
+                stat,
+                figure(found["measured"][stat]),
+                *(figure(100 * found["errors"][c][stat], sign=True) for c in clocks),
+            ]
+            for stat in stats
+        ),
+    )
+
+
+def cpu_loop(results: Results, plots: Path) -> list[str]:
+    found = results["cpu_loop"]
+    labels = {"tpot_ms": "TPOT, ms", "throughput": "tokens/s", "ttft_ms": "TTFT, ms"}
+    work, machine = found["workload"], found["machine"]
+    lines = [
+        "The machine at hand, calibrated, compiled for, served with vLLM on its CPU and loaded with "
+        f"`vllm bench serve` ({work['isl']}/{work['osl']} tokens, {work['requests_per_client']} requests "
+        "per client; "
+        f"{', '.join(str(value) for value in machine.values() if isinstance(value, str))}):",
+        "",
+    ]
+    rows = [
+        [
+            row["concurrency"],
+            *(
+                f"{figure(row['predicted'][key])} / {figure(row['measured'][key])} "
+                f"({figure(100 * row['error'][key], sign=True)} %)"
+                for key in labels
+            ),
+        ]
+        for row in found["rows"]
+    ]
+    lines += grid(["clients", *(f"{label}, predicted / measured" for label in labels.values())], rows)
+    plot.curves(plots / "cpu.svg", found["rows"], labels)
+    return [*lines, "![The CPU loop](accuracy/cpu.svg)"]
+
+
+def points(results: Results) -> list[dict[str, Any]]:
+    """The blind predictions, where they are present."""
+    if "blind" not in results or "predictions" not in results:
+        return []
+    return predicted(results["blind"], results["predictions"])
