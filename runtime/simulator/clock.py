@@ -24,11 +24,11 @@ from planc.cost_model.features import Array
 from planc.cost_model.step import StepLoad, StepModel
 
 #: mean contexts: powers of two and half-way between, where windows and cache effects begin
-CONTEXTS = (1, *(part * 2**k // 2 for k in range(6, 21) for part in (2, 3)))
+CONTEXTS: tuple[int, ...] = (1, *(part * 2**k // 2 for k in range(6, 21) for part in (2, 3)))
 #: chunk lengths: four to an octave, so that a parabola is off by 0.4 % between them
-CHUNKS = (*range(1, 17), *(round(2 ** (k / 4)) for k in range(17, 81)))
+CHUNKS: tuple[int, ...] = (*range(1, 17), *(round(2 ** (k / 4)) for k in range(17, 81)))
 #: tokens cached before a chunk
-CACHED = (0, *(part * 2**k // 2 for k in range(5, 21) for part in (2, 3)))
+CACHED: tuple[int, ...] = (0, *(part * 2**k // 2 for k in range(5, 21) for part in (2, 3)))
 #: batches filled at once
 _BLOCK = 32
 #: rows up to here are tabulated one by one; beyond at multiples of 64 and one above each
