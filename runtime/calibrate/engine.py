@@ -31,9 +31,10 @@ from planc.runtime.calibrate.samples import Progress
 from planc.runtime.calibrate.server import closed_loop, serving
 
 _SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 2}
-_LAYERS = (2, 10)
+_LAYERS = (2, 6)
 _BATCHES = (1, 4, 8, 16)
-_OUTPUT = 64
+_SHORT, _OUTPUT = 8, 72
+_WAVES = 5
 _LONG = (256, 512)
 
 
@@ -84,15 +85,24 @@ def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, st
         closed_loop(port, "tiny", [short] * 4, 2, 8)  # warm-up
         steps, first = {}, {}
         for batch in _BATCHES:
-            answers = closed_loop(port, "tiny", [short] * (3 * batch), batch, _OUTPUT)
-            steps[batch, tokens + _OUTPUT / 2] = statistics.median(a.tpot for a in answers)
-            if batch == 1:
-                first[tokens] = statistics.median(a.ttft for a in answers)
-        for wanted in _LONG:
+            steps[batch, tokens + (_SHORT + _OUTPUT) / 2] = _per_token(port, short, batch)
+        for wanted in (16, *_LONG):
             prompt, tokens = _prompt(folder, wanted)
-            answers = closed_loop(port, "tiny", [prompt] * 7, 1, 2)
-            first[tokens] = statistics.median(a.ttft for a in answers)
+            answers = closed_loop(port, "tiny", [prompt] * 9, 1, 1)
+            first[tokens] = statistics.median(answer.ttft for answer in answers)
     return Served(layers, table, steps, first)
+
+
+def _per_token(port: int, prompt: str, batch: int) -> float:
+    """Seconds per step of `batch` sequences: what a long answer takes more than a short one, per token.
+
+    Not the time between tokens as they arrive: a server that is busy sends several at once.
+    """
+    long, short = (
+        statistics.median(a.e2e for a in closed_loop(port, "tiny", [prompt] * _WAVES * batch, batch, tokens))
+        for tokens in (_OUTPUT, _SHORT)
+    )
+    return (long - short) / (_OUTPUT - _SHORT)
 
 
 def _prompt(folder: Path, tokens: int) -> tuple[str, int]:
