@@ -19,24 +19,28 @@ from planc.cost_model.kernels import Priced
 from planc.cost_model.profile import Table, shipped
 from planc.cost_model.roofline import Roofline
 
+#: an engine's own collective is not believed beyond this multiple of the fastest known one
+_DEFECT = 1.75
+
 
 def prepare(
     kind: Kind, ranks: int, fabric: Fabric, gpu: Gpu, engine: EngineProfile, roofline: Roofline
 ) -> Callable[[Array], Array]:
     """Seconds of a collective of so many bytes; hierarchical over the network where ranks span nodes."""
     near, far = spread(ranks, gpu, fabric, 1)
-    if ranks <= 1 or (not find(kind, gpu) and far <= 1):
+    tables = find(kind, gpu, engine)
+    if ranks <= 1 or (not tables and far <= 1):
         return roofline.collective(kind, ranks, fabric)
     priced: dict[tuple[Kind, int], list[Callable[[Array], Array]]] = {}
 
     def inside(kind: Kind, size: Array, among: int) -> Array:
-        tables = find(kind, gpu)
+        tables = find(kind, gpu, engine)
         if not tables:
             return seconds(kind, size, among, fabric.inner(gpu, near, roofline.custom_up_to))
         if (kind, among) not in priced:
             priced[kind, among] = [curve(table, kind, among) for table in tables]
-        found: Array = np.minimum.reduce([of(size) for of in priced[kind, among]])
-        return found
+        own, *others = [of(size) for of in priced[kind, among]]
+        return own if not others else _sane(own, np.minimum.reduce(others))
 
     def price(size: Array) -> Array:
         return group_seconds(kind, size, ranks, gpu, fabric, inside=inside)
@@ -44,15 +48,25 @@ def prepare(
     return Priced(price, (fabric.outer(gpu).source if far > 1 else "measured",))
 
 
-def find(kind: Kind, gpu: Gpu) -> tuple[Table, ...]:
-    """The tables to price a kind inside a node with, the cheapest of which counts at every size.
+def find(kind: Kind, gpu: Gpu, engine: EngineProfile) -> tuple[Table, ...]:
+    """The tables of a kind inside a node: first that of the kernels which run, then all others.
 
-    Engines have several kernels for one collective, borrow each other's (FlashInfer's fused all-reduce, which
-    vLLM and SGLang run on Blackwell, is TensorRT-LLM's), and are tuned to take the fastest; a table holds
-    the choice of one benchmark.
+    Those are the engine's own; for an all-reduce fused with what follows TensorRT-LLM's, which FlashInfer
+    wraps for vLLM and SGLang; else NCCL's.
     """
     profile = shipped("links", gpu.name)
-    return profile.find(kind=kind) if profile else ()
+    found = profile.find(kind=kind) if profile else ()
+    fused = kind == "all_reduce" and gpu.arch in engine.fused_all_reduce
+    order = ["trtllm"] * fused + [engine.name, "nccl"]
+    rank = lambda t: order.index(t.info.key["engine"]) if t.info.key["engine"] in order else len(order)  # noqa: E731
+    return tuple(sorted(found, key=rank))
+
+
+def _sane(own: Array, others: Array) -> Array:
+    """Seconds of the engine's own kernel, or of the fastest one where its own takes `_DEFECT` times as long:
+    a benchmark's choice of algorithm that a serving engine, tuned on its machine, does not make."""
+    found: Array = np.where(own > _DEFECT * others, others, own)
+    return found
 
 
 def curve(table: Table, kind: Kind, ranks: int) -> Callable[[Array], Array]:
