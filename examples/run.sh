@@ -16,6 +16,10 @@ done
 show compile examples/requests/llama-3.1-70b-8xh200.yaml --set slo.tpot_mean_ms=22 -o "$out/llama-70b-fast"
 show diff "$out/llama-3.1-70b-8xh200" "$out/llama-70b-fast" || [ $? -eq 1 ]
 
+# a plan under recorded traffic, and another configuration of the same request beside it
+show replay "$out/qwen3-8b-l40s" --trace examples/traces/chat.jsonl --router prefix_aware
+show replay examples/requests/qwen3-8b-l40s.yaml --trace examples/traces/chat.jsonl --set replicas=3 --set prefill_replicas=1
+
 # a module of one's own, from Python
 printf '\n$ python examples/own_module.py\n'
 "${BIN:-.venv/bin}/python" examples/own_module.py

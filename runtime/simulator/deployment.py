@@ -110,13 +110,15 @@ def requested(request: Request, table: CostTable, trace: Scan, settings: Mapping
     may be as long as the trace's longest request, as far as the model goes, unless max_model_len is given.
     """
     rest = dict(settings)
-    prefill = _count(rest.pop("prefill_replicas", 0))
-    stated = rest.get("max_model_len", request.constraints.max_model_len)
-    if stated is None:
+    prefill = _count(rest.pop("prefill_replicas", 0), "prefill_replicas")
+    longest = _count(rest.get("max_model_len", request.constraints.max_model_len or 0), "max_model_len")
+    if not longest:
         most = table.model.max_position or trace.longest
-        rest["max_model_len"] = min(max(1 << (trace.longest - 1).bit_length(), 2048), most)
-    average = {"isl": trace.prompt, "osl": trace.output, "prefix_hit_rate": 0.5 if trace.shares else 0.0}
-    workload = Workload.model_validate({**average, "rate": "max"})
+        longest = min(max(1 << (trace.longest - 1).bit_length(), 2048), most)
+    rest["max_model_len"] = longest
+    average = {"isl": min(trace.prompt, longest / 2), "osl": min(trace.output, longest / 2)}
+    hits = 0.5 if trace.shares else 0.0  # more than none: the engine keeps prefixes
+    workload = Workload.model_validate({**average, "prefix_hit_rate": hits, "rate": "max"})
     replicas = configured(request.changed(workload=workload), table, **rest)
     if not prefill:
         return [Pool(role="aggregated", replicas=replicas)]
@@ -134,12 +136,12 @@ def requested(request: Request, table: CostTable, trace: Scan, settings: Mapping
     ]
 
 
-def _count(value: object) -> int:
+def _count(value: object, field: str) -> int:
     text = str(value).strip()
     if not text.isdigit():
         raise InvalidField(
             where="replay",
-            field="prefill_replicas",
+            field=field,
             value=value,
             reason="not a whole number",
             mend="Write e.g. 1.",
