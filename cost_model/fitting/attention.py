@@ -22,11 +22,7 @@ _ROUNDED = 1.6e-2  # nat; what is finer than repeat measurements only costs byte
 _MERGED = (2.0, 8.0)  # tokens: decode contexts that cost what four do
 _SLOWER = 1.5  # times another engine's kernel at long loops: not what is served
 
-_AXES: dict[str, Array] = {
-    "heads": 2.0 ** np.arange(15),
-    "tokens": 2.0 ** np.arange(15),
-    "group": 2.0 ** np.arange(8),
-}
+_POWERS: Array = np.exp2(np.arange(15))
 
 
 def fit(folder: Path) -> Iterator[Profile]:
@@ -93,17 +89,12 @@ def _axis(name: str, values: Array, rows: Rows) -> Array:
     """Powers of two that the rows span; of loop lengths all that were measured."""
     measured = np.unique(values)
     if name == "reach":
-        return (
-            np.setdiff1d(measured, _MERGED)
-            if rows.key["op"] != "rule" and rows.key["part"] == "decode"
-            else measured
-        )
-    grid: Array = _AXES.get(name, measured)
-    if measured[-1] <= grid[0]:
-        return grid[:1]
-    first = np.searchsorted(grid, measured[0], side="right")
-    last = np.searchsorted(grid, measured[-1], side="left")
-    return grid[first - 1 : last + 1]
+        return np.setdiff1d(measured, _MERGED) if rows.key["part"] == "decode" else measured
+    if measured[-1] <= _POWERS[0]:
+        return _POWERS[:1]
+    first = np.searchsorted(_POWERS, measured[0], side="right")
+    last = np.searchsorted(_POWERS, measured[-1], side="left")
+    return _POWERS[first - 1 : last + 1]
 
 
 def _plausible(tables: list[Table]) -> tuple[Table, ...]:
