@@ -13,11 +13,12 @@ from planc.cost_model.catalogue import Entry, Gpu, Precision, Provenance, read
 
 
 class Efficiency(Entry):
-    """One named number; `by_gpu` holds measured overrides per arithmetic."""
+    """One named number; `by_precision` differs from it by arithmetic, `by_gpu` holds measured overrides."""
 
     value: float
     source: Provenance
     note: str
+    by_precision: Mapping[Precision, float] = Field(default_factory=dict)
     by_gpu: Mapping[str, Mapping[Precision | Literal["any"], float]] = Field(default_factory=dict)
 
 
@@ -56,7 +57,12 @@ class Efficiencies(Entry):
     def on(self, name: str, gpu: Gpu, precision: Precision | Literal["any"] = "any") -> float:
         """The value for this GPU (and arithmetic): measured there where known, else the general one."""
         entry = self.values[name]
-        return entry.by_gpu.get(gpu.name, {}).get(precision, entry.value)
+        general = entry.value if precision == "any" else entry.by_precision.get(precision, entry.value)
+        return entry.by_gpu.get(gpu.name, {}).get(precision, general)
+
+    def measured(self, name: str, gpu: Gpu) -> float | None:
+        """What was measured on this GPU itself, if anything."""
+        return self.values[name].by_gpu.get(gpu.name, {}).get("any")
 
     def band(self, source: Provenance) -> tuple[float, float]:
         return self.bands[source].low, self.bands[source].high

@@ -47,16 +47,25 @@ class Roofline:
         return "assumed" if self.gpu.vendor == "cpu" else "roofline"
 
     def gemm(self, specs: Sequence[Gemm]) -> Callable[[Array], Times]:
+        """launch + depth * k + (compute^p + memory^p)^(1/p): the tile loop over the inner dimension takes its
+        time whatever its width, and loads overlap arithmetic imperfectly."""
         n, k = column([s.n for s in specs]), column([s.k for s in specs])
         bandwidth = self._bandwidth("gemm_memory")
         fixed = n * k * column([fmt(s.weights).bytes for s in specs]) / bandwidth
         acts = k * column([fmt(s.activations).bytes for s in specs])
         per_row = (acts + n * column([s.out_bytes for s in specs])) / bandwidth
         tiled = self._tiled(n, k, self._peaks(specs))
-        launch = self._us("gemm_launch_us")
+        clock, power = self.gpu.clock_mhz * 1e6, self.named.value("gemm_overlap")
+        own = self.named.measured("gemm_launch_us", self.gpu)
+        launch = self.named.value("gemm_kcycles") * 1e3 / clock if own is None else own * 1e-6
+        start = launch + k * self.named.value("gemm_depth_cycles") / clock
 
         def price(m: Array) -> Times:
-            return _after(launch, tiled(m), fixed + m * per_row, m > 0)
+            compute, memory = tiled(m), fixed + m * per_row
+            work = (compute**power + memory**power) ** (1 / power)
+            bound = np.where(compute > memory, COMPUTE, MEMORY)
+            bound = np.where(work < start, LAUNCH, bound).astype(np.int8)
+            return Times(np.where(m > 0, start + work, 0.0), bound)
 
         return price
 

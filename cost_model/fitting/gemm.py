@@ -25,6 +25,7 @@ What is done to the rows, in this order:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -92,6 +93,11 @@ class Cube:
     quantization: Array | float = 0.0
 
     @property
+    def rows(self) -> int:
+        """Measured ones."""
+        return int(np.isfinite(self.measured).sum())
+
+    @property
     def seconds(self) -> Array:
         """Of the product alone."""
         return np.maximum(self.measured - self.quantization, STAYS * self.measured)
@@ -131,15 +137,19 @@ def fit(folder: Path) -> Iterator[Profile]:
 
 
 def score(folder: Path) -> Iterator[Score]:
-    """Each table fitted without a tenth of its (n, k) shapes, and the roofline fitted without the GPU."""
+    """Each table fitted without a tenth of its points, and the roofline fitted without the GPU; at the end of
+    each GPU's tables "all" is the median of the former, and of the latter over all rows."""
     from planc.cost_model.fitting.gemm_physics import held_out_gpu
 
-    for gpu in dict.fromkeys(sources.GPUS.values()):
+    gpus = list(dict.fromkeys(sources.GPUS.values()))
+    physics = held_out_gpu(folder, gpus)
+    for gpu in gpus:
         cubes = [cube for cube, _ in read(folder, gpu)[0]]
-        physics = held_out_gpu(folder, gpu)
-        for cube in cubes:
-            rows = int(np.isfinite(cube.measured).sum())
-            yield Score("gemm", gpu, cube.name, rows, held_out(cube), physics[cube.name])
+        errors, rows = [held_out(cube) for cube in cubes], [cube.rows for cube in cubes]
+        for cube, error in zip(cubes, errors, strict=True):
+            yield Score("gemm", gpu, cube.name, cube.rows, error, physics.get((gpu, cube.name), math.nan))
+        if cubes:
+            yield Score("gemm", gpu, "all", sum(rows), float(np.median(errors)), physics[gpu, "all"])
 
 
 def read(folder: Path, gpu: str) -> tuple[list[tuple[Cube, str]], Mapping[str, int]]:
@@ -178,7 +188,7 @@ def _table(cube: Cube, note: str, dropped: int) -> Table:
         key={"engine": cube.engine, "weights": weights, "activations": activations},
         axes=("m", "n", "k"),
         ideal=peaks(catalogue.gpu(cube.gpu), weights, activations),
-        rows=int(np.isfinite(cube.measured).sum()),
+        rows=cube.rows,
         dropped=dropped,
         error=held_out(cube),
         source=f"{sources.SOURCE}, {cube.engine} {cube.version}",
