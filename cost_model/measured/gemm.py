@@ -23,7 +23,7 @@ LAUNCH_S = 3e-6
 
 #: rows at which a product is looked up before pricing, besides those of its table; between them seconds are
 #: linear in m, and beyond the last one (no engine's step holds so many) they are that of the last
-_KNOTS = np.geomspace(1, 2**22, 265)
+_KNOTS = np.geomspace(1, 2**22, 177)
 
 #: engines whose tables stand in for a missing one, most alike first
 _ENGINES = ("vllm", "sglang", "trtllm")
@@ -119,8 +119,9 @@ def _curve(spec: Gemm, choice: tuple[Table, Provenance], gpu: Gpu) -> tuple[Arra
     table, source = choice
     exact = source != "roofline" and table.info.key["weights"] == _named(spec.weights)
     of = table.info.ideal if exact else peaks(gpu, spec.weights, spec.activations)
-    knots = np.union1d(_KNOTS, table.axes[0])
-    residual = table.grid.at(knots, spec.n, spec.k)
+    axis = table.axes[0]
+    knots = np.union1d(_KNOTS, axis)
+    residual = np.interp(np.log(knots), np.log(axis), table.grid.at(axis, spec.n, spec.k))
     return knots, ascending(np.exp(residual) * ideal_seconds(knots, spec.n, spec.k, spec, of))
 
 
