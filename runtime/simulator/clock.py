@@ -8,8 +8,8 @@ replace the five-dimensional load of `planc.cost_model.step.StepLoad`:
     head(s)         what logits of s rows add
     prompt(n, q, p) one chunk's share of the attention of n chunks of q tokens after p cached ones
 
-Tables are filled in blocks when first asked for. Knots lie where kernels change their tiles; between
-knots everything is linear.
+Tables are filled in blocks when first asked for. Batches and rows are tabulated one by one; contexts and
+lengths of chunks have knots, and everything is linear between them.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from planc.cost_model.step import StepLoad, StepModel
 
 #: mean contexts: powers of two and half-way between, where windows and cache effects begin
 CONTEXTS: tuple[int, ...] = (1, *(part * 2**k // 2 for k in range(6, 21) for part in (2, 3)))
-#: chunk lengths: four to an octave, so that a parabola is off by 0.4 % between them
-CHUNKS: tuple[int, ...] = (*range(1, 17), *(round(2 ** (k / 4)) for k in range(17, 81)))
+#: chunk lengths: eight to an octave, so that a parabola is off by 0.1 % between them
+CHUNKS: tuple[int, ...] = (*range(1, 33), *(round(2 ** (k / 8)) for k in range(41, 161)))
 #: tokens cached before a chunk
-CACHED: tuple[int, ...] = (0, *(part * 2**k // 2 for k in range(5, 21) for part in (2, 3)))
+CACHED: tuple[int, ...] = (0, *(part * 2**k // 4 for k in range(5, 21) for part in (4, 5, 6, 7)))
+#: chunks that share a step; more of them take their shares as the last number does
+TOGETHER: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
 #: batches filled at once
 _BLOCK = 32
-#: rows up to here are tabulated one by one; beyond at multiples of 64 and one above each
-_EVERY_ROW = 512
-#: prompt tokens beside which logits are priced, and chunks beyond which one more takes its share alone
-_WIDE, _TOGETHER = 8192, 16
+#: prompt tokens beside which logits are priced
+_WIDE = 8192
 
 
 class Line(NamedTuple):
@@ -174,13 +174,15 @@ class _StageTables:
         return self._alone[seqs]
 
     def _chunk(self, new: int, cached: int, count: int) -> float:
-        """One chunk's share of the attention of `count` such chunks: linear in 1 / count between powers
-        of two, as a floor under each kernel would have it."""
-        together = 1 << (min(count, _TOGETHER).bit_length() - 1)
-        share = self._share(new, cached, together)
-        if together < count < _TOGETHER:
-            far = self._share(new, cached, 2 * together)
-            share = far + (2 * together / count - 1) * (share - far)
+        """One chunk's share of the attention of `count` such chunks: linear in 1 / count between the
+        tabulated ones, as a floor under each kernel would have it."""
+        at = bisect_right(TOGETHER, count) - 1
+        few = TOGETHER[at]
+        share = self._share(new, cached, few)
+        if few < count < TOGETHER[-1]:
+            many = TOGETHER[at + 1]
+            part = (1 / few - 1 / count) / (1 / few - 1 / many)
+            share += part * (self._share(new, cached, many) - share)
         return share
 
     def _share(self, new: int, cached: int, count: int) -> float:
@@ -199,8 +201,8 @@ class _StageTables:
 
 
 class Curve:
-    """A function of a number of rows, asked for in blocks: every row up to 512, beyond that at multiples
-    of 64 and one above each, linear between."""
+    """A function of a number of rows, asked for 512 rows at a time. Exact: tiles, graphs and message sizes
+    make it jump anywhere."""
 
     def __init__(self, ask: Callable[[Array], Array]) -> None:
         self._ask = ask
@@ -208,26 +210,14 @@ class Curve:
 
     def __call__(self, rows: int) -> float:
         found = self._known.get(rows)
-        return self._find(rows) if found is None else found
+        return self._fill(rows) if found is None else found
 
-    def _find(self, rows: int) -> float:
-        if rows <= _EVERY_ROW:
-            low = max(rows - 1, 0) // 128 * 128
-            self._fill(range(low + 1, low + 129))
-            return self._known[rows]
-        low = (rows - 1) // 64 * 64 + 1
-        high = low + 63
-        if low not in self._known or high not in self._known:
-            start = (low - 1) // 2048 * 2048
-            ends = [end for at in range(start, start + 2048, 64) for end in (at + 1, at + 64)]
-            self._fill([end for end in ends if end > _EVERY_ROW])
-        below, above = self._known[low], self._known[high]
-        found = self._known[rows] = below + (above - below) * (rows - low) / 63
-        return found
-
-    def _fill(self, rows: Sequence[int]) -> None:
-        seconds: list[float] = self._ask(np.array(rows, dtype=np.float64)).tolist()
-        self._known.update(zip(rows, seconds, strict=True))
+    def _fill(self, rows: int) -> float:
+        low = max(rows - 1, 0) // 512 * 512
+        wanted = range(low + 1, low + 513)
+        seconds: list[float] = self._ask(np.array(wanted, dtype=np.float64)).tolist()
+        self._known.update(zip(wanted, seconds, strict=True))
+        return self._known[rows]
 
 
 def _line(row: list[float], context: float) -> Line:
