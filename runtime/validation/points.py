@@ -22,6 +22,7 @@ FLAGS: Mapping[str, type] = {
     "requests_per_client": float,
     "length_low": float,
     "length_high": float,
+    "distinct_prompts": int,
     "stream_interval": int,
     "recv_interval": int,
     "batch_wait_steps": int,

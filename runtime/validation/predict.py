@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from planc.runtime.validation.lint import mean_lengths
 from planc.runtime.validation.setups import Engine, Setup
 
 Band = tuple[float, float]
+
+#: requests of a warm-up over the concurrency
+_WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,7 @@ class Predictor:
             recv_interval=harness.recv_interval,
             prompts_per_step=harness.prompts_per_step,
             scheduling=harness.scheduling or setup.profile.scheduling,
+            prefix_caching=harness.distinct_prompts is not None,
             request_ms=constants.request_ms,
             lag_steps=constants.lag_steps + harness.batch_wait_steps,
         )
@@ -127,7 +131,12 @@ class Predictor:
 
     def _aggregated(self, setup: Setup, constants: Constants) -> Records:
         server = self._server(setup, setup.decode, constants)
-        return simulate(server, clients(setup, setup.decode.shape.dp), seed=self.seed)
+        load = clients(setup, setup.decode.shape.dp)
+        if setup.harness.distinct_prompts is None:
+            return simulate(server, load, seed=self.seed)
+        warm = _WARM_UP * (load.concurrency or 1)
+        records = simulate(server, _repeating(setup, load, warm), seed=self.seed)
+        return records.only(np.arange(load.requests + warm) >= warm)
 
     def _pools(self, setup: Setup, prefill: Engine, constants: Constants) -> Records:
         return simulate_pools(
@@ -149,6 +158,20 @@ def clients(setup: Setup, ranks: int) -> Load:
     lengths = (_lengths(point.isl, setup), _lengths(point.osl, setup))
     ramp = 0.0 if harness.burst else 1.0
     return closed_loop(each, requests, *lengths, burst=harness.burst, ramp_s=ramp)
+
+
+def _repeating(setup: Setup, load: Load, warm: int) -> Load:
+    """The load after `warm` requests of its warm-up, with prompts that come round again in turn."""
+    block = setup.decode.memory.block_size
+    count = setup.harness.distinct_prompts or 1
+    prompts = [tuple(range(k << 32, (k << 32) + setup.point.isl // block)) for k in range(count)]
+    requests = load.requests + warm
+    return replace(
+        load,
+        requests=requests,
+        prefix=[prompts[i % count] for i in range(requests)],
+        prefix_block=block,
+    )
 
 
 def _lengths(stated: int, setup: Setup) -> Lengths:
