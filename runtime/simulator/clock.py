@@ -30,7 +30,7 @@ CHUNKS: tuple[int, ...] = (*range(1, 33), *(round(2 ** (k / 8)) for k in range(4
 #: tokens cached before a chunk
 CACHED: tuple[int, ...] = (0, *(part * 2**k // 4 for k in range(5, 21) for part in (4, 5, 6, 7)))
 #: chunks that share a step; more of them take their shares as the last number does
-TOGETHER: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
+TOGETHER: tuple[int, ...] = (*range(1, 9), 10, 12, 16)
 #: batches filled at once
 _BLOCK = 32
 #: prompt tokens beside which logits are priced
@@ -118,7 +118,7 @@ class _StageTables:
 
     def __init__(self, model: StepModel, stage: int) -> None:
         self.model, self.stage = model, stage
-        self.factor = model.profile.prefill_factor
+        self.factor, self.beside = model.profile.prefill_factor, model.mixed_decode - 1.0
         probe = StepLoad(np.array([0.0, 0.0, 0.0, 1.0]), 1, np.array([1, 1001, 1001, 1000]), [1, 1, 2, 1])
         self.launches = float(self._ask(probe, "launches")[0])
         host, longer, split, seated = (float(x) for x in self._ask(probe, "host"))
@@ -137,13 +137,13 @@ class _StageTables:
         verified = seqs * (1 + draft)
         rows = verified + tokens
         device = self.shared(rows) + self.head(verified + count) + attention
-        alone = 0.0
+        alone = decode = 0.0
         if seqs:
             row = self._alone.get(seqs) or self._fill_alone(seqs)
             decode = _line(row, context).seconds
             device += decode
             alone = (self._alone.get(verified) or self._fill_alone(verified))[-1] + decode
-        device += (self.factor - 1.0) * max(device - alone, 0.0)
+        device += (self.factor - 1.0) * max(device - alone, 0.0) + self.beside * decode
         host = self.fixed + self.per_row * rows + self.per_chunk * count + self.per_seq * seqs
         return max(device, self.launches) + host
 
