@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -26,9 +26,10 @@ from pydantic import Field
 
 from planc.cost_model.catalogue import Entry
 from planc.cost_model.features import Array
+from planc.errors import InvalidField
 
 #: version of the file's layout
-SCHEMA = 1
+SCHEMA = 2
 
 OpFamily = Literal["gemm", "attention", "experts", "links", "pointwise"]
 
@@ -130,24 +131,32 @@ class Profile:
         return tuple(t for t in self.tables if all(t.info.key.get(k) == v for k, v in key.items()))
 
     def to_bytes(self) -> bytes:
-        """The file's content; the same tables give the same bytes."""
-        arrays: dict[str, npt.NDArray[Any]] = {}
-        for i, table in enumerate(self.tables):
+        """The file's content; the same tables give the same bytes. All tables' values lie in one array, all
+        axes and further arrays in another, and the head says how long each is."""
+        values: list[npt.NDArray[np.int16]] = []
+        numbers: list[npt.NDArray[np.float32]] = []
+        sizes = []
+        for table in self.tables:
             scaled = np.clip(np.round(table.values / _STEP), -32767, 32767)
-            arrays[f"{i}.values"] = np.where(np.isnan(table.values), _MISSING, scaled).astype(np.int16)
-            for name, axis in zip(table.info.axes, table.axes, strict=True):
-                arrays[f"{i}.axis.{name}"] = axis.astype(np.float32)
-            for name, array in table.extra.items():
-                arrays[f"{i}.extra.{name}"] = array.astype(np.float32)
+            values.append(np.where(np.isnan(table.values), _MISSING, scaled).astype(np.int16).reshape(-1))
+            numbers.extend(a.astype(np.float32).reshape(-1) for a in (*table.axes, *table.extra.values()))
+            extra = {name: list(array.shape) for name, array in table.extra.items()}
+            sizes.append({"axes": [axis.size for axis in table.axes], "extra": extra})
         head = {
             "schema": SCHEMA,
             "gpu": self.gpu,
             "family": self.family,
             "tables": [table.info.model_dump(mode="json") for table in self.tables],
+            "sizes": sizes,
         }
-        text = json.dumps(head, sort_keys=True, separators=(",", ":")).encode()
+        text = json.dumps(head, separators=(",", ":")).encode()
         out = io.BytesIO()
-        np.savez_compressed(out, head=np.frombuffer(text, dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(
+            out,
+            head=np.frombuffer(text, dtype=np.uint8),
+            values=np.concatenate([*values, np.zeros(0, dtype=np.int16)]),
+            numbers=np.concatenate([*numbers, np.zeros(0, dtype=np.float32)]),
+        )
         return out.getvalue()
 
     @staticmethod
@@ -156,23 +165,48 @@ class Profile:
             head = json.loads(raw["head"].tobytes())
             if head["schema"] != SCHEMA:
                 raise ValueError(f"profile schema {head['schema']}, this planc reads {SCHEMA}")
-            tables = []
-            for i, entry in enumerate(head["tables"]):
-                info = TableInfo(**entry)
-                stored = raw[f"{i}.values"]
-                values = np.where(stored == _MISSING, np.nan, stored.astype(np.float64) * _STEP)
-                axes = tuple(raw[f"{i}.axis.{name}"].astype(np.float64) for name in info.axes)
-                start = f"{i}.extra."
-                extra = {n[len(start) :]: raw[n].astype(np.float64) for n in raw.files if n.startswith(start)}
-                tables.append(Table(info, axes, values, extra))
+            values = _Reader(raw["values"])
+            numbers = _Reader(raw["numbers"].astype(np.float64))
+        tables = []
+        for entry, sizes in zip(head["tables"], head["sizes"], strict=True):
+            stored = values.next(sizes["axes"])
+            decoded = np.where(stored == _MISSING, np.nan, stored.astype(np.float64) * _STEP)
+            axes = tuple(numbers.next([size]) for size in sizes["axes"])
+            extra = {name: numbers.next(shape) for name, shape in sizes["extra"].items()}
+            tables.append(Table(TableInfo(**entry), axes, decoded, extra))
         return Profile(head["gpu"], head["family"], tuple(tables))
+
+
+class _Reader:
+    """Takes arrays off the front of a flat one."""
+
+    def __init__(self, flat: npt.NDArray[Any]) -> None:
+        self.flat, self.at = flat, 0
+
+    def next(self, shape: Sequence[int]) -> npt.NDArray[Any]:
+        start, self.at = self.at, self.at + int(np.prod(shape))
+        return self.flat[start : self.at].reshape(shape)
 
 
 @cache
 def shipped(family: OpFamily, gpu: str) -> Profile | None:
     """The profile that planc ships for a family on a GPU; None where nothing was measured."""
     file = resources.files("planc.cost_model.data").joinpath("profiles", family, f"{gpu}.npz")
-    return Profile.from_bytes(file.read_bytes()) if file.is_file() else None
+    return expect(Profile.from_bytes(file.read_bytes()), family, gpu) if file.is_file() else None
+
+
+def expect(profile: Profile, family: OpFamily, gpu: str) -> Profile:
+    """The profile, if it is of this family and GPU. Raises InvalidField."""
+    for name, value, wanted in (("gpu", profile.gpu, gpu), ("family", profile.family, family)):
+        if value != wanted:
+            raise InvalidField(
+                where="measured profile",
+                field=name,
+                value=value,
+                reason=f"a profile of {wanted} was asked for",
+                mend="Numbers of one GPU say nothing of another: take its own profile, or none.",
+            )
+    return profile
 
 
 def write(profile: Profile, folder: Path) -> Path:
