@@ -284,8 +284,11 @@ def _short(value: Any) -> Any:
 def require(gpus: Iterable[str], where: str) -> None:
     """Refuses the profile in use, if any, where its hardware is not among `gpus`. Raises InvalidField."""
     found = overlay.current()
-    names = list(dict.fromkeys(catalogue.gpu(name).name for name in gpus))
-    if found is not None and found.gpu not in names:
+    if found is None:
+        return
+    aliases = {alias: gpu.name for gpu in catalogue.gpus().values() for alias in gpu.aliases}
+    names = list(dict.fromkeys(aliases.get(name, name) for name in gpus))
+    if found.gpu not in names:
         raise InvalidField(
             where=where,
             field="device",

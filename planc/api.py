@@ -235,18 +235,12 @@ def validate(
     models    folders of model configurations, NAME.json each; default examples/models
     choices   as in `planc.runtime.validation.validate.validate`: by, options, rules, leave_out_cells ...
     """
-    from planc.runtime.validation.setups import model_tables
+    from planc.runtime.validation.setups import model_folders, model_tables
     from planc.runtime.validation.validate import gpus_of
     from planc.runtime.validation.validate import validate as run
 
-    with with_profile(profile, gpus_of(points) if profile is not None else ()):
+    with with_profile(profile, gpus_of(points)):
         return run(points, model_tables(model_folders(models)), **choices)
-
-
-def model_folders(models: Sequence[str | Path] = ()) -> tuple[Path, ...]:
-    """Where model names are looked up: the folders given, or examples/models here and beside planc."""
-    beside = Path(__file__).resolve().parent.parent / "examples" / "models"
-    return tuple(Path(folder) for folder in models) or (Path("examples/models"), beside)
 
 
 def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:

@@ -9,6 +9,7 @@ priced from the tables just measured are taken off the times that clients see; t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import tempfile
@@ -25,6 +26,7 @@ from planc.cost_model.collectives import Fabric
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable
+from planc.ir.trace import cache
 from planc.passes.tabulate import load_table
 from planc.runtime.calibrate.checkpoint import random_llama, words
 from planc.runtime.calibrate.samples import Progress
@@ -34,7 +36,7 @@ _SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 2}
 _LAYERS = (2, 6)
 _BATCHES = (1, 4, 8, 16)
 _SHORT, _OUTPUT = 8, 72
-_WAVES = 5
+_TRIES = 9
 _LONG = (256, 512)
 
 
@@ -71,8 +73,7 @@ def measure(
 
 
 def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, str]) -> Served:
-    folder = scratch / f"llama-{layers}"
-    random_llama(folder, layers=layers, **_SHAPE)
+    folder = _checkpoint(layers)
     table = load_table(folder)
     block = catalogue.engine("vllm").block_size_on(catalogue.gpu("cpu"))
     options = {"dtype": "bfloat16", "max-model-len": 1024, "max-num-seqs": max(_BATCHES), "block-size": block}
@@ -88,9 +89,23 @@ def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, st
             steps[batch, tokens + (_SHORT + _OUTPUT) / 2] = _per_token(port, short, batch)
         for wanted in (16, *_LONG):
             prompt, tokens = _prompt(folder, wanted)
-            answers = closed_loop(port, "tiny", [prompt] * 9, 1, 1)
-            first[tokens] = statistics.median(answer.ttft for answer in answers)
+            answers = closed_loop(port, "tiny", [prompt] * _TRIES, 1, 1)
+            first[tokens] = _undisturbed([answer.ttft for answer in answers])
     return Served(layers, table, steps, first)
+
+
+def _checkpoint(layers: int) -> Path:
+    """A small model in planc's cache: the engine compiles it once, and finds that again."""
+    home = cache.folder() / "calibration"
+    shape = "-".join(str(size) for size in (layers, *_SHAPE.values()))
+    folder = home / f"llama-{shape}"
+    if not folder.is_dir():
+        home.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=home, prefix="part-"))
+        random_llama(part, layers=layers, **_SHAPE)
+        with contextlib.suppress(OSError):  # another calibration was first
+            part.rename(folder)
+    return folder
 
 
 def _per_token(port: int, prompt: str, batch: int) -> float:
@@ -99,10 +114,20 @@ def _per_token(port: int, prompt: str, batch: int) -> float:
     Not the time between tokens as they arrive: a server that is busy sends several at once.
     """
     long, short = (
-        statistics.median(a.e2e for a in closed_loop(port, "tiny", [prompt] * _WAVES * batch, batch, tokens))
+        _undisturbed([_slowest(port, prompt, batch, tokens) for _ in range(_TRIES)])
         for tokens in (_OUTPUT, _SHORT)
     )
     return (long - short) / (_OUTPUT - _SHORT)
+
+
+def _slowest(port: int, prompt: str, batch: int, tokens: int) -> float:
+    """Seconds until all of a batch are answered."""
+    return max(answer.e2e for answer in closed_loop(port, "tiny", [prompt] * batch, batch, tokens))
+
+
+def _undisturbed(times: Sequence[float]) -> float:
+    """The lower quartile: what else runs on the machine only ever adds to a time."""
+    return statistics.quantiles(times, n=4)[0]
 
 
 def _prompt(folder: Path, tokens: int) -> tuple[str, int]:
