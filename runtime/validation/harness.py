@@ -25,7 +25,7 @@ class Harness:
     """burst                  all clients send their first request at once
     requests_per_client       requests of a run over its concurrency
     length_low, length_high   lengths are drawn evenly between these shares of the stated ones
-    distinct_prompts          prompts that repeat in turn, where the engine keeps their cache; None: all differ
+    distinct_prompts          prompts that repeat in turn while the engine keeps their cache; None: all differ
     stream_interval           tokens between two messages to the client; it sees the first with the n-th
     recv_interval             steps between two polls for arrivals
     batch_wait_steps          steps that a prompt is held back for company

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,12 @@ class Setup:
 
 
 Tables = Callable[[str], CostTable]
+
+
+def model_folders(models: Sequence[str | Path] = ()) -> tuple[Path, ...]:
+    """Where model names are looked up: the folders given, or examples/models here and beside planc."""
+    beside = Path(__file__).resolve().parent.parent.parent / "examples" / "models"
+    return tuple(Path(folder) for folder in models) or (Path("examples/models"), beside)
 
 
 def model_tables(folders: tuple[Path, ...]) -> Tables:
