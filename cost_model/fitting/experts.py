@@ -10,6 +10,9 @@ Set aside, by rule:
     rows that do not (per-tensor fp8 through FlashInfer's CUTLASS on Hopper takes four times as long as the
     Triton kernel it replaced)
     deployments over more than 64 ranks
+    shapes at which an engine's tuner took a wrong kernel: more than 2.2 times as slow, by the table's
+    formula, as another shape of the same model at most twice or half as large each way (TensorRT-LLM on
+    Hopper)
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ _OTHER = "nongated|situ"
 _MOST_RANKS = 64
 _LEAST_STREAM = 0.4
 _AGREES = 0.03
+_MISTUNED = 2.2
 
 #: residuals are rounded to this, which noise exceeds and compression thanks for
 _GRAIN = 0.005
@@ -159,7 +163,7 @@ def _measured(folder: Path, gpu: Gpu) -> Iterator[_Rows]:
         kept = mine[[key not in slow for key in mine[_KERNEL].itertuples(index=False, name=None)]]
         kept = _agreeing(kept)
         if len(kept):
-            yield _square(kept, gpu, str(engine), str(name), len(mine) - len(kept))
+            yield _tuned(_square(kept, gpu, str(engine), str(name), len(mine) - len(kept)))
 
 
 def _frame(source: sources.Source, order: int) -> Any:
@@ -210,6 +214,19 @@ def _square(rows: Any, gpu: Gpu, engine: str, name: str, dropped: int) -> _Rows:
     versions = tuple(sorted(set(rows["version"]), key=sources.version_key))
     parts = np.stack([terms(spec, *_peaks(gpu, name))[:, _AT].T for spec in specs])
     return _Rows(gpu, engine, name, versions, specs, found.to_numpy(), parts, dropped)
+
+
+def _tuned(rows: _Rows) -> _Rows:
+    """Without shapes that are far slower than similar ones of the same model."""
+    slower = np.nanmedian(np.log(rows.seconds / rows.ideal(rows.solved)), axis=1)
+    model = np.array([(s.hidden, s.total_experts, s.top_k) for s in rows.specs])
+    size = np.log([(s.inner, s.experts) for s in rows.specs])
+    same = (model[:, None] == model).all(-1)
+    near = (np.abs(size[:, None] - size) <= np.log(2.0) + 1e-9).all(-1)
+    beyond = slower[:, None] - slower > np.log(_MISTUNED)
+    bad = (same & near & beyond).any(axis=1)
+    count = int(np.isfinite(rows.seconds[bad]).sum())
+    return replace(rows.take(np.flatnonzero(~bad)), dropped=rows.dropped + count)
 
 
 def _spec(shape: tuple[int, ...], weights: str, activations: str) -> GroupedGemm:
@@ -283,7 +300,7 @@ def _table(rows: _Rows, kernel: ExpertKernel, error: float) -> Table:
             error=error,
             source=sources.SOURCE,
             date=sources.DATE,
-            note=f"routing {_DISTRIBUTION}; kernels that stream weights too slowly are dropped",
+            note=f"routing {_DISTRIBUTION}; kernels that stream weights too slowly, mistuned shapes dropped",
         ),
         (np.arange(1.0, len(rows.specs) + 1), _KEPT),
         np.round(off / _GRAIN) * _GRAIN,
