@@ -22,6 +22,8 @@ from planc.runtime.calibrate.samples import Progress, Run, Worker
 from planc.runtime.calibrate.tables import Peaks, attention, products
 from planc.version import __version__
 
+_FORMS = {"pcie", "nvl"}  # words that devices say of themselves
+_UNSAID = {"sxm", "40gb"}  # and words of the catalogue that they may not
 _LARGE = 4 * 2**20  # bytes of weights beside which a launch is nothing
 
 
@@ -129,13 +131,9 @@ def _identified(settings: Settings, run: Run) -> Gpu:
 
 
 def _like(gpu: Gpu, called: str) -> bool:
-    """Whether a device's name holds the words of an entry: "nvidia h100 80gb hbm3" and h100_sxm."""
-    model, *form = gpu.name.split("_")
-    words = called.split()
-    if gpu.vendor == "cpu" or model not in words:
-        return False
-    other = {"pcie", "nvl"} & set(words)
-    return not other or bool(other & set(form))
+    """Whether a device's name holds the words of an entry: "nvidia h100 80gb hbm3" those of h100_sxm."""
+    words, parts = set(called.split()), set(gpu.name.split("_")) - _UNSAID
+    return gpu.vendor != "cpu" and parts <= words and not (_FORMS & words) - parts
 
 
 def _peaks(run: Run, chosen: Grid) -> dict[Precision, Peaks]:

@@ -91,6 +91,7 @@ class Bench:
     def _graph(self, calls: Sequence[Call]) -> Callable[[int], float]:
         """One replay runs every call once; the time is that of the device."""
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 for call in calls:

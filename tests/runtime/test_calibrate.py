@@ -29,7 +29,7 @@ from planc.errors import (
 from planc.planner.assemble import profile_fingerprint
 from planc.runtime.calibrate import collectives, tables
 from planc.runtime.calibrate.cases import Grid, grid
-from planc.runtime.calibrate.device import Settings, calibrate
+from planc.runtime.calibrate.device import Settings, _identified, calibrate
 from planc.runtime.calibrate.engine import _least_squares
 from planc.runtime.calibrate.samples import Run, Sample, Worker
 from planc.runtime.simulator import Rules
@@ -239,6 +239,29 @@ def test_a_quick_calibration_is_a_whole_profile(tmp_path: Path) -> None:
         rows = np.array([[1.0, 16.0, 128.0]])
         seconds = costs_for(cpu, catalogue.engine("vllm")).gemm([Gemm(1024, 1024, "bf16", "bf16")])(rows)
         assert (seconds.seconds > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("called", "memory_gib", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.2, "h100_sxm"),
+        ("NVIDIA H100 PCIe", 79.1, "h100_pcie"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100_sxm"),
+        ("NVIDIA H200", 139.8, "h200_sxm"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA GeForce RTX 4090", 23.5, "rtx_4090"),
+    ],
+)
+def test_a_device_is_told_by_its_name(called: str, memory_gib: float, name: str) -> None:
+    run = Run({"name": called, "memory_gib": memory_gib}, (), ())
+    assert _identified(Settings("cuda"), run).name == name
+
+
+def test_a_strange_device_must_be_named() -> None:
+    run = Run({"name": "Acme Accelerator", "memory_gib": 80.0}, (), ())
+    with pytest.raises(InvalidField, match="Acme"):
+        _identified(Settings("cuda"), run)
+    assert _identified(Settings("cuda", gpu="h100"), run).name == "h100_sxm"
 
 
 def test_a_spent_budget_says_so() -> None:
