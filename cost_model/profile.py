@@ -164,7 +164,13 @@ class Profile:
         with np.load(io.BytesIO(data), allow_pickle=False) as raw:
             head = json.loads(raw["head"].tobytes())
             if head["schema"] != SCHEMA:
-                raise ValueError(f"profile schema {head['schema']}, this planc reads {SCHEMA}")
+                raise InvalidField(
+                    where="measured profile",
+                    field="schema",
+                    value=head["schema"],
+                    reason=f"this planc reads {SCHEMA}",
+                    mend="Fit the profile again with this planc.",
+                )
             values = _Reader(raw["values"])
             numbers = _Reader(raw["numbers"].astype(np.float64))
         tables = []

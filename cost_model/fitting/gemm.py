@@ -13,8 +13,9 @@ What is done to the rows, in this order:
 3. *Padding envelope.* A product of m rows can always be padded, so a latency above
    envelope(m) = min over m' >= m of latency(m') is odd. What a row has in excess that its eight neighbours
    in n and k have too (their median) is a step of the kernel's tiles, and stays: engines don't pad there.
-   What they have not is a spike of the measurement, and goes. Up to m = 16, one tile of any kernel, no
-   row exceeds their median (on Blackwell vLLM's fp8 rows of m = 1 lie 17 us above those of m = 2).
+   What they have not is a spike of the measurement, and goes. Up to m = 16, one tile of any kernel,
+   what exceeds the median of these rows by a fifth is cut to it (on Blackwell vLLM's fp8 rows of m = 1 lie
+   17 us above those of m = 2).
 4. *Defects.* A table whose median row with m <= 128 takes more than 1.5 times the cheapest engine's is a
    defect of the collector, not a kernel (vLLM's `fp8_block`), and is left out whole; so are single rows
    more than 3 times the cheapest engine's, and rows faster than their weights come from memory: they lay
@@ -230,7 +231,9 @@ def _without_spikes(m: Array, seconds: Array) -> Array:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # no neighbour was measured
         cut = envelope * np.fmin(excess, np.nanmedian(around, axis=0))
-        cut[m <= ONE_TILE] = np.fmin(seconds[m <= ONE_TILE], np.nanmedian(seconds[m <= ONE_TILE], axis=0))
+        few = seconds[m <= ONE_TILE]
+        usual = np.nanmedian(few, axis=0)
+        cut[m <= ONE_TILE] = np.where(few > 1.2 * usual, usual, few)
     return np.where(np.isnan(seconds), np.nan, cut)
 
 
