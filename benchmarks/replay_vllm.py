@@ -1,6 +1,6 @@
 """A recorded run of vLLM against its replay: what the simulator says of the same arrivals.
 
-    PLANC_DATA=... python benchmarks/replay_vllm.py [--steps]
+    PLANC_DATA=... python benchmarks/replay_vllm.py [--steps] [--mixed] [--json FILE]
 
 The run: vLLM 0.19, Llama-3.1-8B in bf16 on one RTX PRO 6000, 300 requests. It is replayed twice, with
 step times straight from the layer times that were recorded on the same machine (what is wrong then is the
@@ -238,11 +238,33 @@ def steps(data: Path) -> None:
         print(f"{n:6}{context:9}{chunk:7}{cached:8}{1e3 * layers:13.2f}{1e3 * mine:10.2f}{error:+7.1f}%")
 
 
+def mixed(data: Path) -> None:
+    """What decode attention takes beside prompts: times what it takes alone, per query head of a group."""
+    columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+    print("\ndecode attention beside prompts / alone / query heads of a group, median (quartiles)")
+    for file in sorted((data / "operators/llmservingsim/perf").rglob("attention.csv")):
+        group = 8 if "Qwen" in str(file) else 4
+        times = {tuple(int(r[c]) for c in columns): float(r["time_us"]) for r in _table(file)}
+        ratios = [
+            (both - times[chunk, cached, 0, 0]) / times[0, 0, seqs, context] / group
+            for (chunk, cached, seqs, context), both in times.items()
+            if 0 < chunk <= 1024 and seqs >= 16 and 256 <= context <= 4096
+            if (0, 0, seqs, context) in times and (chunk, cached, 0, 0) in times
+        ]
+        low, middle, high = np.percentile(ratios, (25, 50, 75))
+        name = "/".join(file.parts[-6:-1])
+        print(f"{name:60}{len(ratios):6} rows {middle:.2f} ({low:.2f} .. {high:.2f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", action="store_true", help="also compare the times of single steps")
+    parser.add_argument(
+        "--mixed", action="store_true", help="also show what mixing prompts with decodes costs"
+    )
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if "PLANC_DATA" not in os.environ:
         raise SystemExit("Set PLANC_DATA to the folder with the recorded run.")
@@ -256,8 +278,17 @@ def main() -> None:
                 for times in found.values()
             )
             print(f"{metric:8}{stat:>6}{of(truth[metric]):10.1f}{cells}")
+    if options.json:
+        document = {
+            "run": "vLLM 0.19, Llama-3.1-8B in bf16 on one RTX PRO 6000, 300 requests",
+            "measured": {f"{m} {stat}": of(truth[m]) for m in METRICS for stat, of in STATS.items()},
+            "errors": {name: errors(times, truth) for name, times in found.items()},
+        }
+        options.json.write_text(json.dumps(document, indent=1, default=float))
     if options.steps:
         steps(data)
+    if options.mixed:
+        mixed(data)
 
 
 if __name__ == "__main__":

@@ -79,11 +79,17 @@ class Gpu(Entry):
 
 class Support(Entry):
     """What an engine runs on one architecture: [weights, activations] pairs, KV formats, and the cache's
-    block size where it is not the engine's usual one."""
+    block size where it is not the engine's usual one.
+
+    mixed_decode   kernels that take prompts and decoding sequences together read the keys once per query
+                   head instead of once per group: decode attention of a step with prompts takes this times
+                   the group's heads longer, where that is more than once. 0: kernels of their own
+    """
 
     linear: tuple[tuple[str, str], ...]
     kv: tuple[str, ...]
     block_size: int | None = None
+    mixed_decode: float = Field(default=0.0, ge=0)
 
 
 class GraphRule(Entry):

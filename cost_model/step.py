@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planc.cost_model import lower
-from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance
+from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance, Support
 from planc.cost_model.collectives import Fabric, Link, group_source, seconds, spread
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array, Load, StepLoad
@@ -110,6 +110,7 @@ class StepModel:
         self.kernels = all_kernels
         self._unique, self._index = lower.unique(all_kernels)
         _, nodes = spread(shape.tp * shape.dp, gpu, fabric, 1)
+        self.mixed_decode = _mixed_decode(profile.support(gpu), self._unique)
         self._collectives = lower.collectives(table, shape, spread=nodes > 1)
         self._link_costs = [self.costs.collective(c.kind, c.ranks, fabric) for c in self._collectives]
         self._stages = stages(table, shape)
@@ -246,6 +247,8 @@ class StepModel:
                 load.seqs, load.context, np.zeros_like(load.tokens), np.zeros_like(load.tokens), load.cached
             )
             device = device + extra * np.maximum(device - self._pieces(alone).device, 0.0)
+        if self.mixed_decode > 1.0:
+            device = device + np.where(load.tokens > 0, (self.mixed_decode - 1.0) * pieces.decode, 0.0)
         total = np.maximum(device, pieces.launches) + pieces.host
         found: Array = np.where(load.seqs + load.tokens > 0, total, 0.0)
         return found
@@ -332,6 +335,13 @@ class StepModel:
             "prefill": load.prefill(self._names),
         }
         return {part: np.stack([values[name] for name in self._names]) for part, values in found.items()}
+
+
+def _mixed_decode(support: Support | None, kernels: Sequence[Kernel]) -> float:
+    """How many times longer decode attention takes in steps with prompts, at least 1."""
+    specs = [kernel.spec for kernel in kernels if isinstance(kernel.spec, Attention)]
+    groups = [s.q_heads / s.kv_heads for s in specs if s.kind == "attention" and s.kv_heads and not s.latent]
+    return max(1.0, support.mixed_decode * max(groups)) if support and groups else 1.0
 
 
 @dataclass(frozen=True, slots=True)
