@@ -163,8 +163,7 @@ class Records:
         return float(self.finish_s.max() - self.arrival_s.min())
 
     def steady(self) -> Records:
-        """Without a closed loop's first wave, whose prompts all came at once, and without what arrived
-        after the first client had no more to send."""
+        """Without a closed loop's first wave, whose prompts all come at once."""
         if not self.wave:
             return self
         return self.only(np.arange(self.prompt.size) >= self.wave)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections import deque
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -117,7 +116,7 @@ class Replica:
         self.now = 0.0
         self.steps = self.events = 0
         self._jumps = jumps
-        self._inbox: deque[Sent] = deque()
+        self._inbox: list[Sent] = []  # a heap by time
         self._stalled: list[tuple[float, int]] = []  # (last token at, members) that missed steps since
         self._silent: dict[int, float] = {}  # last token of preempted sequences
         self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
@@ -143,7 +142,7 @@ class Replica:
         return max(self.now, self._inbox[0].at) if self._inbox else math.inf
 
     def offer(self, sent: Sent) -> None:
-        self._inbox.append(sent)
+        heappush(self._inbox, sent)
 
     def resume(self, sent: Sent, since: float) -> None:
         """Takes a request that another engine has prefilled: its cache arrives at `sent.at`, its first
@@ -203,7 +202,7 @@ class Replica:
         elif self.rules.recv_interval > 1 and self.steps % self.rules.recv_interval:
             return True
         while inbox and inbox[0].at <= self.now:
-            sent = inbox.popleft()
+            sent = heappop(inbox)
             if sent.at < self.now:  # it queued while a run went on
                 self.timeline.add(sent.at, self.now - sent.at, (0.0, 0.0, 1.0, 0.0))
             scheduler.add(

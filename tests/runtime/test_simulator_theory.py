@@ -111,3 +111,12 @@ def test_lengths_have_the_moments_they_were_asked_for() -> None:
     assert drawn.std() / drawn.mean() == pytest.approx(0.7, rel=0.02)
     assert set(uniform(3, 5)(draw, 1000).tolist()) == {3, 4, 5}
     assert set(empirical([7, 9])(draw, 100).tolist()) == {7, 9}
+
+
+def test_clients_that_start_late_hold_nobody_up() -> None:
+    load = closed_loop(4, 40, fixed(4), fixed(10), burst=False, ramp_s=2.0)
+    found = simulate(server(Linear(0.01)), load)
+    assert found.arrival_s[:4] == pytest.approx([0.0, 0.5, 1.0, 1.5])
+    assert found.ttft_s.max() < 0.02 + 1e-9
+    assert found.finish_s[0] == pytest.approx(0.1)
+    assert found.arrival_s[4] == pytest.approx(0.1)
