@@ -5,7 +5,7 @@ ones, t(x) = t0 + D x, with t0 simulated and D in closed form; the fit minimises
 
     sum over rows  w rho(ln t(x) - ln measured)  +  sum over constants (x / spread)^2
 
-with rho the soft L1 of `_SCALE` (so outliers pull little), and w such that every cell weighs the same
+with rho = ln(1 + (./scale)^2) / 2 (Cauchy's: outliers pull less the farther they are), and w such that every cell weighs the same
 however many rows it has. x has one part for all engines and one for each engine, the latter with narrower
 spreads: an engine's own constants are shrunk to the common ones. What is left out of a fit is a whole cell
 (model, GPU, engine, weights).
@@ -29,7 +29,7 @@ Cell = tuple[str, str, str, str]
 
 #: how far a constant may be expected to lie from the shipped one
 SPREAD: Mapping[str, float] = {
-    "step_us": 300.0,
+    "step_us": 60.0,
     "layer_us": 6.0,
     "per_sequence_us": 12.0,
     "kernel_factor": 0.05,
@@ -37,9 +37,11 @@ SPREAD: Mapping[str, float] = {
     "request_ms": 25.0,
     "lag_steps": 2.0,
 }
-#: spreads of an engine's own part, and of one deployment's, over those of the common part
-_ENGINE, _CELL = 0.4, 0.6
-#: errors in ln t beyond which a row pulls with constant force: TPOT, TTFT
+#: spreads of an engine's own part, and of one deployment's, over those of the common part; what lies between
+#: an engine and its clients is taken as common
+_ENGINE, _CELL = 0.4, 1.2
+_COMMON = ("request_ms", "lag_steps")
+#: errors in ln t beyond which a row pulls ever less: TPOT, TTFT
 _SCALE = (0.06, 0.20)
 #: rows of noise that the prior is worth
 _NOISE = 8.0
@@ -164,12 +166,13 @@ def fit(linear: Linear) -> Fitted:
     weights = np.array([np.sqrt(1.0 / counts[s.point.cell]) for s in linear.setups])
     weights = weights * len(linear.setups) / max(weights.sum(), 1e-9)
     spread = np.array([SPREAD[name] for name in NAMES])
-    spreads = np.concatenate([spread, *(spread * _ENGINE for _ in engines)])
+    own = spread * np.array([1e-6 if name in _COMMON else _ENGINE for name in NAMES])
+    spreads = np.concatenate([spread, *(own for _ in engines)])
     design = np.zeros((len(linear.setups), 2, size * (1 + len(engines))))
     for row, setup in enumerate(linear.setups):
-        own = size * (1 + engines.index(setup.profile.name))
+        start = size * (1 + engines.index(setup.profile.name))
         design[row, :, :size] = linear.slopes[row]
-        design[row, :, own : own + size] = linear.slopes[row]
+        design[row, :, start : start + size] = linear.slopes[row]
     found = _solve(linear.base, design, linear.measured, weights, spreads, np.zeros(spreads.size))
     parts = found.reshape(1 + len(engines), size)
     return Fitted(parts[0], dict(zip(engines, parts[1:], strict=True)))
@@ -195,14 +198,14 @@ def calibrated(linear: Linear, prior: Array) -> Array:
 
 
 def _solve(base: Array, design: Array, measured: Array, weights: Array, spread: Array, prior: Array) -> Array:
-    """Gauss-Newton with weights of the soft L1 (iteratively reweighted least squares)."""
+    """Gauss-Newton with Cauchy's weights (iteratively reweighted least squares)."""
     change = prior.copy()
     known = np.isfinite(measured)
     scale = np.array(_SCALE)
     for _ in range(_ITERATIONS):
         times = np.maximum(base + np.einsum("nmp,p->nm", design, change), 0.2 * base)
         error = np.where(known, np.log(times) - np.log(np.where(known, measured, 1.0)), 0.0) / scale
-        pull = weights[:, None] * known / np.sqrt(1.0 + error**2) / _NOISE
+        pull = weights[:, None] * known / (1.0 + error**2) / _NOISE
         slope = design / times[:, :, None] / scale[None, :, None]
         normal = np.einsum("nmp,nm,nmq->pq", slope, pull, slope) + np.diag(1.0 / spread**2)
         right = np.einsum("nmp,nm,nm->p", slope, pull, error) + (change - prior) / spread**2
