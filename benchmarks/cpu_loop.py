@@ -1,6 +1,6 @@
 """Prediction against measurement on this machine's CPU, from calibration to load test, in one run.
 
-    python benchmarks/cpu_loop.py --engine-python .venv-engines/bin/python
+    python benchmarks/cpu_loop.py [--engine-python .venv-engines/bin/python]
 
 1. calibrates the CPU: kernels of vLLM, and its host time on two small models (`planc calibrate`);
 2. makes a Llama of 200 M parameters with random weights, a model that the calibration never saw;
@@ -42,14 +42,20 @@ from planc.runtime.calibrate.server import serving
 from planc.runtime.simulator import Rules, Server, closed_loop, simulate
 from planc.runtime.simulator.deployment import sites
 
-RESULTS = Path(__file__).parent / "results" / "cpu_loop.json"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu_loop.json"
+ENGINE = str(ROOT / ".venv-engines" / "bin" / "python")  # what tests/engines/setup_vllm.sh makes
 MODEL = {"hidden": 1024, "intermediate": 2816, "layers": 12, "heads": 16, "kv_heads": 4}
 METRICS = ("tpot_ms", "throughput", "ttft_ms")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--engine-python", required=True, help="interpreter of an environment with vLLM")
+    parser.add_argument(
+        "--engine-python",
+        default=ENGINE,
+        help="interpreter of an environment with vLLM, default: %(default)s",
+    )
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument(
         "--isl", type=int, default=128, help="mean prompt tokens, drawn from half to one and a half"

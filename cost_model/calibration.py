@@ -62,7 +62,6 @@ class Number(Part):
 class Machine(Part):
     """Where and with what the measurements were made."""
 
-    host: str = ""
     system: str = ""
     processor: str = ""
     cores: int = Field(default=1, ge=1)

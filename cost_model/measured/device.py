@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planc.cost_model.catalogue import Provenance
-from planc.cost_model.collectives import Fabric, Kind, alpha_beta
+from planc.cost_model.collectives import Fabric, Kind
 from planc.cost_model.features import Array
 from planc.cost_model.formats import fmt, product_precision
 from planc.cost_model.kernels import (
@@ -37,6 +37,7 @@ from planc.cost_model.kernels import (
     Times,
     sources,
 )
+from planc.cost_model.measured import links
 from planc.cost_model.profile import OpFamily, Profile, Table
 
 
@@ -114,15 +115,7 @@ class OnDevice:
         found = profile.find(kind=kind) if profile else ()
         if not found or not 1 < ranks <= min(found[0].axes[0][-1], fabric.gpus_per_node):
             return self.rest.collective(kind, ranks, fabric)
-        table, of = found[0], found[0].info.ideal
-        constants = of["alpha_us"], of["per_step_us"], of["bytes_s"]
-
-        def price(size: Array) -> Array:
-            size = np.asarray(size, dtype=np.float64)
-            ratio = np.exp(table.grid.at(float(ranks), np.maximum(size, 1.0)))
-            return np.where(size > 0, ratio * alpha_beta(kind, size, ranks, *constants), 0.0)
-
-        return price
+        return links.curve(found[0], kind, ranks)
 
     def _product(self, spec: Gemm) -> Table | None:
         precision = product_precision(spec.weights, spec.activations)

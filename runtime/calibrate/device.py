@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +214,6 @@ def machine(threads: int, facts: Mapping[str, Any]) -> Machine:
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith(named)), "")
     versions = {name: str(facts[name]) for name in ("torch", "vllm", "cuda") if facts.get(name)}
     return Machine(
-        host=socket.gethostname(),
         system=platform.platform(),
         processor=processor or platform.processor(),
         cores=os.cpu_count() or 1,
