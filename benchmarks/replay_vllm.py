@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,9 @@ PER_LAYER = (
     "down_proj",
 )
 DEPTH = 32
+ATTENTION = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+#: nested mappings, an axis each, with seconds at the leaves
+Tree = dict[int, Any]
 
 
 def _table(path: Path) -> list[dict[str, str]]:
@@ -65,13 +69,12 @@ def _curves(path: Path, axis: str) -> dict[str, tuple[Array, Array]]:
 class Recorded:
     """Step times from recorded layer times, in the form of `planc.runtime.simulator.Clock`.
 
-    Attention is multilinear between the recorded powers of two; chunks beyond a step's first add what they
-    take alone, less a kernel's floor.
+    Attention is linear between recorded points; chunks beyond a step's first add what they take alone, less
+    a kernel's floor. The host's share is that of the engine's profile.
     """
 
     folder: Path
     profile: catalogue.EngineProfile
-    kernels_per_layer: int = 9
     stages: int = 1
 
     @cached_property
@@ -83,42 +86,30 @@ class Recorded:
         return _curves(self.folder / "per_sequence.csv", "sequences")
 
     @cached_property
-    def grid(self) -> tuple[list[list[int]], Array]:
-        """Axes (chunk, cached, decoding, context) and seconds; NaN where nothing was recorded."""
-        columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
-        rows = [
-            [*(int(r[c]) for c in columns), float(r["time_us"]) * 1e-6]
-            for r in _table(self.folder / "attention.csv")
-        ]
-        axes = [sorted({int(r[i]) for r in rows if _power(int(r[i]))}) for i in range(4)]
-        where = [{value: i for i, value in enumerate(axis)} for axis in axes]
-        found = np.full([len(axis) for axis in axes], np.nan)
-        for *key, seconds in rows:
-            if all(value in place for value, place in zip(key, where, strict=True)):
-                found[tuple(place[value] for value, place in zip(key, where, strict=True))] = seconds  # type: ignore[index]
-        found[:, :, 0, :] = found[:, :, 0, :1]  # without decoding their context says nothing
-        found[0] = found[0, :1]  # nor cached tokens without a chunk
-        found[0, :, 0, :] = 0.0
-        return axes, found
+    def lattices(self) -> tuple[Tree, Tree, Tree]:
+        """Seconds by chunk, cached, decoding sequences, context: without chunks, for chunks of powers of 1.5
+        (contexts from 512 on), and for chunks of powers of two."""
+        found: tuple[Tree, Tree, Tree] = ({}, {}, {})
+        for row in _table(self.folder / "attention.csv"):
+            chunk, cached, seqs, context = (int(row[name]) for name in ATTENTION)
+            which = 0 if not chunk else 2 if _power(chunk) else 1
+            leaf = found[which].setdefault(chunk, {}).setdefault(cached, {}).setdefault(seqs, {})
+            leaf[context] = float(row["time_us"]) * 1e-6
+        return found
 
     def attention(self, chunk: float, cached: float, seqs: float, context: float) -> float:
-        axes, table = self.grid
-        total = weight = 0.0
-        sides = [_between(axis, x) for axis, x in zip(axes, (chunk, cached, seqs, context), strict=True)]
-        for i, a in sides[0]:
-            for j, b in sides[1]:
-                for k, c in sides[2]:
-                    for m, d in sides[3]:
-                        value, share = table[i, j, k, m], a * b * c * d
-                        if value == value:
-                            total, weight = total + share * value, weight + share
-        return total / weight if weight else 0.0
+        if not chunk and not seqs:
+            return 0.0
+        plain, fine, coarse = self.lattices
+        near = chunk <= max(fine) and (context >= 512 or not seqs)
+        return _at(fine if chunk and near else coarse if chunk else plain, (chunk, cached, seqs, context))
 
     def _step(self, rows: float, sampled: float, attention: float) -> float:
         layer = sum(float(np.interp(rows, *self.dense[name])) for name in PER_LAYER)
         once = sum(float(np.interp(rows, *self.dense[name])) for name in ("embedding", "final_layernorm"))
         head = sum(float(np.interp(sampled, *self.logits[name])) for name in ("lm_head", "sampler"))
-        return DEPTH * (layer + attention) + once + head + self.profile.step_us * 1e-6
+        host = self.profile.step_us + DEPTH * self.profile.layer_us + self.profile.per_sequence_us * sampled
+        return DEPTH * (layer + attention) + once + head + host * 1e-6
 
     def line(self, seqs: int, context: float, draft: int = 0) -> Line:
         padded = min(size for size in self.profile.cuda_graphs.sizes(512) if size >= seqs)
@@ -146,15 +137,20 @@ def _power(value: int) -> bool:
     return value & (value - 1) == 0
 
 
-def _between(axis: Sequence[int], x: float) -> list[tuple[int, float]]:
-    """(index, weight) of the neighbours of x; beyond the last one it is scaled up."""
-    if x >= axis[-1]:
-        return [(len(axis) - 1, x / axis[-1])]
+def _at(tree: Tree | float, point: Sequence[float]) -> float:
+    """Linear along every axis; beyond its last value in proportion to it."""
+    if not isinstance(tree, dict):
+        return tree
+    (x, *rest), axis = point, sorted(tree)
     right = int(np.searchsorted(axis, x, side="right"))
-    if right == 0:
-        return [(0, 1.0)]
-    share = (x - axis[right - 1]) / (axis[right] - axis[right - 1])
-    return [(right - 1, 1 - share), (right, share)] if share else [(right - 1, 1.0)]
+    if right == 0 or len(axis) == 1:
+        return _at(tree[axis[0]], rest)
+    low = axis[right - 1]
+    if right == len(axis):
+        return _at(tree[low], rest) * x / low
+    share = (x - low) / (axis[right] - low)
+    below = _at(tree[low], rest)
+    return below + share * (_at(tree[axis[right]], rest) - below) if share else below
 
 
 METRICS = ("ttft_ms", "tpot_ms", "e2e_ms")
@@ -240,11 +236,10 @@ def steps(data: Path) -> None:
 
 def mixed(data: Path) -> None:
     """What decode attention takes beside prompts: times what it takes alone, per query head of a group."""
-    columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
     print("\ndecode attention beside prompts / alone / query heads of a group, median (quartiles)")
     for file in sorted((data / "operators/llmservingsim/perf").rglob("attention.csv")):
         group = 8 if "Qwen" in str(file) else 4
-        times = {tuple(int(r[c]) for c in columns): float(r["time_us"]) for r in _table(file)}
+        times = {tuple(int(r[c]) for c in ATTENTION): float(r["time_us"]) for r in _table(file)}
         ratios = [
             (both - times[chunk, cached, 0, 0]) / times[0, 0, seqs, context] / group
             for (chunk, cached, seqs, context), both in times.items()
