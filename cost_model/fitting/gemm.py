@@ -1,26 +1,12 @@
-"""GEMM tables: one per GPU, engine and number format, from kernels that were timed alone.
+"""GEMM tables: one per GPU, engine and number format, from the rows that `gemm_rows` cleans.
 
-What is done to the rows, in this order:
-
-1. Rows with n or k below 128 are left out; narrower products take the residual of 128.
-2. *Quantization comes off.* The collectors time a whole linear layer, so rows of formats with quantized
-   activations hold the kernel that quantizes them: at small m they sit the time of that kernel above bf16, at
-   large m and small n they grow with m k as it does, and without it every engine's fp8 row is 0.5-0.8 of its
-   bf16 row. planc prices quantization as a kernel of its own (or as fused), so it is taken off here: for
-   per-token fp8 the engine's own `computescale` + `scale_matrix` rows, for blocks one pass over the
-   activations (`scale_matrix`), and where an engine's rows are void (SGLang times a cast in Python) the
-   cheapest other engine's. At least a quarter of a row stays.
-3. *Padding envelope.* A product of m rows can always be padded, so a latency above
+1. *Padding envelope.* A product of m rows can always be padded, so a latency above
    envelope(m) = min over m' >= m of latency(m') is odd. What a row has in excess that its eight neighbours
    in n and k have too (their median) is a step of the kernel's tiles, and stays: engines don't pad there.
    What they have not is a spike of the measurement, and goes. Up to m = 16, one tile of any kernel,
    what exceeds the median of these rows by a fifth is cut to it (on Blackwell vLLM's fp8 rows of m = 1 lie
    17 us above those of m = 2).
-4. *Defects.* A table whose median row with m <= 128 takes more than 1.5 times the cheapest engine's is a
-   defect of the collector, not a kernel (vLLM's `fp8_block`), and is left out whole; so are single rows
-   more than 3 times the cheapest engine's, and rows faster than their weights come from memory: they lay
-   in the cache, where a model's layers evict each other (GPUs with slow memory and a large L2).
-5. Logarithms of latency / ideal are brought onto fewer m by least squares on hat functions, and made to
+2. Logarithms of latency / ideal are brought onto fewer m by least squares on hat functions, and made to
    never fall with m.
 """
 
@@ -28,8 +14,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +24,9 @@ import numpy as np
 from planc.cost_model import catalogue
 from planc.cost_model.features import Array
 from planc.cost_model.fitting import Score, sources
-from planc.cost_model.formats import fmt
-from planc.cost_model.kernels import Gemm
-from planc.cost_model.measured.gemm import ascending, ideal_seconds, peaks
+from planc.cost_model.fitting.gemm_rows import STAYS, Cube, read
+from planc.cost_model.measured.gemm import ascending, peaks
 from planc.cost_model.profile import Grid, Profile, Table, TableInfo
-
-#: collectors' names of formats -> (weights, activations)
-FORMATS = {
-    "bfloat16": ("bf16", "bf16"),
-    "fp8": ("fp8", "fp8"),
-    "fp8_block": ("fp8_block", "fp8"),
-    "nvfp4": ("nvfp4", "nvfp4"),
-    "int8_wo": ("int8", "bf16"),
-    "int4_wo": ("w4a16", "bf16"),
-    "sq": ("int8", "int8"),
-}
 
 #: rows of the left operand that tables keep: both sides of the steps that tiles make
 NODES = np.array(
@@ -65,76 +39,16 @@ NODES = np.array(
 )
 #: nats that values are rounded to; repeat measurements differ by more
 STEP = 0.004
-#: narrower products are not tabulated
-LEAST = 128
 #: rows that fit one tile of any kernel: fewer take no longer
 ONE_TILE = 16
-#: a table is a defect beyond this multiple of the cheapest engine's, at small m
-DEFECT_TABLE, DEFECT_ROW = 1.5, 3.0
-#: of a row that stays when quantization comes off
-STAYS = 0.25
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Cube:
-    """One table on the full grid [m, n, k] of its axes.
-
-    measured       seconds of the whole layer as the collector timed it; NaN where it did not
-    quantization   seconds of it that go to quantizing the activations, [m, 1, k]; 0 where none do
-    """
-
-    gpu: str
-    engine: str
-    version: str
-    format: str
-    m: Array
-    n: Array
-    k: Array
-    measured: Array
-    quantization: Array | float = 0.0
-
-    @property
-    def rows(self) -> int:
-        """Measured ones."""
-        return int(np.isfinite(self.measured).sum())
-
-    @property
-    def seconds(self) -> Array:
-        """Of the product alone."""
-        return np.maximum(self.measured - self.quantization, STAYS * self.measured)
-
-    @property
-    def name(self) -> str:
-        return f"{self.engine}/{self.format}"
-
-    @property
-    def spec(self) -> tuple[str, str]:
-        return FORMATS[self.format]
-
-    def read_seconds(self) -> Array:
-        """[n, k]: reading the weights once at the full bandwidth of memory."""
-        size = self.n[:, None] * self.k * fmt(self.spec[0]).bytes
-        return np.asarray(size / catalogue.gpu(self.gpu).memory_bytes_s)
-
-    def without(self, rows: Any) -> Cube:
-        """The same less the rows where `rows` [m, n, k] (or what broadcasts to it) is true."""
-        return replace(self, measured=np.where(rows, np.nan, self.measured))
-
-    def ideal(self) -> Array:
-        """Seconds of the ideal on the same grid."""
-        weights, activations = self.spec
-        of = peaks(catalogue.gpu(self.gpu), weights, activations)
-        grids = np.meshgrid(self.m, self.n, self.k, indexing="ij")
-        return ideal_seconds(*grids, Gemm(1, 1, weights, activations), of)
 
 
 def fit(folder: Path) -> Iterator[Profile]:
-    """A profile per GPU. `error` of a table is that of its held-out shapes, see `score`."""
+    """A profile per GPU. `error` of a table is that of its held-out points, see `score`."""
     for gpu in dict.fromkeys(sources.GPUS.values()):
-        kept, dropped = read(folder, gpu)
-        tables = [_table(cube, note, dropped.get(cube.name, 0)) for cube, note in kept]
+        tables = tuple(_table(cube) for cube in read(folder, gpu))
         if tables:
-            yield Profile(gpu, "gemm", tuple(tables))
+            yield Profile(gpu, "gemm", tables)
 
 
 def score(folder: Path) -> Iterator[Score]:
@@ -145,7 +59,7 @@ def score(folder: Path) -> Iterator[Score]:
     gpus = list(dict.fromkeys(sources.GPUS.values()))
     physics = held_out_gpu(folder, gpus)
     for gpu in gpus:
-        cubes = [cube for cube, _ in read(folder, gpu)[0]]
+        cubes = read(folder, gpu)
         errors, rows = [held_out(cube) for cube in cubes], [cube.rows for cube in cubes]
         for cube, error in zip(cubes, errors, strict=True):
             yield Score("gemm", gpu, cube.name, cube.rows, error, physics.get((gpu, cube.name), math.nan))
@@ -153,23 +67,14 @@ def score(folder: Path) -> Iterator[Score]:
             yield Score("gemm", gpu, "all", sum(rows), float(np.median(errors)), physics[gpu, "all"])
 
 
-def read(folder: Path, gpu: str) -> tuple[list[tuple[Cube, str]], Mapping[str, int]]:
-    """Cubes of one GPU, net of quantization and without defects, each with a note on what was done to it;
-    and rows set aside by table."""
-    raw = [cube for source in sources.tables(folder, "gemm", "gemm_perf", gpu=gpu) for cube in _cubes(source)]
-    casts = _quantization(folder, gpu)
-    net = [(_net(cube, casts), _said(cube, casts)) for cube in raw]
-    return _without_defects(net)
-
-
 def held_out(cube: Cube, share: int = 10) -> float:
-    """Median error of whole layers (product and quantization) on a tenth of the (m, n, k), which the table
-    is fitted without."""
+    """Median error of whole layers (the product and what was timed besides) on a tenth of the (m, n, k), which
+    the table is fitted without."""
     m, n, k = np.meshgrid(cube.m, cube.n, cube.k, indexing="ij")
     out = (_hash(m, n, k) % share == 0) & np.isfinite(cube.measured)
     grid = Grid((nodes_of(cube), cube.n, cube.k), _values(cube.without(out)))
     alone = np.exp(grid.at(m, n, k)) * cube.ideal()
-    whole = alone + np.minimum(cube.quantization, (1 - STAYS) * cube.measured)
+    whole = alone + np.minimum(cube.besides, (1 - STAYS) * cube.measured)
     return float(np.median(np.abs(whole[out] / cube.measured[out] - 1.0)))
 
 
@@ -182,7 +87,7 @@ def _hash(*axes: Array) -> Any:
     return mixed >> np.uint64(33)
 
 
-def _table(cube: Cube, note: str, dropped: int) -> Table:
+def _table(cube: Cube) -> Table:
     weights, activations = cube.spec
     info = TableInfo(
         name=cube.name,
@@ -190,11 +95,11 @@ def _table(cube: Cube, note: str, dropped: int) -> Table:
         axes=("m", "n", "k"),
         ideal=peaks(catalogue.gpu(cube.gpu), weights, activations),
         rows=cube.rows,
-        dropped=dropped,
+        dropped=cube.dropped,
         error=held_out(cube),
         source=f"{sources.SOURCE}, {cube.engine} {cube.version}",
-        date="2026-11",
-        note=note,
+        date=sources.DATE,
+        note=cube.note,
     )
     return Table(info, (nodes_of(cube), cube.n, cube.k), _values(cube))
 
@@ -265,93 +170,3 @@ def _along(axis: Array, values: Array, number: int, inside: bool) -> Array:
             line[~known] = np.interp(axis[~known], axis[known], line[known], ends, ends)
     shape = np.moveaxis(values, number, 0).shape
     return np.moveaxis(lines.reshape(shape), 0, number)
-
-
-# -- reading and cleaning ----------------------------------------------------------------
-
-
-def _cubes(source: sources.Source) -> Iterator[Cube]:
-    frame = source.read()
-    frame = frame[(frame["n"] >= LEAST) & (frame["k"] >= LEAST) & (frame["latency"] > 0)]
-    for name, rows in frame.groupby("gemm_dtype"):
-        if name not in FORMATS or rows[["n", "k"]].drop_duplicates().shape[0] < 50:
-            continue
-        m, n, k = (np.sort(rows[axis].unique()).astype(np.float64) for axis in ("m", "n", "k"))
-        seconds = np.full((m.size, n.size, k.size), np.nan)
-        at = tuple(np.searchsorted(axis, rows[name]) for axis, name in ((m, "m"), (n, "n"), (k, "k")))
-        seconds[at] = rows["latency"].to_numpy() * 1e-3
-        yield Cube(source.gpu, source.engine, source.version, str(name), m, n, k, seconds)
-
-
-def _quantization(folder: Path, gpu: str) -> dict[str, tuple[Any, Any]]:
-    """By engine: seconds of (finding scales, casting) as series over (m, k). Void tables are left out."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for scales, casts in zip(
-        sources.tables(folder, "quantize", "computescale_perf", gpu=gpu),
-        sources.tables(folder, "quantize", "scale_matrix_perf", gpu=gpu),
-        strict=True,
-    ):
-        one, two = (s.read().groupby(["m", "k"])["latency"].median() * 1e-3 for s in (scales, casts))
-        if float(one.median()) > 0:
-            found[scales.engine] = one, two
-    return found
-
-
-def _net(cube: Cube, casts: Mapping[str, tuple[Any, Any]]) -> Cube:
-    off = _overhead(cube, casts)
-    return cube if off is None else replace(cube, quantization=off)
-
-
-def _overhead(cube: Cube, casts: Mapping[str, tuple[Any, Any]]) -> Array | None:
-    """[m, 1, k] seconds of the quantization inside a row; None where there is none or it is not known."""
-    if cube.format not in ("fp8", "fp8_block", "nvfp4") or not casts:
-        return None
-    engines = [cube.engine] if cube.engine in casts else sorted(casts)
-    grids = []
-    for engine in engines:
-        scales, cast = casts[engine]
-        total = scales + cast if cube.format == "fp8" else cast
-        wide = total.unstack().reindex(index=cube.m, columns=cube.k)
-        wide = wide.interpolate(axis=0, limit_direction="both").interpolate(axis=1, limit_direction="both")
-        grids.append(wide.to_numpy())
-    return np.asarray(np.min(grids, axis=0))[:, None, :]
-
-
-def _said(cube: Cube, casts: Mapping[str, tuple[Any, Any]]) -> str:
-    if _overhead(cube, casts) is None:
-        return ""
-    whose = "its own" if cube.engine in casts else "the cheapest other engine's"
-    what = "computescale + scale_matrix" if cube.format == "fp8" else "scale_matrix"
-    return f"net of activation quantization, by {whose} {what} rows"
-
-
-def _without_defects(cubes: list[tuple[Cube, str]]) -> tuple[list[tuple[Cube, str]], Mapping[str, int]]:
-    kept: list[tuple[Cube, str]] = []
-    dropped: dict[str, int] = {}
-    for cube, note in cubes:
-        others = [_aligned(other, cube) for other, _ in cubes if other.format == cube.format]
-        with np.errstate(invalid="ignore", all="ignore"):
-            ratio = cube.seconds / np.fmin.reduce(others)
-            small = float(np.nanmedian(ratio[cube.m <= 128]))
-            bad = (ratio > DEFECT_ROW) | (cube.seconds < cube.read_seconds())
-        if small > DEFECT_TABLE:
-            continue
-        dropped[cube.name] = int(bad.sum())
-        if bad.any():
-            said = f"rows over {DEFECT_ROW:g} times the cheapest engine's, or read from cache, dropped"
-            note = f"{note}; " * bool(note) + said
-        kept.append((cube.without(bad), note))
-    return kept, dropped
-
-
-def _aligned(other: Cube, cube: Cube) -> Array:
-    """Another engine's seconds on this cube's grid; infinite where it has no such row."""
-    out = np.full(cube.seconds.shape, np.inf)
-    common = [
-        np.intersect1d(a, b, return_indices=True)[1:]
-        for a, b in ((cube.m, other.m), (cube.n, other.n), (cube.k, other.k))
-    ]
-    mine, theirs = np.ix_(*(c[0] for c in common)), np.ix_(*(c[1] for c in common))
-    found = other.seconds[theirs]
-    out[mine] = np.where(np.isnan(found), np.inf, found)
-    return out

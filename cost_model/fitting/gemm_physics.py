@@ -15,7 +15,7 @@ import numpy as np
 from planc.cost_model import catalogue
 from planc.cost_model.efficiency import Efficiencies, efficiencies
 from planc.cost_model.features import Array
-from planc.cost_model.fitting.gemm import Cube, read
+from planc.cost_model.fitting.gemm_rows import IN_SESSION, Cube, read
 from planc.cost_model.kernels import Gemm
 from planc.cost_model.roofline import Roofline
 
@@ -44,7 +44,7 @@ class Rows:
 def held_out_gpu(folder: Path, gpus: Iterable[str]) -> Mapping[tuple[str, str], float]:
     """Median error of the roofline by (GPU, table), its numbers fitted without that GPU's rows; table "all"
     is the median over a GPU's rows."""
-    rows = [sample(cube) for gpu in gpus for cube, _ in read(folder, gpu)[0] if "wo" not in cube.format]
+    rows = [sample(cube) for gpu in gpus for cube in read(folder, gpu) if cube.format not in IN_SESSION]
     found: dict[tuple[str, str], float] = {}
     for gpu in dict.fromkeys(each.gpu for each in rows):
         named = with_values(fitted([each for each in rows if each.gpu != gpu]))

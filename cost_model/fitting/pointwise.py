@@ -81,7 +81,7 @@ def _table(source: sources.Source, size: Array, seconds: Array, dropped: int) ->
         dropped=dropped,
         error=_held_out(gpu, size, seconds),
         source=f"{sources.SOURCE}, {source.engine} {source.version}",
-        date="2026-11",
+        date=sources.DATE,
         note="static cast of bf16 to fp8 (scale_matrix)",
     )
     return Table(info, (NODES,), _curve(gpu, size, seconds))

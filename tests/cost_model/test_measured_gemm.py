@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from planc.cost_model import catalogue
 from planc.cost_model.fitting import gemm as fitting
+from planc.cost_model.fitting import gemm_physics as physics
 from planc.cost_model.fitting import pointwise as casts
 from planc.cost_model.kernels import Gemm
 from planc.cost_model.measured import gemm, pointwise
@@ -210,6 +213,41 @@ def test_shipped_tables_state_what_they_are(gpu: str) -> None:
         assert info.source
         assert info.ideal["bytes_s"] == catalogue.gpu(gpu).memory_bytes_s
         assert not np.isnan(table.values).any()
+
+
+@pytest.mark.skipif("PLANC_DATA" not in os.environ, reason="PLANC_DATA names no measured data")
+@pytest.mark.parametrize(("tp", "limit"), [(1, 0.05), (2, 0.08)])
+def test_another_measurement_of_the_same_gpu_agrees(tp: int, limit: float) -> None:
+    """Linears of Llama-3.1-8B in vLLM 0.19 on RTX PRO 6000 (LLMServingSim), which no table was made from."""
+    shapes = {
+        "qkv_proj": (6144 // tp, 4096),
+        "o_proj": (4096, 4096 // tp),
+        "gate_up_proj": (28672 // tp, 4096),
+        "down_proj": (4096, 14336 // tp),
+    }
+    path = f"operators/llmservingsim/perf/RTXPRO6000/meta-llama/Llama-3.1-8B/bf16/tp{tp}/dense.csv"
+    with (Path(os.environ["PLANC_DATA"]) / path).open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["layer"] in shapes]
+    errors = [
+        seconds(Gemm(*shapes[row["layer"]], "bf16", "bf16"), float(row["tokens"]), "rtx_pro_6000")[0]
+        / (1e-6 * float(row["time_us"]))
+        - 1
+        for row in rows
+    ]
+    assert len(errors) > 400
+    assert np.median(np.abs(errors)) < limit
+
+
+def test_the_roofline_fits_itself() -> None:
+    """Rows that the roofline made are predicted exactly, and by no other values."""
+    named = physics.with_values(physics.shipped_values())
+    specs = [Gemm(n, k, "bf16", "bf16") for n, k in product(SIDES, SIDES)]
+    m = np.array([float(M[i % len(M)]) for i in range(len(specs))])
+    made = Roofline(H100, named).gemm(specs)(m[:, None]).seconds[:, 0]
+    rows = physics.Rows("h100_sxm", "made up", m, specs, made)
+    assert np.abs(rows.errors(named)).max() < 1e-12
+    slower = physics.with_values({**physics.shipped_values(), "gemm_memory": 0.5})
+    assert np.median(rows.errors(slower)) > 0.05
 
 
 def test_a_pointwise_kernel_costs_its_floor_then_its_bytes(
