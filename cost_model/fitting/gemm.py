@@ -68,8 +68,8 @@ def score(folder: Path) -> Iterator[Score]:
 
 
 def held_out(cube: Cube, share: int = 10) -> float:
-    """Median error of whole layers (the product and what was timed besides) on a tenth of the (m, n, k), which
-    the table is fitted without."""
+    """Median error of whole layers (the product and what was timed besides) on a tenth of the (m, n, k),
+    which the table is fitted without."""
     m, n, k = np.meshgrid(cube.m, cube.n, cube.k, indexing="ij")
     out = (_hash(m, n, k) % share == 0) & np.isfinite(cube.measured)
     grid = Grid((nodes_of(cube), cube.n, cube.k), _values(cube.without(out)))
