@@ -1,7 +1,10 @@
 """aiconfigurator and planc against the same measured serving points, with the same repaired labels.
 
-    python benchmarks/vs_aiconfigurator_accuracy.py POINTS.csv [--python PATH] [--answers FILE] [--json FILE]
+    python benchmarks/vs_aiconfigurator_accuracy.py POINTS.csv [--predictions FILE] [--python PATH]
+                                                    [--answers FILE] [--json FILE]
 
+--predictions   planc's, as `planc validate POINTS.csv --leave-out-cells --out FILE` writes them; otherwise
+            that is run first
 --python    of an environment with `aiconfigurator==0.12.0` (default: this one, or AICONFIGURATOR_PYTHON)
 --answers   keeps its answers; points that the file already holds are not asked again
 --json      writes the figures, and both predictions of every point
@@ -16,10 +19,12 @@ median with sign, and the share within 20 %.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,23 +38,27 @@ from aiconfigurator_questions import Unaskable, attempts
 from planc import api
 from planc.runtime.validation.harness import harness
 from planc.runtime.validation.points import Point, read_points
-from planc.runtime.validation.report import Row, ValidationReport
+from planc.runtime.validation.validate import write_predictions
 
 WORKER = Path(__file__).with_name("aiconfigurator_worker.py")
-METRICS = ("tpot", "ttft", "throughput")
+#: metric -> its column in files of predictions
+COLUMNS = {"tpot": "tpot_ms", "ttft": "ttft_ms", "throughput": "throughput"}
+METRICS = tuple(COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One point: measured, and as each tool predicts it (None where it cannot), per metric."""
 
-    row: Row
-    planc: Mapping[str, float]
+    point: Point
+    lint: tuple[str, ...]
+    measured: Mapping[str, float]
+    planc: Mapping[str, float] | None
     rival: Mapping[str, float] | None
 
     @property
     def cell(self) -> str:
-        return " ".join(self.row.point.cell) + (" disagg" if self.row.point.mode == "disagg" else "")
+        return " ".join(self.point.cell) + (" disagg" if self.point.mode == "disagg" else "")
 
 
 def ask(points: Sequence[Point], python: str, known: dict[str, Any], say: Callable[[str], None]) -> str:
@@ -93,21 +102,43 @@ def times(point: Point, ttft_ms: float, tpot_ms: float) -> dict[str, float]:
     }
 
 
-def paired(report: ValidationReport, answers: Mapping[str, Any]) -> list[Pair]:
+def paired(
+    points: Sequence[Point], predictions: Mapping[str, Mapping[str, str]], answers: Mapping[str, Any]
+) -> list[Pair]:
+    """Points by id with planc's line of predictions and aiconfigurator's answer."""
     found = []
-    for row in report.rows:
-        said = answers.get(row.point.id, {})
-        rival = times(row.point, said["ttft_ms"], said["tpot_ms"]) if "tpot_ms" in said else None
-        own = {metric: row.prediction.value(metric) for metric in METRICS}
-        found.append(Pair(row, own, rival))
+    for point in points:
+        line, said = predictions.get(point.id, {}), answers.get(point.id, {})
+        metrics = {metric: line.get(column, "") for metric, column in COLUMNS.items()}
+        measured = {metric: line.get(f"{column}_measured", "") for metric, column in COLUMNS.items()}
+        found.append(
+            Pair(
+                point,
+                tuple(line.get("lint", "").split()),
+                {metric: float(text) for metric, text in measured.items() if text},
+                {metric: float(text) for metric, text in metrics.items()} if all(metrics.values()) else None,
+                times(point, said["ttft_ms"], said["tpot_ms"]) if "tpot_ms" in said else None,
+            )
+        )
     return found
+
+
+def predicted(points: Path, file: Path | None, say: Callable[[str], None]) -> dict[str, dict[str, str]]:
+    """planc's blind predictions by point, from a file or made now."""
+    with tempfile.TemporaryDirectory() as folder:
+        if file is None:
+            say("planc validate --leave-out-cells")
+            file = Path(folder) / "predictions.csv"
+            write_predictions(api.validate(points, leave_out_cells=True), file)
+        with file.open(newline="") as lines:
+            return {line["id"]: line for line in csv.DictReader(lines)}
 
 
 def errors(pairs: Sequence[Pair], who: str, metric: str) -> dict[str, float | int | None]:
     """Of one tool over the pairs that it predicts, in percent."""
     found = []
     for pair in pairs:
-        said, true = getattr(pair, who), pair.row.measured[metric]
+        said, true = getattr(pair, who), pair.measured.get(metric)
         if said is not None and true is not None:
             found.append(100 * (said[metric] / true - 1))
     if not found:
@@ -128,13 +159,13 @@ def compared(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def figures(pairs: Sequence[Pair]) -> dict[str, Any]:
     """Totals on all points, on those that both predict, on those that pass lint; and by cell."""
-    both = [pair for pair in pairs if pair.rival is not None]
+    both = [pair for pair in pairs if pair.rival is not None and pair.planc is not None]
     cells = sorted({pair.cell for pair in pairs})
     return {
         "all": compared(pairs),
         "both": compared(both),
-        "both_linted": compared([pair for pair in both if not pair.row.lint]),
-        "both_aggregated": compared([pair for pair in both if pair.row.point.mode == "agg"]),
+        "both_linted": compared([pair for pair in both if not pair.lint]),
+        "both_aggregated": compared([pair for pair in both if pair.point.mode == "agg"]),
         "cells": {cell: compared([pair for pair in both if pair.cell == cell]) for cell in cells},
         "points_in_cell": {cell: sum(pair.cell == cell for pair in pairs) for cell in cells},
     }
@@ -170,6 +201,7 @@ def _cell(item: Mapping[str, Any], *, wide: bool) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("points", type=Path)
+    parser.add_argument("--predictions", type=Path)
     parser.add_argument("--python", default=os.environ.get("AICONFIGURATOR_PYTHON", sys.executable))
     parser.add_argument("--answers", type=Path)
     parser.add_argument("--json", type=Path)
@@ -183,26 +215,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     version = ask(points, given.python, known, say)
     if given.answers:
         given.answers.write_text(json.dumps(known))
-    say("planc validate")
-    pairs = paired(api.validate(given.points, leave_out_cells=True), known)
+    pairs = paired(points, predicted(given.points, given.predictions, say), known)
     found = figures(pairs)
     refused: dict[str, int] = {}
     for answer in known.values():
         if "error" in answer:
             text = answer["error"].split(":")[0]
             refused[text] = refused.get(text, 0) + 1
-    print(f"aiconfigurator {version}, {len(pairs)} points that planc predicts of {len(points)}")
+    own = sum(pair.planc is not None for pair in pairs)
+    print(f"aiconfigurator {version}; {len(points)} points, of which planc predicts {own}")
     print(table(found))
     for text, count in sorted(refused.items()):
         print(f"not predicted by aiconfigurator: {count} with {text}")
     if given.json:
         each = [
             {
-                "id": pair.row.point.id,
+                "id": pair.point.id,
                 "cell": pair.cell,
-                "lint": list(pair.row.lint),
-                "measured": dict(pair.row.measured),
-                "planc": dict(pair.planc),
+                "lint": list(pair.lint),
+                "measured": dict(pair.measured),
+                "planc": dict(pair.planc) if pair.planc else None,
                 "rival": dict(pair.rival) if pair.rival else None,
             }
             for pair in pairs

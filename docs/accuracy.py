@@ -29,8 +29,10 @@ from accuracy_gaps import poor
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "out" / "accuracy"
+#: results that are kept with the code, where out/accuracy has no newer one
+KEPT = ROOT / "benchmarks" / "results"
 POINTS = "$PLANC_DATA/serving/points.csv"
-BY = "--by model,gpu,engine,weights,mode --json"
+VALIDATE = f"planc validate {POINTS} --by model,gpu,engine,weights,mode --json"
 
 Results = Mapping[str, Any]
 
@@ -39,8 +41,7 @@ Results = Mapping[str, Any]
 class Section:
     """One part of the report.
 
-    runs     result file -> the command that writes it, as a user types it; `{}` is the file's path and
-             "> {}" at its end what the command prints
+    runs     result file -> the command that writes it, as a user types it; FILE stands for its path
     write    from the results that are present (by file name, without suffix) to Markdown lines; it draws
              plots into the folder that it is given
     """
@@ -56,11 +57,10 @@ SECTIONS = (
         "serving",
         "Serving points",
         {
-            "blind.json": f"planc validate {POINTS} --leave-out-cells {BY} "
-            "--out out/accuracy/predictions.csv > {}",
-            "few_shot.json": f"planc validate {POINTS} --calibrate-on 3 {BY} > {{}}",
-            "no_flags.json": f"planc validate {POINTS} --leave-out-cells --no-published-flags {BY} > {{}}",
-            "shipped.json": f"planc validate {POINTS} {BY} > {{}}",
+            "blind.json": f"{VALIDATE} --leave-out-cells --out out/accuracy/predictions.csv > FILE",
+            "few_shot.json": f"{VALIDATE} --calibrate-on 3 > FILE",
+            "no_flags.json": f"{VALIDATE} --leave-out-cells --no-published-flags > FILE",
+            "shipped.json": f"{VALIDATE} > FILE",
         },
         sections.serving,
     ),
@@ -69,7 +69,7 @@ SECTIONS = (
         "Beside aiconfigurator",
         {
             "rival.json": f"python benchmarks/vs_aiconfigurator_accuracy.py {POINTS} "
-            "--answers out/accuracy/answers.json --json {}"
+            "--predictions out/accuracy/predictions.csv --answers out/accuracy/answers.json --json FILE"
         },
         sections.rival,
     ),
@@ -78,27 +78,39 @@ SECTIONS = (
         "Published maximum throughputs of TensorRT-LLM",
         {
             "offline.json": "python benchmarks/trtllm_throughput.py "
-            "$PLANC_DATA/serving/trtllm_max_throughput.csv --json {}"
+            "$PLANC_DATA/serving/trtllm_max_throughput.csv --json FILE"
         },
         sections.offline,
     ),
     Section(
         "operators",
         "Operators",
-        {"operators.jsonl": "python -m planc.cost_model.fitting --score --json --tables $PLANC_TABLES > {}"},
+        {
+            "operators.json": "python benchmarks/operators.py ${PLANC_TABLES:+--tables $PLANC_TABLES} "
+            "--json FILE"
+        },
         sections.operators,
     ),
     Section(
         "replay",
         "Replay of a recorded vLLM run",
-        {"replay.json": "python benchmarks/replay_vllm.py --json {}"},
+        {"replay.json": "python benchmarks/replay_vllm.py --json FILE"},
         sections.replay,
     ),
     Section(
         "cpu",
         "The loop on a CPU",
-        {"cpu_loop.json": "python benchmarks/cpu_loop.py --out {}"},
+        {"cpu_loop.json": "python benchmarks/cpu_loop.py --out FILE"},
         sections.cpu_loop,
+    ),
+    Section(
+        "speed",
+        "Speed of the simulator",
+        {
+            "simulator.txt": "python benchmarks/simulator.py "
+            "--trace $PLANC_DATA/traces/AzureLLMInferenceTrace_conv.csv > FILE"
+        },
+        sections.speed,
     ),
 )
 
@@ -109,8 +121,8 @@ def load(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*")):
         if path.suffix == ".json":
             found[path.stem] = json.loads(path.read_text())
-        elif path.suffix == ".jsonl":
-            found[path.stem] = [json.loads(line) for line in path.read_text().splitlines() if line]
+        elif path.suffix == ".txt":
+            found[path.stem] = path.read_text()
         elif path.suffix == ".csv":
             found[path.stem] = sections.table(path)
     return found
@@ -122,7 +134,7 @@ def run(section: Section, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     for name, command in section.runs.items():
         part = folder / f".{name}"
-        text = command.format(part)
+        text = command.replace("FILE", str(part))
         print(f"$ {text}", flush=True)
         done = subprocess.run(["bash", "-c", text], cwd=ROOT, env={**os.environ, "PATH": path}, check=False)
         if done.returncode == 0 and part.exists() and part.stat().st_size:
@@ -148,7 +160,7 @@ def report(results: Results, plots: Path, today: str) -> str:
             lines += section.write(results, plots)
         except KeyError as error:
             lines.append(f"Not run: the result {error} is absent.")
-        shown = [command.format(f"out/accuracy/{name}") for name, command in section.runs.items()]
+        shown = [command.replace("FILE", f"out/accuracy/{name}") for name, command in section.runs.items()]
         lines += ["", "```sh", *shown, "```", ""]
     lines += ["## What is poor, and why", "", *poor(results, sections.points(results))]
     return "\n".join(lines).rstrip() + "\n"
@@ -173,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run(section, given.results)
     plots = given.out / "accuracy"
     plots.mkdir(parents=True, exist_ok=True)
-    text = report(load(given.results), plots, datetime.now(UTC).date().isoformat())
+    results = {**load(KEPT), **load(given.results)}
+    text = report(results, plots, datetime.now(UTC).date().isoformat())
     (given.out / "accuracy.md").write_text(text)
     print(f"{given.out / 'accuracy.md'}: {len(text.splitlines())} lines")
     return 0

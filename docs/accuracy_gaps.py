@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from accuracy_sections import physics
+
 Results = Mapping[str, Any]
 #: medians beyond which a group is named, %
 TPOT, TTFT, OFFLINE, HELD_OUT, PHYSICS = 7.0, 28.0, 15.0, 5.0, 20.0
@@ -118,25 +120,20 @@ def _offline(results: Results) -> list[str]:
 
 
 def _operators(results: Results) -> list[str]:
-    lines = []
-    held: dict[tuple[str, str], list[str]] = defaultdict(list)
-    physics: dict[tuple[str, str], list[float]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
     for item in results.get("operators", []):
-        key = item["family"], item["gpu"]
-        if 100 * item["held_out"] > HELD_OUT:
-            held[key].append(f"{item['table']} {100 * item['held_out']:.1f} %")
-        if item["physics"] == item["physics"]:
-            physics[key].append(100 * item["physics"])
-    for (family, gpu), tables in sorted(held.items()):
-        shown = ", ".join(tables[:4]) + (f" and {len(tables) - 4} more" if len(tables) > 4 else "")
-        lines.append(f"* Held-out {family} shapes on {gpu}: {shown}.")
-    weak = [
-        f"{family} on {gpu} {median(v):.0f} %"
-        for (family, gpu), v in sorted(physics.items())
-        if median(v) > PHYSICS
-    ]
+        groups[item["family"], item["gpu"]].append(item)
+    lines, weak = [], []
+    for (family, gpu), items in sorted(groups.items()):
+        bad = [f"{i['table']} {100 * i['held_out']:.1f} %" for i in items if 100 * i["held_out"] > HELD_OUT]
+        if bad:
+            more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+            lines.append(f"* Held-out {family} shapes on {gpu}: {', '.join(bad[:4])}{more}.")
+        alone = physics(items)
+        if alone is not None and alone > PHYSICS:
+            weak.append(f"{family} on {gpu} {alone:.0f} %")
     if weak:
-        lines.append(f"* Physics alone, for GPUs without measurements: {', '.join(weak)}.")
+        lines.append(f"* Physics alone, as for GPUs without measurements: {', '.join(weak)}.")
     return lines
 
 

@@ -97,7 +97,7 @@ def coverage(path: Path, shares: Mapping[str, float]) -> None:
 
 def duel(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Distribution of the TPOT errors of both tools on the points that both predict."""
-    both = [row for row in rows if row["rival"] and row["measured"]["tpot"]]
+    both = [row for row in rows if row["rival"] and row["planc"] and "tpot" in row["measured"]]
     figure, axes = plt.subplots(figsize=(4.8, 2.8))
     for name, who in (("planc, blind", "planc"), ("aiconfigurator", "rival")):
         sizes = np.sort([100 * abs(row[who]["tpot"] / row["measured"]["tpot"] - 1) for row in both])

@@ -79,7 +79,7 @@ def test_a_report_shows_what_the_runs_found(script: Any, tmp_path: Path) -> None
     assert "monotone 2" in text
     assert "+0 % below the middle concurrency and -20 % above it" in text
     assert "Bands too narrow for llama-3.1-70b" in text
-    assert text.count("Not run") == 5
+    assert text.count("Not run") == 6
     plots = {path.name for path in (tmp_path / "accuracy").glob("*.svg")}
     assert plots == {"tpot.svg", "ttft.svg", "groups.svg", "bands.svg"}
 
@@ -96,7 +96,7 @@ def test_a_run_that_fails_leaves_the_last_result(script: Any, tmp_path: Path) ->
     accuracy = script("accuracy")
     (tmp_path / "x.json").write_text("1")
     (tmp_path / "y.json").write_text("1")
-    runs = {"x.json": "false > {}", "y.json": "echo 2 > {}"}
+    runs = {"x.json": "false > FILE", "y.json": "echo 2 > FILE"}
     accuracy.run(accuracy.Section("s", "S", runs, lambda *_: []), tmp_path)
     assert (tmp_path / "x.json").read_text() == "1"
     assert (tmp_path / "y.json").read_text() == "2\n"
