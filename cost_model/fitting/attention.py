@@ -18,7 +18,7 @@ from planc.cost_model.profile import Profile, Table, TableInfo
 
 _DATE = "2026-11-21"
 _LAUNCH_S = 5e-6
-_ROUNDED = 1.6e-2  # nat; what is finer than repeat measurements only costs bytes
+_ROUNDED = 5e-3  # nat; what is finer than repeat measurements only costs bytes
 _MERGED = (2.0, 8.0)  # tokens: decode contexts that cost what four do
 _SLOWER = 1.5  # times another engine's kernel at long loops: not what is served
 

@@ -45,6 +45,7 @@ from planc.cost_model.roofline import Roofline
 
 _BLOCK = 128.0  # query rows of a block
 _EVERYTHING = 1e9  # tokens: no window
+_STREAMED = 0.88  # share of memory peak at which decode reads keys and values (`attention_decode_memory`)
 _SWEPT = 2.0  # cache sizes that a kernel must read before none of it stays for the next call
 
 
@@ -123,17 +124,21 @@ def _softmax(spec: Attention, profile: Profile, engine: str, sms: float, l2: flo
 
 def _decode(spec: Attention, table: Table, l2: float) -> Seconds:
     """A benchmark that repeats itself finds keys and values in a cache that holds them; in a step, the other
-    layers have swept them out. So no reach is better used than one that is too long for the cache."""
+    layers have swept them out. So no reach is better used than one that is too long for the cache, but none
+    takes more than the kernel's floor and its bytes from memory."""
     grid, ideal, window = sliced(table, spec.q_heads / spec.kv_heads), Ideal.of(table), _window(table)
-    per_key = spec.key_width / spec.kv_heads * spec.kv_bytes
+    per_key, new = spec.key_width / spec.kv_heads * spec.kv_bytes, _new_bytes(spec)
 
     def seconds(heads: Array, reach: Array) -> Array:
         sequences = heads / spec.kv_heads
         pairs = sequences * np.minimum(reach, window)
         cached = pairs * spec.key_width * spec.kv_bytes
-        ideally = ideal.seconds(pairs * spec.pair_flops, cached, sequences * _new_bytes(spec))
+        ideally = ideal.seconds(pairs * spec.pair_flops, cached, sequences * new)
+        measured = ideally * np.exp(grid.at(heads, reach))
         swept = np.maximum(reach, np.minimum(_SWEPT * l2 / (heads * per_key), window))
-        return ideally * np.exp(np.maximum(grid.at(heads, reach), grid.at(heads, swept)))
+        floor = (ideal.launch_s + sequences * new / ideal.bytes_s) * np.exp(grid.at(heads, SHORTEST))
+        from_memory = floor + cached / (_STREAMED * ideal.bytes_s)
+        return np.maximum(measured, np.minimum(ideally * np.exp(grid.at(heads, swept)), from_memory))
 
     surface = Surface.of(seconds, SHORTEST)
     if window < _EVERYTHING:

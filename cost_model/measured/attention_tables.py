@@ -85,11 +85,14 @@ class Surface:
 
     @staticmethod
     def of(seconds: Callable[[Array, Array], Array], shortest: float) -> Surface:
-        """Tabulates a function of two broadcast arrays at half octaves, and lifts it where it falls."""
+        """Tabulates a function of two broadcast arrays at half octaves; where it falls, half-way between the
+        greatest before and the least after."""
         one, two = (2.0 ** (np.arange(n * _PER_OCTAVE + 1) / _PER_OCTAVE) for n in _OCTAVES)
-        found = seconds(one[:, None], shortest * two[None, :])
+        found = np.log(seconds(one[:, None], shortest * two[None, :]))
         lifted = np.maximum.accumulate(np.maximum.accumulate(found, axis=0), axis=1)
-        return Surface(np.log(lifted), shortest)
+        behind = found[::-1, ::-1]
+        lowered = np.minimum.accumulate(np.minimum.accumulate(behind, axis=0), axis=1)[::-1, ::-1]
+        return Surface((lifted + lowered) / 2, shortest)
 
     def at(self, one: Array, two: Array) -> Array:
         rows, columns = self.log_seconds.shape
