@@ -20,7 +20,7 @@ class Grid:
     attention     precision that attention runs in
     widths        bytes per row, and rows, of pointwise kernels
     cold_mib      operands together larger than this come from memory, not from a cache
-    slice_s       length of one sample; `samples` of them at least
+    slice_s       length of one sample; `samples` of them at least in each of `passes`
     """
 
     precisions: tuple[Precision, ...]
@@ -39,6 +39,7 @@ class Grid:
     cold_mib: float
     slice_s: float
     samples: int
+    passes: int
 
     def cases(self) -> Iterator[Case]:
         """All of them; those of one weight follow each other, the cheapest to lose come last."""
@@ -84,7 +85,8 @@ _CPU = Grid(
     messages=(4096, 65536, 1 << 20, 1 << 23),
     cold_mib=96,
     slice_s=0.02,
-    samples=9,
+    samples=4,
+    passes=3,
 )
 _CUDA = Grid(
     precisions=("bf16", "fp8", "int8"),
@@ -103,6 +105,7 @@ _CUDA = Grid(
     cold_mib=256,
     slice_s=0.01,
     samples=9,
+    passes=1,
 )
 _TINY = Grid(
     precisions=("bf16",),
@@ -121,6 +124,7 @@ _TINY = Grid(
     cold_mib=8,
     slice_s=0.002,
     samples=3,
+    passes=1,
 )
 
 

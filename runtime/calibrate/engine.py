@@ -36,7 +36,7 @@ _SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 2}
 _LAYERS = (2, 6)
 _BATCHES = (1, 4, 8, 16)
 _SHORT, _OUTPUT = 8, 72
-_TRIES = 9
+_ROUNDS = 9
 _LONG = (256, 512)
 
 
@@ -84,14 +84,23 @@ def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, st
     with serving(command, scratch / f"log-{layers}", {**surroundings, **variables}) as port:
         short, tokens = _prompt(folder, 16)
         closed_loop(port, "tiny", [short] * 4, 2, 8)  # warm-up
-        steps, first = {}, {}
-        for batch in _BATCHES:
-            steps[batch, tokens + (_SHORT + _OUTPUT) / 2] = _per_token(port, short, batch)
-        for wanted in (16, *_LONG):
-            prompt, tokens = _prompt(folder, wanted)
-            answers = closed_loop(port, "tiny", [prompt] * _TRIES, 1, 1)
-            first[tokens] = _undisturbed([answer.ttft for answer in answers])
-    return Served(layers, table, steps, first)
+        prompts = [(short, tokens), *(_prompt(folder, wanted) for wanted in _LONG)]
+        whole: dict[tuple[int, int], list[float]] = {}
+        first: dict[int, list[float]] = {}
+        for _ in range(_ROUNDS):
+            for batch in _BATCHES:
+                for output in (_SHORT, _OUTPUT):
+                    whole.setdefault((batch, output), []).append(_slowest(port, short, batch, output))
+            for prompt, length in prompts:
+                (answer,) = closed_loop(port, "tiny", [prompt], 1, 1)
+                first.setdefault(length, []).append(answer.ttft)
+    context = tokens + (_SHORT + _OUTPUT) / 2
+    return Served(
+        layers,
+        table,
+        {(batch, context): _per_token(whole[batch, _OUTPUT], whole[batch, _SHORT]) for batch in _BATCHES},
+        {length: _undisturbed(times) for length, times in first.items()},
+    )
 
 
 def _checkpoint(layers: int) -> Path:
@@ -108,16 +117,12 @@ def _checkpoint(layers: int) -> Path:
     return folder
 
 
-def _per_token(port: int, prompt: str, batch: int) -> float:
-    """Seconds per step of `batch` sequences: what a long answer takes more than a short one, per token.
+def _per_token(long: Sequence[float], short: Sequence[float]) -> float:
+    """Seconds per step: what long answers take more than short ones, per token.
 
     Not the time between tokens as they arrive: a server that is busy sends several at once.
     """
-    long, short = (
-        _undisturbed([_slowest(port, prompt, batch, tokens) for _ in range(_TRIES)])
-        for tokens in (_OUTPUT, _SHORT)
-    )
-    return (long - short) / (_OUTPUT - _SHORT)
+    return (_undisturbed(long) - _undisturbed(short)) / (_OUTPUT - _SHORT)
 
 
 def _slowest(port: int, prompt: str, batch: int, tokens: int) -> float:

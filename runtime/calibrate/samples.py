@@ -71,6 +71,7 @@ class Worker:
             "cold_mib": grid.cold_mib,
             "slice_s": grid.slice_s,
             "samples": grid.samples,
+            "passes": grid.passes,
             "cases": list(cases),
         }
         threads = str(self.threads)
@@ -106,8 +107,8 @@ class Worker:
         assert process.stdout is not None
         cases: Sequence[Case] = asked["cases"]
         facts: Mapping[str, Any] | None = None
-        samples: list[Sample] = []
-        failed: list[tuple[Case, str]] = []
+        found: dict[int, Mapping[str, Any]] = {}
+        total = len(cases) * asked["passes"]
         try:
             json.dump(asked, process.stdin)
             process.stdin.close()
@@ -118,15 +119,17 @@ class Worker:
             if "facts" in answer:
                 facts = answer["facts"]
                 continue
-            case = cases[answer["case"]]
-            if "error" in answer:
-                failed.append((case, answer["error"]))
-            else:
-                samples.append(Sample(case, answer["seconds"], answer["spread"], answer["samples"]))
+            found[answer["case"]] = answer
             if progress:
-                progress(len(samples) + len(failed), len(cases), case["op"])
-        if facts is None or len(samples) + len(failed) < len(cases):
+                progress(answer["pass"] * len(cases) + answer["case"] + 1, total, cases[answer["case"]]["op"])
+        if facts is None or len(found) < len(cases):
             return None
+        samples = [
+            Sample(cases[number], answer["seconds"], answer["spread"], answer["samples"])
+            for number, answer in found.items()
+            if "error" not in answer
+        ]
+        failed = [(cases[n], answer["error"]) for n, answer in found.items() if "error" in answer]
         return Run(facts, tuple(samples), tuple(failed))
 
     def _failure(self, reason: str) -> ToolFailed:

@@ -1,10 +1,13 @@
-"""Micro-benchmarks, in a process of their own: cases in on stdin, one JSON line per measured case out.
+"""Micro-benchmarks, in a process of their own: cases in on stdin, one JSON line per case and pass out.
 
     python worker.py < {"device": "cpu", "engine": "torch", "threads": 1, "cases": [{"op": "gemm", ...}]}
 
 The file imports nothing of planc, so that any environment with torch can run it, an engine's own among
 them: with `engine` "vllm" the kernels are those that vLLM calls on a CPU (oneDNN products on packed
 weights, its paged attention). On a CUDA device the calls are captured in a graph and timed by events.
+
+All cases are measured in each of `passes`, minutes apart, and the fastest pass counts: what else runs on the
+machine only ever adds to a time. An answer is that of the passes so far.
 
 Operands that a model would find in memory rather than in a cache (weights, the KV cache) take turns:
 copies of them, together larger than `cold_mib`, are used one after another.
@@ -351,10 +354,15 @@ def main() -> None:
         about["vllm"] = vllm.__version__
     print(json.dumps({"facts": about}), file=out, flush=True)
     end = time.monotonic() + asked["budget_s"]
-    for number, case in enumerate(asked["cases"]):
-        late = time.monotonic() > end
-        answer = {"error": "the time budget was spent"} if late else measured(case, bench, engine)
-        print(json.dumps({"case": number, **answer}), file=out, flush=True)
+    best: dict[int, dict[str, Any]] = {}
+    for turn in range(asked["passes"]):
+        for number, case in enumerate(asked["cases"]):
+            late = time.monotonic() > end
+            answer = {"error": "the time budget was spent"} if late else measured(case, bench, engine)
+            known = best.get(number, answer)
+            if answer.get("seconds", math.inf) <= known.get("seconds", math.inf):
+                best[number] = answer
+            print(json.dumps({"case": number, "pass": turn, **best[number]}), file=out, flush=True)
 
 
 if __name__ == "__main__":
