@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from planc.planner.estimate import estimate
+from planc.runtime.load_test import load_test
 from planc.runtime.validation.harness import Harness
 from planc.runtime.validation.points import Point, PoolLabel
+from tests.planner.cases import request, table
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"model": "llama-3.1-70b", "gpu": "h200_sxm", "engine": "trtllm", "weights": "fp8", "mode": "agg"}
@@ -180,3 +183,34 @@ def test_choices_count_what_lies_within_two_percent(script: Any) -> None:
     assert bench.choices(far, lambda row: 1.0)["right"] == 0
     assert bench.choices(far, lambda row: 1.0 / row.gpus)["right"] == 1
     assert bench.choices(far[:1], lambda row: 1.0)["groups"] == 0
+
+
+def test_offline_runs_are_what_rate_max_estimates(script: Any) -> None:
+    """`planc estimate` with the run's settings gives the benchmark's throughput."""
+    bench = script("trtllm_throughput")
+    row = bench.Row("Llama 3.1 8B", "h200_sxm", "fp8", 1, 1, 1, 5000, 500, 1.0)
+    found = bench.Predictor(lambda name: table())(row)
+    batch, tokens = bench.bench_limits(found.batch, 5000, 500, 1)
+    wanted = request(
+        inventory={"nodes": [{"gpu": "h200_sxm", "gpus_per_node": 1}]},
+        workload={
+            "isl": 5000,
+            "osl": 500,
+            "rate": "max",
+            "load_test": {"requests": bench.REQUESTS[5000, 500], "length_low": 1, "length_high": 1},
+        },
+        slo={},
+        constraints={"engines": ["trtllm"]},
+    )
+    engine = estimate(
+        wanted,
+        table(),
+        weights="fp8",
+        kv="fp8",
+        max_num_seqs=batch,
+        max_num_batched_tokens=max(tokens, 5000),
+        gpu_memory_utilization=bench.CACHE_SHARE,
+        replicas=1,
+    )
+    told = load_test(wanted, table(), engine.replica, 1)
+    assert told.rates["output_tok_s"] == pytest.approx(found.tokens_s, rel=0.03)
