@@ -128,6 +128,8 @@ class Serving(Entry):
     preemption         what becomes of the cache of a sequence that must give way
     stream_interval    tokens per message to a client
     recv_interval      steps between looks at new requests
+    request_ms         a request's way to the scheduler: network, tokenizer, admission; None as in the
+                       planner's priors
     """
 
     chunked_prefill: bool
@@ -138,6 +140,7 @@ class Serving(Entry):
     preemption: Literal["recompute", "swap"] = "recompute"
     stream_interval: int = Field(default=1, ge=1)
     recv_interval: int = Field(default=1, ge=1)
+    request_ms: float | None = Field(default=None, ge=0)
     source: str
     date: str
 
@@ -145,6 +148,8 @@ class Serving(Entry):
 class EngineProfile(Entry):
     """What an engine can load and run, its defaults, and what its steps cost besides kernels.
 
+    utilization_of       what gpu_memory_utilization is a share of: all memory for everything, all memory for
+                         weights and cache only ("static"), what is free after all but the cache ("free")
     step_us              host time per step that no kernel hides, with CUDA graphs
     step_eager_us        the same for an engine that runs eagerly
     launch_us            host time per kernel in a compiled step without a graph (prompts, large batches);
@@ -169,6 +174,7 @@ class EngineProfile(Entry):
     block_size: int
     block_sizes: tuple[int, ...]
     gpu_memory_utilization: float
+    utilization_of: Literal["all", "static", "free"] = "all"
     max_num_seqs: int
     max_num_batched_tokens: int
     scheduling: Literal["mixed", "prefill_first"]

@@ -32,6 +32,7 @@ class MemoryMap:
     states               recurrent states of `max_num_seqs` sequences
     kv_cache             kv_blocks * block_size * kv_bytes_per_token
     reserve              what remains of `capacity`: left to others by the engine's setting, or rounding
+    limit                of `capacity`, what the engine's setting lets it take
     kv_bytes_per_token   exact, over the GPU's layers, when every layer keeps every token
     kv_blocks            0 when weights and the rest leave no room for one sequence of `max_model_len`
     kept                 per kind of layer, for models whose layers forget (sliding windows, chunks)
@@ -46,6 +47,7 @@ class MemoryMap:
     states: float
     kv_cache: float
     reserve: float
+    limit: float
     kv_bytes_per_token: float
     block_size: int
     kv_blocks: int
@@ -65,7 +67,7 @@ class MemoryMap:
     @property
     def fits(self) -> bool:
         """Whether the engine would start: room for one sequence at least."""
-        return self.kv_blocks > 0 or (not self.kept and self.reserve >= 0)
+        return self.kv_blocks > 0 or (not self.kept and self.total <= self.limit)
 
     def sequence_bytes(self, context: ArrayLike) -> Array:
         """Cache bytes of one sequence with `context` tokens, whole blocks, forgetting layers capped."""
@@ -92,8 +94,10 @@ def memory_map(
 ) -> MemoryMap:
     """The memory of the GPU with the least room for cache, over the pipeline stages.
 
-    Blocks are counted as the engines do: what `utilization` allows, less weights, the activation
-    peak of a full step, graphs, states and overhead, divided by the bytes of one block.
+    Blocks are counted as the engines do: what `utilization` allows, divided by the bytes of one block.
+    What it is a share of differs (`EngineProfile.utilization_of`): of all memory, less weights, the
+    activation peak of a full step, graphs, states and overhead; of all memory, for weights, states and cache
+    alone, while the rest lives in what is left; or of what is free once everything else has its place.
     """
     size = block_size or profile.block_size_on(gpu)
     share = profile.gpu_memory_utilization if utilization is None else utilization
@@ -110,7 +114,14 @@ def memory_map(
         logits = max_num_seqs if stage.last else 0
         activations = activation_bytes(table, shape, profile, max_num_batched_tokens, logits)
         fixed = weights + activations + graphs + overhead + states
-        room = gpu.memory_bytes * share - fixed
+        limit = gpu.memory_bytes * share
+        if profile.utilization_of == "free":
+            limit = fixed + max(gpu.memory_bytes - fixed, 0.0) * share
+        elif profile.utilization_of == "static":
+            limit = min(
+                (gpu.memory_bytes - overhead) * share + activations + graphs + overhead, gpu.memory_bytes
+            )
+        room = limit - fixed
         blocks = math.floor(room / (per_token * size)) if per_token and room > 0 else 0
         one = float(_sequence_bytes(kept, max_model_len / shape.cp, size))
         if blocks * per_token * size < one:
@@ -125,6 +136,7 @@ def memory_map(
             states=states,
             kv_cache=cache,
             reserve=gpu.memory_bytes - fixed - cache,
+            limit=limit,
             kv_bytes_per_token=per_token,
             block_size=size,
             kv_blocks=blocks,
@@ -213,8 +225,9 @@ def _live(row: Row, shape: EngineShape) -> float:
     """Elements per token that an op holds at once."""
     part, work = factors(row, shape), row.work
     if work.family == "grouped_gemm":  # the first product's rows, then the second's in their place
-        width = work.dims["n"] * part.n / (shape.ep if shape.ep > 1 else 1) * shape.dp
-        return work.dims["top_k"] * (max(width, work.dims["k"] / shape.ep) + width / 2)
+        pairs = work.dims["top_k"] * shape.dp / shape.ep  # of all dp ranks' tokens, this group's experts
+        width = work.dims["n"] * part.n
+        return pairs * (max(width, work.dims["k"]) + width / 2)
     return work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes
 
 

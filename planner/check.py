@@ -142,7 +142,9 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
         total = m.weights_gib + m.kv_cache_gib + m.activations_gib + m.graphs_gib + m.overhead_gib
         if abs(total - m.total_gib) > 1e-3 * m.capacity_gib:
             yield f"replica {number}: memory parts sum to {total:.2f} GiB, not {m.total_gib:.2f}"
-        if total > m.capacity_gib * replica.gpu_memory_utilization * (1 + 1e-9):
+        of_all = catalogue.engine(replica.engine).utilization_of == "all"
+        allowed = m.capacity_gib * (replica.gpu_memory_utilization if of_all else 1.0)
+        if total > allowed * (1 + 1e-9):
             yield f"replica {number}: {total:.2f} GiB do not fit into {m.capacity_gib:.2f} GiB"
         gpu = catalogue.gpu(replica.gpu)
         if abs(m.capacity_gib - gpu.memory_gib) > 1e-6:

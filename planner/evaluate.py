@@ -106,8 +106,7 @@ class Room:
     def seats(self, cap: int, budget: int) -> int:
         """Sequences that run at once; 0 when the engine would not start."""
         memory = self.memory(cap, budget)
-        share = self.utilization or self.candidate.profile.gpu_memory_utilization
-        if not memory.fits or memory.total > memory.capacity * share * (1 + 1e-12):
+        if not memory.fits:
             return 0
         if not memory.kept:
             return cap
