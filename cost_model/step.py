@@ -178,6 +178,11 @@ class StepModel:
         """Seconds with this model's band and provenance."""
         return Quantity.within(seconds, self.band, self.source)
 
+    @property
+    def launches(self) -> float:
+        """Kernels that a step launches, over all stages."""
+        return float(self._launches.sum())
+
     def seconds(self, load: StepLoad) -> Array:
         """One engine step, s, in the common shape of the load's fields; 0 for an empty step."""
         return self._fold(load, slowest=True)

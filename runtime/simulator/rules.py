@@ -110,7 +110,7 @@ class Rules(Limits):
             "preemption": serving.preemption,
             "stream_interval": serving.stream_interval,
             "recv_interval": serving.recv_interval,
-            "request_ms": known.request_s * 1e3,
+            "request_ms": known.request_s * 1e3 if serving.request_ms is None else serving.request_ms,
             "lag_steps": known.lag_steps,
         }
         for name in ("request_ms", "lag_steps", "stream_interval", "recv_interval", "prompts_per_step"):

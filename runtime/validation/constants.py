@@ -37,6 +37,8 @@ class Constants:
         used, known = overlay.current(), priors()
         own = lambda name: used.constant(name, profile.name) if used else None  # noqa: E731
         request, lag = own("request_ms"), own("lag_steps")
+        if request is None:
+            request = profile.serving.request_ms
         return Constants(
             step_us=profile.step_us,
             layer_us=profile.layer_us,

@@ -5,10 +5,10 @@ ones, t(x) = t0 + D x, with t0 simulated and D in closed form; the fit minimises
 
     sum over rows  w rho(ln t(x) - ln measured)  +  sum over constants (x / spread)^2
 
-with rho = ln(1 + (./scale)^2) / 2 (Cauchy's: outliers pull less the farther they are), and w such that every cell weighs the same
-however many rows it has. x has one part for all engines and one for each engine, the latter with narrower
-spreads: an engine's own constants are shrunk to the common ones. What is left out of a fit is a whole cell
-(model, GPU, engine, weights).
+with rho = ln(1 + (./scale)^2) / 2 (Cauchy's: outliers pull less the farther they are), and w such that
+every cell weighs the same however many rows it has. x has one part for all engines and one for each engine,
+the latter with narrower spreads: an engine's own constants are shrunk to the common ones. What is left out
+of a fit is a whole cell (model, GPU, engine, weights).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ SPREAD: Mapping[str, float] = {
     "per_sequence_us": 12.0,
     "kernel_factor": 0.05,
     "prefill_factor": 0.20,
-    "request_ms": 25.0,
-    "lag_steps": 2.0,
+    "request_ms": 40.0,
+    "lag_steps": 0.5,
 }
-#: spreads of an engine's own part, and of one deployment's, over those of the common part; what lies between
-#: an engine and its clients is taken as common
-_ENGINE, _CELL = 0.4, 1.2
-_COMMON = ("request_ms", "lag_steps")
+#: spreads of an engine's own part, and of one deployment's, over those of the common part; steps
+#: of lag are common
+_ENGINE, _CELL = 0.6, 1.2
+_COMMON = ("lag_steps",)
 #: errors in ln t beyond which a row pulls ever less: TPOT, TTFT
 _SCALE = (0.06, 0.20)
 #: rows of noise that the prior is worth

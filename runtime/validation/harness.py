@@ -37,6 +37,7 @@ class Harness:
     kv                        cache format, None for the engine's usual one
     gpu_memory_utilization    None for the engine's default
     speculative               name of the method, None for none; planc predicts without it
+    dependent_launch          kernels start before those before them end (programmatic dependent launch)
     expert_parallel           whole experts on ranks although labels say otherwise; None: as labelled
     """
 
@@ -57,6 +58,7 @@ class Harness:
     gpu_memory_utilization: float | None = None
     speculative: str | None = None
     expert_parallel: bool | None = None
+    dependent_launch: bool = False
 
 
 NAMES = tuple(item.name for item in fields(Harness))
@@ -67,6 +69,11 @@ assert set(NAMES) == set(FLAGS)
 def _document() -> Any:
     text = resources.files("planc.runtime.validation").joinpath("harness.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
+
+
+def hidden_launch_us() -> float:
+    """What dependent launch hides of each kernel of a captured step, us."""
+    return float(_document()["dependent_launch"]["hidden_us"])
 
 
 def block_scaled_families() -> frozenset[str]:

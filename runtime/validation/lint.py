@@ -4,6 +4,8 @@ monotone      in a sweep over concurrency (same cell, layout and lengths) TPOT f
               one, by more than `_FALL` under one engine version, by more than `_CHANGE` whatever the
               versions; the fewest rows that must go so that the rest rises are flagged, where the sweep
               has at least three loads
+capped        in a sweep, a load at least `_MORE` times another's has a TPOT less than `_FLAT` above it and
+              a TTFT over `_LATE` times as long: fewer sequences ran than the load says
 duplicates    rows of one cell, layout, lengths and concurrency differ by more than `_SPREAD` in TPOT:
               different software under one label, and nothing says which, so all are flagged
 unexplained   no engine version, in a cell where other rows state theirs, and not confirmed by a row of the
@@ -16,6 +18,7 @@ stalled       mean TTFT exceeds the time in which this layout, at the rate of pr
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
@@ -27,8 +30,9 @@ _FALL = 0.05
 _CHANGE = 0.25
 _SPREAD = 0.10
 _STEPS = 50
+_MORE, _FLAT, _LATE = 4.0, 0.10, 10.0
 
-RULES = ("monotone", "duplicates", "unexplained", "rate", "stalled")
+RULES = ("monotone", "capped", "duplicates", "unexplained", "rate", "stalled")
 
 
 def lint(setups: Sequence[Setup]) -> dict[int, tuple[str, ...]]:
@@ -37,6 +41,7 @@ def lint(setups: Sequence[Setup]) -> dict[int, tuple[str, ...]]:
     flagged: dict[int, list[str]] = defaultdict(list)
     for name, rows in (
         ("monotone", _falling(points)),
+        ("capped", _capped(points)),
         ("duplicates", _unlike(points)),
         ("unexplained", _unexplained(points)),
         ("rate", (s.point.row for s in setups if _too_fast(s))),
@@ -91,6 +96,19 @@ def _longest_rise(values: Sequence[float], fall: float) -> set[int]:
         before = [chain for chain in best if values[chain[-1]] * (1 - fall) <= value]
         best.append([*max(before, key=len, default=[]), i])
     return set(max(best, key=len, default=[]))
+
+
+def _capped(points: Sequence[Point]) -> set[int]:
+    found: set[int] = set()
+    for sweep in _grouped(points, lambda p: (p.cell, p.layout, p.workload)).values():
+        for high in sweep:
+            for low in sweep:
+                more = high.concurrency >= _MORE * low.concurrency
+                flat = (high.tpot_ms or 0.0) < (1 + _FLAT) * (low.tpot_ms or 0.0)
+                late = (high.ttft_ms or 0.0) > _LATE * (low.ttft_ms or math.inf)
+                if more and flat and late:
+                    found.add(high.row)
+    return found
 
 
 def _unlike(points: Sequence[Point]) -> set[int]:

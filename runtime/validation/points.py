@@ -35,6 +35,7 @@ FLAGS: Mapping[str, type] = {
     "gpu_memory_utilization": float,
     "speculative": str,
     "expert_parallel": bool,
+    "dependent_launch": bool,
 }
 
 _REQUIRED = ("model", "gpu", "engine", "weights", "isl", "osl", "concurrency")

@@ -20,6 +20,7 @@ from planc.runtime.simulator import Clock, Load, Records, Rules, Server, closed_
 from planc.runtime.simulator.load import Lengths, uniform
 from planc.runtime.validation.constants import Constants
 from planc.runtime.validation.disaggregated import simulate_pools
+from planc.runtime.validation.harness import hidden_launch_us
 from planc.runtime.validation.lint import mean_lengths
 from planc.runtime.validation.setups import Engine, Setup
 
@@ -99,9 +100,11 @@ class Predictor:
     def clock(self, setup: Setup, engine: Engine, constants: Constants) -> Clock:
         """Step times of an engine with these constants."""
         model = self._model(setup, engine)
-        key = (id(model), constants)
+        key = (id(model), constants, setup.harness.dependent_launch)
         if key not in self._clocks:
             own = copy.copy(model)  # kernels are prepared once; constants are read at every step
+            if setup.harness.dependent_launch:
+                constants = replace(constants, layer_us=constants.layer_us - _hidden_us(model))
             own.profile = constants.on(setup.profile)
             self._clocks[key] = Clock(own)
         return self._clocks[key]
@@ -148,6 +151,12 @@ class Predictor:
             clients(setup, 1),
             self.seed,
         )
+
+
+def _hidden_us(model: StepModel) -> float:
+    """What dependent launch saves per layer."""
+    layers = sum(cls.count for cls in model.table.classes if cls.layers)
+    return hidden_launch_us() * model.launches / max(layers, 1)
 
 
 def clients(setup: Setup, ranks: int) -> Load:
