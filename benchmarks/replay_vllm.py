@@ -236,19 +236,21 @@ def steps(data: Path) -> None:
 
 def mixed(data: Path) -> None:
     """What decode attention takes beside prompts: times what it takes alone, per query head of a group."""
-    print("\ndecode attention beside prompts / alone / query heads of a group, median (quartiles)")
+    print("\ndecode attention beside prompts / alone / query heads of a group: in all, and quartiles of rows")
     for file in sorted((data / "operators/llmservingsim/perf").rglob("attention.csv")):
         group = 8 if "Qwen" in str(file) else 4
         times = {tuple(int(r[c]) for c in ATTENTION): float(r["time_us"]) for r in _table(file)}
-        ratios = [
-            (both - times[chunk, cached, 0, 0]) / times[0, 0, seqs, context] / group
+        rows = [
+            (both - times[chunk, cached, 0, 0], times[0, 0, seqs, context])
             for (chunk, cached, seqs, context), both in times.items()
             if 0 < chunk <= 1024 and seqs >= 16 and 256 <= context <= 4096
             if (0, 0, seqs, context) in times and (chunk, cached, 0, 0) in times
         ]
-        low, middle, high = np.percentile(ratios, (25, 50, 75))
+        beside, alone = np.array(rows).T
+        low, middle, high = np.percentile(beside / alone, (25, 50, 75)) / group
         name = "/".join(file.parts[-6:-1])
-        print(f"{name:60}{len(ratios):6} rows {middle:.2f} ({low:.2f} .. {high:.2f})")
+        total = beside.sum() / alone.sum() / group
+        print(f"{name:60}{len(rows):6} rows {total:.2f}   {low:.2f} {middle:.2f} {high:.2f}")
 
 
 def main() -> None:
