@@ -177,7 +177,10 @@ def show(profile: ProfileDocument, console: Console) -> None:
         rows.append(["memory", f"{number(device.memory_gbytes_s.value)} GB/s", device.memory_gbytes_s.rows])
     console.print(grid([device.name, "", "rows"], rows))
     if profile.tables:
-        lines = [[t.info.name, t.info.rows, f"{100 * t.info.error:.1f} %"] for t in profile.tables]
+        lines = [
+            [t.info.name, t.info.rows, f"{100 * t.info.error:.1f} %" if t.info.error else ""]
+            for t in profile.tables
+        ]
         console.print(grid(["table", "rows", "error between its points"], lines))
     constants = [
         [
