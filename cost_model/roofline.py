@@ -75,11 +75,13 @@ class Roofline:
 
     def experts(self, spec: GroupedGemm) -> Curve:
         precision = self._known(product_precision(spec.weights, spec.activations))
-        kernel = ExpertKernel(
-            **{n: self.named.on(f"expert_{n}", self.gpu, precision) for n in ExpertKernel.names()}
-        )
+        kernel = ExpertKernel(**{n: self._expert(f"expert_{n}", precision) for n in ExpertKernel.names()})
         peak = self.gpu.peak_flops(precision)
         return curve(spec, kernel, fmt(spec.weights).bytes, self.gpu.memory_bytes_s, peak)
+
+    def _expert(self, name: str, precision: Precision) -> float:
+        own = self.named.measured(name, self.gpu)
+        return self.named.on(name, self.gpu, precision) if own is None else own
 
     def attention(self, specs: Sequence[Attention]) -> Callable[[AttentionLoad], Times]:
         prices = [self._softmax(s) if s.kind == "attention" else self._state(s) for s in specs]
