@@ -50,6 +50,7 @@ def _rows(folder: Path, gpu: str) -> Iterator[Rows]:
     for read in (
         attention_rows.softmax,
         attention_rows.latent,
+        attention_rows.latent_by_difference,
         attention_rows.absorbed,
         attention_rows.linear,
     ):
@@ -99,18 +100,19 @@ def _axis(name: str, values: Array, rows: Rows) -> Array:
 
 def _plausible(tables: list[Table]) -> tuple[Table, ...]:
     """Without latent kernels that take far longer than another engine's in the same place: those engines
-    serve with another kernel (FlashAttention-3 with an fp8 cache, or prompts with absorbed products)."""
+    serve with another kernel (FlashAttention-3 with an fp8 cache, or prompts with absorbed products). Whole
+    modules are what is served."""
     kept = []
     for table in tables:
-        rivals = [t for t in tables if _same_work(t, table)]
+        alone = table.info.key.get("of") == "kernel"
+        rivals = [t for t in tables if alone and t is not table and _work(t) == _work(table)]
         if not any(_slowdown(table, rival) > _SLOWER for rival in rivals):
             kept.append(table)
     return tuple(kept)
 
 
-def _same_work(one: Table, two: Table) -> bool:
-    strip = lambda table: {k: v for k, v in table.info.key.items() if k != "engine"}  # noqa: E731
-    return one is not two and one.info.key["op"] == "latent" and strip(one) == strip(two)
+def _work(table: Table) -> dict[str, str | float | int]:
+    return {name: value for name, value in table.info.key.items() if name not in ("engine", "of")}
 
 
 def _slowdown(table: Table, rival: Table) -> float:

@@ -87,6 +87,28 @@ def latent(folder: Path, gpu: str) -> Iterator[Rows]:
                 yield _latent(source, part, str(cache), frame)
 
 
+def latent_by_difference(folder: Path, gpu: str) -> Iterator[Rows]:
+    """Absorbed kernels of engines whose whole module was measured, not the kernel: what the module takes more
+    than at its shortest context, on top of what another engine's kernel takes there."""
+    alone = {s.engine: s for s in sources.tables(folder, "mla", "generation_mla_perf", gpu=gpu)}
+    shape = ["batch_size", "num_heads"]
+    for source in sources.tables(folder, "mla", "mla_generation_module_perf", gpu=gpu):
+        if source.engine in alone or not alone:
+            continue
+        kernel = next(iter(alone.values())).read()
+        floor = kernel[kernel["step"] == kernel["step"].min()].groupby(shape)["latency"].median()
+        frame = source.read()
+        frame = frame[frame["gemm_type"] == "bfloat16"]
+        for cache, mine in frame.groupby("kv_cache_dtype"):
+            shortest = mine[mine["step"] == mine["step"].min()].groupby(shape)["latency"].median()
+            mine = mine.join((floor - shortest).rename("around"), on=shape).dropna(subset=["around"])
+            grown = mine.assign(latency=mine["latency"] + mine["around"], step=mine["step"] - 1)
+            grown = grown[grown["latency"] > 0]
+            rows = _latent(source, "decode", str(cache), grown)
+            text = f"{rows.source}, module less module at its shortest context"
+            yield replace(rows, key={**rows.key, "of": "module"}, source=text)
+
+
 def _latent(source: sources.Source, part: str, cache: str, frame: Any) -> Rows:
     batch, heads, kv_bytes = _column(frame, "batch_size"), _column(frame, "num_heads"), _cache_bytes(cache)
     written = (_RANK + _ROTARY) * kv_bytes
@@ -104,7 +126,7 @@ def _latent(source: sources.Source, part: str, cache: str, frame: Any) -> Rows:
         new = batch * reach * (wide * 2.0 + written)
     return Rows(
         name=f"{part} mla {source.engine} {cache}",
-        key={"op": "latent", "part": part, "engine": source.engine, "kv_bytes": kv_bytes},
+        key={"op": "latent", "part": part, "engine": source.engine, "kv_bytes": kv_bytes, "of": "kernel"},
         source=_text(source, frame),
         precision="bf16",
         coords=coords,
