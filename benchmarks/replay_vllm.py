@@ -70,7 +70,8 @@ class Recorded:
     """Step times from recorded layer times, in the form of `planc.runtime.simulator.Clock`.
 
     Attention is linear between recorded points; chunks beyond a step's first add what they take alone, less
-    a kernel's floor. The host's share is that of the engine's profile.
+    a kernel's floor. What kernels measured alone leave out is as in the engine's profile; the host's work per
+    sequence is hidden behind the device's, as vLLM 0.19 schedules the next step while one runs.
     """
 
     folder: Path
@@ -108,8 +109,10 @@ class Recorded:
         layer = sum(float(np.interp(rows, *self.dense[name])) for name in PER_LAYER)
         once = sum(float(np.interp(rows, *self.dense[name])) for name in ("embedding", "final_layernorm"))
         head = sum(float(np.interp(sampled, *self.logits[name])) for name in ("lm_head", "sampler"))
-        host = self.profile.step_us + DEPTH * self.profile.layer_us + self.profile.per_sequence_us * sampled
-        return DEPTH * (layer + attention) + once + head + host * 1e-6
+        engine = self.profile
+        device = engine.kernel_factor * (DEPTH * (layer + attention) + once + head)
+        hidden = engine.per_sequence_us * sampled * 1e-6
+        return max(device, hidden) + (engine.step_us + DEPTH * engine.layer_us) * 1e-6
 
     def line(self, seqs: int, context: float, draft: int = 0) -> Line:
         padded = min(size for size in self.profile.cuda_graphs.sizes(512) if size >= seqs)

@@ -183,7 +183,8 @@ def test_graphs_pad_the_batch_and_spare_launches(model: Make) -> None:
 def test_fusions_save_what_they_offer() -> None:
     load = StepLoad(8, 500)
     table = TINY
-    profile, shape = catalogue.engine("vllm"), EngineShape("vllm", "h100_sxm")
+    profile = catalogue.engine("vllm").model_copy(update={"kernel_factor": 1.0})
+    shape = EngineShape("vllm", "h100_sxm")
 
     def seconds(*names: str) -> float:
         step = StepModel(table, shape, H100, Fabric(8), profile, frozenset(names), costs=Roofline(H100))
