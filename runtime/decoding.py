@@ -113,6 +113,10 @@ class Decoding:
             return rounds * self.size + self._phase[at]
         return rounds * self.size + sum(self._phase[at - i] for i in range(rest))
 
+    def most_filled(self, tokens: int) -> int:
+        """No fewer blocks than `filled` says, without a look at the members' phases."""
+        return (tokens // self.block_size + 1) * self.size
+
     def lasts(self, blocks: int) -> int:
         """Tokens that every member can make with so many blocks more."""
         if not self.size:

@@ -62,14 +62,16 @@ class KVCache:
     states       sequences that may hold a state row at once
     prefix_block tokens that one prefix hash stands for, whole blocks; 0: no prefix is kept
 
-    Invariant: `blocks` = blocks that sequences took + kept prefixes in use + kept and idle + unused.
+    free_blocks  may be taken: unused ones, and those of kept prefixes that no sequence uses
+
+    Invariant: `blocks` = blocks that sequences took + kept prefixes in use + free_blocks.
     """
 
     blocks: int
     block_size: int
     states: int
     prefix_block: int = 0
-    _unused: int = field(init=False, repr=False)
+    free_blocks: int = field(init=False)
     _idle: dict[int, None] = field(init=False, repr=False, default_factory=dict)
     _users: dict[int, int] = field(init=False, repr=False, default_factory=dict)
     _names: Pool = field(init=False, repr=False)
@@ -98,16 +100,11 @@ class KVCache:
                 reason=f"is no multiple of the block size {self.block_size}",
                 mend="Hash prefixes in whole blocks.",
             )
-        self._unused = self.blocks
+        self.free_blocks = self.blocks
         self._names = Pool(self.blocks)
         self._states = Pool(self.states)
 
     # -- counted -------------------------------------------------------------------------
-
-    @property
-    def free_blocks(self) -> int:
-        """Blocks that may be taken: unused ones and kept prefixes that no sequence uses."""
-        return self._unused + len(self._idle) * self.span
 
     @property
     def span(self) -> int:
@@ -120,17 +117,16 @@ class KVCache:
 
     def take(self, count: int) -> None:
         """Takes blocks; idle prefixes give way, the least recently used first."""
-        while count > self._unused:
-            assert self._idle, f"{count} blocks wanted, {self._unused} free"
+        self.free_blocks -= count
+        assert self.free_blocks >= 0, f"{-self.free_blocks} blocks more were taken than are free"
+        while self._idle and self.free_blocks < len(self._idle) * self.span:
             oldest = next(iter(self._idle))
             del self._idle[oldest], self._users[oldest]
-            self._unused += self.span
-        self._unused -= count
 
     def give(self, count: int) -> None:
         """Gives blocks back."""
-        self._unused += count
-        assert self._unused <= self.blocks, "more blocks given back than taken"
+        self.free_blocks += count
+        assert self.free_blocks <= self.blocks, "more blocks given back than taken"
 
     # -- prefixes ------------------------------------------------------------------------
 
@@ -151,7 +147,9 @@ class KVCache:
         """One more sequence reads these kept prefixes."""
         for name in hashes:
             self._users[name] += 1
-            self._idle.pop(name, None)
+            if name in self._idle:
+                del self._idle[name]
+                self.free_blocks -= self.span
 
     def keep(self, name: int) -> bool:
         """Turns a sequence's own blocks, full of a prefix, into a kept prefix that it uses. False if the
@@ -167,6 +165,7 @@ class KVCache:
             self._users[name] -= 1
             if not self._users[name]:
                 self._idle[name] = None
+                self.free_blocks += self.span
 
     # -- named ---------------------------------------------------------------------------
 

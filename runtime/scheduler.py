@@ -136,8 +136,9 @@ class Scheduler:
             self._decode(batch, self.limits.max_num_batched_tokens)
             return batch
         budget = self._decode(batch, self.limits.max_num_batched_tokens)
-        budget = self._continue(batch, budget)
-        if not batch.preempted:
+        if self._prefilling:
+            budget = self._continue(batch, budget)
+        if self._waiting and not batch.preempted:
             self._admit(batch, budget)
         return batch
 
@@ -146,13 +147,14 @@ class Scheduler:
         New arrivals may end the run earlier; then `commit` fewer."""
         if not batch.plain:
             return 1
-        restless = self._reserve.restless(self.decoding.steps, self.cache.block_size)
-        if self._waiting and restless and len(self._running) < self.limits.max_num_seqs:
+        seats = len(self._running) < self.limits.max_num_seqs
+        if seats and self._waiting and self._reserve.restless(self.decoding.steps, self.cache.block_size):
             return 1
         tokens = self.decoding.until_end()
         steps = self.decoding.steps_for(tokens)
-        if self._grows:
-            room = self.decoding.lasts(self.cache.free_blocks + batch.taken)
+        free = self.cache.free_blocks + batch.taken
+        if self._grows and self.decoding.most_filled(tokens) > free:
+            room = self.decoding.lasts(free)
             if room < tokens:
                 steps = self.decoding.steps_for(room + 1) - 1
         return max(steps, 1)
@@ -169,7 +171,7 @@ class Scheduler:
             for member in self.decoding.advance(steps):
                 self._settle(member)
                 finished.append(member)
-            for member in [self._running[i] for i in stopped if i in self._running]:
+            for member in [self._running[i] for i in stopped] if stopped else ():
                 if member.decoding:
                     self._leave_group(member)
                     finished.append(member)
@@ -191,14 +193,15 @@ class Scheduler:
             late = [s for s in self._running.values() if s.decoding][budget:]
             for member in late:
                 self._leave_group(member)
-            batch.held = late
+            batch.held = tuple(late)
         ahead = group.ahead(1)
         if self._grows:
             while (needed := group.filled(ahead)) > self.cache.free_blocks:
                 self._preempt(self._latest(), batch)
             self.cache.take(needed)
             batch.taken = needed
-        batch.held = [member for member in batch.held if member.id in self._running]
+        if batch.preempted and batch.held:
+            batch.held = tuple(member for member in batch.held if member.id in self._running)
         batch.decodes = group.size
         batch.context = group.cached + group.size
         self._ahead = ahead if group.size else 0
@@ -229,10 +232,10 @@ class Scheduler:
             heappop(self._waiting)
             self._seat(sequence, start, hit, needed, batch)
             if back:
-                batch.resumed.append(sequence)
+                batch.resumed += (sequence,)
                 continue
             self._prefilling.append(sequence)
-            batch.chunks.append(chunk_of(sequence, count))
+            batch.chunks += (chunk_of(sequence, count),)
             budget -= count
             most -= 1
         for item in passed_over:
@@ -298,7 +301,7 @@ class Scheduler:
             if sequence.id in self._running:
                 self.cache.take(needed)
                 sequence.blocks += needed
-                batch.chunks.append(chunk_of(sequence, count))
+                batch.chunks += (chunk_of(sequence, count),)
                 budget -= count
         return budget
 
@@ -338,7 +341,7 @@ class Scheduler:
             self._leave_group(victim)
         elif victim in self._prefilling:
             self._prefilling.remove(victim)
-            batch.chunks = [chunk for chunk in batch.chunks if chunk.sequence is not victim]
+            batch.chunks = tuple(chunk for chunk in batch.chunks if chunk.sequence is not victim)
         self._release(victim)
         victim.preemptions += 1
         if self.limits.preemption == "swap":
@@ -349,7 +352,7 @@ class Scheduler:
         if self._reserve.partial:
             asked = sum(s.max_new_tokens for s in self._running.values())
             self._reserve.learn(asked, self.owed, len(self._running), self.decoding.steps)
-        batch.preempted.append(victim)
+        batch.preempted += (victim,)
         heappush(self._waiting, (victim.priority, victim.order, victim))
 
     def _leave_group(self, member: Sequence) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from planc.runtime.decoding import Sequence
@@ -51,17 +51,19 @@ class Batch:
     swapped            tokens whose cache moves between device and host
     resumed            swapped-in sequences that decode from the next step on
     adapters           adapters that must be loaded first
+    taken              blocks that the group begins to fill
+    held               decoding sequences that the budget leaves out
     """
 
     decodes: int = 0
     context: int = 0
-    chunks: list[Chunk] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    resumed: list[Sequence] = field(default_factory=list)
+    chunks: tuple[Chunk, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+    resumed: tuple[Sequence, ...] = ()
     swapped: int = 0
     adapters: int = 0
     taken: int = 0
-    held: list[Sequence] = field(default_factory=list)
+    held: tuple[Sequence, ...] = ()
 
     @property
     def plain(self) -> bool:

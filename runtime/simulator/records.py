@@ -83,6 +83,11 @@ class Timeline:
 
     def add(self, start: float, seconds: float, values: tuple[float, float, float, float]) -> None:
         end = start + seconds
+        at = int(start / self.width)
+        if end <= (at + 1) * self.width and at < self.bins:
+            for column, value in zip(self.columns, values):  # noqa: B905
+                column[at] += value * seconds
+            return
         while end > self.width * self.bins:
             self._double()
         at = int(start / self.width)
