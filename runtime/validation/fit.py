@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planc.cost_model.features import Array
 from planc.runtime.validation.constants import NAMES, Constants
@@ -64,14 +65,11 @@ class Linear:
 
     def times(self, change: Array) -> Array:
         """[N, 2] for changes [P] or [N, P] of the constants, at least a fifth of the base."""
-        moved = (
-            self.base + np.einsum("nmp,...p->nm", self.slopes, change)
-            if change.ndim == 1
-            else (self.base + np.einsum("nmp,np->nm", self.slopes, change))
-        )
+        each = np.broadcast_to(change, (len(self.setups), len(NAMES)))
+        moved: Array = self.base + np.einsum("nmp,np->nm", self.slopes, each)
         return np.maximum(moved, 0.2 * self.base)
 
-    def rows(self, keep: Array) -> Linear:
+    def rows(self, keep: NDArray[np.bool_]) -> Linear:
         chosen = tuple(s for s, k in zip(self.setups, keep, strict=True) if k)
         return Linear(chosen, self.base[keep], self.slopes[keep], self.measured[keep])
 

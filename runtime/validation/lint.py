@@ -94,8 +94,13 @@ def _longest_rise(values: Sequence[float], fall: float) -> set[int]:
     best: list[list[int]] = []
     for i, value in enumerate(values):
         before = [chain for chain in best if values[chain[-1]] * (1 - fall) <= value]
-        best.append([*max(before, key=len, default=[]), i])
-    return set(max(best, key=len, default=[]))
+        best.append([*_longest(before), i])
+    return set(_longest(best))
+
+
+def _longest(chains: Sequence[list[int]]) -> list[int]:
+    """The first of the longest ones."""
+    return max(chains, key=lambda chain: len(chain), default=[])
 
 
 def _capped(points: Sequence[Point]) -> set[int]:

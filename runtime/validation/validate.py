@@ -15,7 +15,15 @@ import numpy as np
 from planc.cost_model import catalogue
 from planc.errors import UnknownField
 from planc.runtime.validation.constants import Constants
-from planc.runtime.validation.fit import Cell, Fitted, calibrated, chosen_points, left_out, linearised
+from planc.runtime.validation.fit import (
+    Cell,
+    Fitted,
+    calibrated,
+    chosen_points,
+    fit,
+    left_out,
+    linearised,
+)
 from planc.runtime.validation.harness import harness
 from planc.runtime.validation.lint import lint, requests_per_second
 from planc.runtime.validation.points import Point, Rejected, read_points
@@ -62,10 +70,12 @@ def validate(
     setups, refused = prepare(points, tables, options or {}, rules)
     flagged = lint(setups)
     predictor = Predictor()
+    predicted: dict[int, Prediction] = {}
+    used: set[int] = set()
+    fitted: dict[str, Any] = {}
     if leave_out_cells or calibrate_on:
-        predicted, used = blind(setups, flagged, predictor, calibrate_on, progress)
+        predicted, used, fitted = blind(setups, flagged, predictor, calibrate_on, progress)
     else:
-        predicted, used = {}, set()
         for i, found in enumerate(setups):
             if progress and i % 20 == 0:
                 progress(f"simulating {i} of {len(setups)}")
@@ -84,6 +94,7 @@ def validate(
             name: asdict(Constants.shipped(catalogue.engine(name)))
             for name in sorted({s.profile.name for s in setups})
         },
+        "constants_fitted_to_all": fitted,
     }
     return ValidationReport(
         rows, (*rejected, *refused), tuple(by), leave_out_cells or calibrate_on > 0, settings
@@ -133,9 +144,9 @@ def blind(
     predictor: Predictor,
     calibrate_on: int,
     progress: Progress | None,
-) -> tuple[dict[int, Prediction], set[int]]:
+) -> tuple[dict[int, Prediction], set[int], dict[str, Any]]:
     """Predictions of each cell with constants that were fitted to the other cells, flagged rows left out of
-    every fit; and the rows that a calibration used up."""
+    every fit; the rows that a calibration used up; and, by engine, the constants of a fit to all cells."""
     linear = linearised(setups, predictor, progress)
     clean = linear.rows(np.array([s.point.row not in flagged for s in setups]))
     fitted = left_out(clean, {s.point.cell for s in setups})
@@ -149,7 +160,9 @@ def blind(
             progress(f"simulating, left-out constants: {i} of {len(setups)}")
         constants = Constants.shipped(found.profile).moved(changes[found.point.cell])
         predicted[found.point.row] = predictor.predict(found, constants)
-    return predicted, used
+    whole = fit(clean)
+    by_engine = {s.profile.name: asdict(whole.constants(s)) for s in setups}
+    return predicted, used, by_engine
 
 
 def _calibrations(
