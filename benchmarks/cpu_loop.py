@@ -63,6 +63,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--osl", type=int, default=64, help="mean answer tokens, likewise")
     parser.add_argument("--requests", type=int, default=6, help="requests per client")
     parser.add_argument("--profile", help="a profile of this CPU, instead of calibrating now")
+    parser.add_argument("--save-profile", type=Path, help="also keep the profile that this run calibrated")
     parser.add_argument("--model", type=Path, help="folder to keep the model in")
     parser.add_argument("--limit", type=float, default=0.15)
     parser.add_argument("--tries", type=int, default=3, help="load tests per size, while the machine is busy")
@@ -83,7 +84,8 @@ def run(asked: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     program = Path(asked.engine_python).absolute().with_name("vllm")
     note(f"{os.cpu_count()} cores, load average {load()}")
     profile = load_profile(asked.profile) if asked.profile else calibrated(asked.engine_python, program)
-    profile.save(scratch / "profile.json")
+    if asked.save_profile:
+        profile.save(asked.save_profile)
     folder = asked.model or scratch / "llama-200m"
     if not (folder / "config.json").is_file():
         note("making the model")
