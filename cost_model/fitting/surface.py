@@ -15,13 +15,14 @@ from planc.cost_model.features import Array
 Mask = npt.NDArray[np.bool_]
 
 _OUTLIER = 0.7  # off the fit by more: set aside
+_SPIKE = 0.5
 _TIES = 0.03  # weight of a difference between neighbouring nodes, against 1 of a row
 
 
 def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> tuple[Array, int]:
     """Values at the nodes whose interpolation (in the axes' logarithms) fits the rows best, and how many rows
-    were set aside for being off by more than 0.7. Nodes without rows between others are drawn to them; nodes
-    beyond all others take their neighbour's value, along the last axis first."""
+    were set aside for being off by more than 0.7, or as a lone spike. Nodes without rows between others are
+    drawn to them; nodes beyond all others take their neighbour's value, along the last axis first."""
     shape = tuple(axis.size for axis in axes)
     shares = _shares(axes, coords)
     ties = scipy.sparse.vstack([_TIES * tie for tie in _differences(shape)])
@@ -33,7 +34,25 @@ def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> 
         found = scipy.sparse.linalg.spsolve(normal, rows.T @ values[kept])
         kept = np.abs(values - shares @ found) <= _OUTLIER
     known = np.asarray(shares[kept].sum(axis=0)).reshape(shape) > 0
-    return _filled(np.where(_between(known), found.reshape(shape), np.nan)), int(np.sum(~kept))
+    filled = _filled(np.where(_between(known), found.reshape(shape), np.nan))
+    smooth, spikes = without_spikes(filled)
+    return smooth, int(np.sum(~kept)) + spikes
+
+
+def without_spikes(values: Array) -> tuple[Array, int]:
+    """Nodes that stand out by more than 0.5 from all their neighbours take the neighbours' median: a kernel
+    that a stray event held up. And how many there were."""
+    around = np.full((2 * values.ndim, *values.shape), np.nan)
+    for axis in range(values.ndim):
+        if values.shape[axis] > 1:
+            here, there = np.moveaxis(around[2 * axis], axis, 0), np.moveaxis(around[2 * axis + 1], axis, 0)
+            along = np.moveaxis(values, axis, 0)
+            here[1:], there[:-1] = along[:-1], along[1:]
+    if np.isnan(around).all(axis=0).any():
+        return values, 0
+    above = values - np.nanmax(around, axis=0) > _SPIKE
+    below = np.nanmin(around, axis=0) - values > _SPIKE
+    return np.where(above | below, np.nanmedian(around, axis=0), values), int(np.sum(above | below))
 
 
 def _between(known: Mask) -> Mask:
