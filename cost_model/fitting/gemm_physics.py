@@ -21,8 +21,8 @@ from planc.cost_model.roofline import Roofline
 
 #: what is fitted: names of efficiencies, or of one for an arithmetic
 NAMES = ("gemm_kcycles", "gemm_depth_cycles", "gemm_memory", "gemm_overlap", "gemm_peak", "fp8", "fp4")
-#: rows of each table that are fitted to
-SAMPLE = 120
+#: rows of each table that are fitted to, and that are scored
+FITTED, SCORED = 120, 3000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,21 +44,24 @@ class Rows:
 def held_out_gpu(folder: Path, gpus: Iterable[str]) -> Mapping[tuple[str, str], float]:
     """Median error of the roofline by (GPU, table), its numbers fitted without that GPU's rows; table "all"
     is the median over a GPU's rows."""
-    rows = [sample(cube) for gpu in gpus for cube in read(folder, gpu) if cube.format not in IN_SESSION]
+    cubes = {gpu: [cube for cube in read(folder, gpu) if cube.format not in IN_SESSION] for gpu in gpus}
+    rows = [sample(cube, FITTED) for each in cubes.values() for cube in each]
     found: dict[tuple[str, str], float] = {}
-    for gpu in dict.fromkeys(each.gpu for each in rows):
+    for gpu, mine in cubes.items():
+        if not mine:
+            continue
         named = with_values(fitted([each for each in rows if each.gpu != gpu]))
-        mine = [(each, np.abs(np.expm1(each.errors(named)))) for each in rows if each.gpu == gpu]
-        found.update({(gpu, each.table): float(np.median(errors)) for each, errors in mine})
-        found[gpu, "all"] = float(np.median(np.concatenate([errors for _, errors in mine])))
+        errors = [np.abs(np.expm1(sample(cube, SCORED).errors(named))) for cube in mine]
+        found.update({(gpu, c.name): float(np.median(e)) for c, e in zip(mine, errors, strict=True)})
+        found[gpu, "all"] = float(np.median(np.concatenate(errors)))
     return found
 
 
-def sample(cube: Cube) -> Rows:
+def sample(cube: Cube, size: int) -> Rows:
     """A fixed random sample of a table's rows."""
     seconds = cube.seconds
     known = np.flatnonzero(np.isfinite(seconds))
-    chosen = np.random.default_rng(0).choice(known, min(SAMPLE, known.size), replace=False)
+    chosen = np.random.default_rng(0).choice(known, min(size, known.size), replace=False)
     m, n, k = (axis.reshape(-1)[chosen] for axis in np.meshgrid(cube.m, cube.n, cube.k, indexing="ij"))
     specs = [Gemm(width, depth, *cube.spec) for width, depth in zip(n, k, strict=True)]
     return Rows(cube.gpu, cube.name, m, specs, seconds.reshape(-1)[chosen])
