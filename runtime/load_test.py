@@ -84,7 +84,7 @@ def load_test(request: Request, table: CostTable, replica: Replica, replicas: in
     rules = Rules.of(
         catalogue.engine(replica.engine),
         replica.max_num_seqs,
-        replica.max_num_batched_tokens,
+        replica.max_num_batched_tokens * replica.pp,  # a step is a cycle of pp micro-batches
         prefix_caching=flow.hit_rate > 0,
         **{name: value for name, value in flags.items() if value is not None},
     )
@@ -122,7 +122,7 @@ def load_test(request: Request, table: CostTable, replica: Replica, replicas: in
         },
         engine={
             "max_num_seqs": rules.max_num_seqs,
-            "max_num_batched_tokens": rules.max_num_batched_tokens,
+            "max_num_batched_tokens": replica.max_num_batched_tokens,
             **{name: getattr(rules, name) for name in _FLAGS},
         },
         steady={name: settled[name] for name in _METRICS},
