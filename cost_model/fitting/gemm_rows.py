@@ -4,8 +4,8 @@ The tables time a whole linear layer, and hold defects. What is done to the rows
 
 1. Rows with n or k below 128 are left out; narrower products take the residual of 128.
 2. *Quantization comes off.* Rows of formats with quantized activations hold the kernel that quantizes them:
-   at small m they sit the time of that kernel above bf16, at large m and small n they grow with m k as it
-   does, and without it every engine's fp8 row is 0.5-0.8 of its bf16 row. planc prices quantization as a
+   at small m they sit the time of that kernel above what half the bytes of bf16 should take, and at large m
+   and small n they grow with m k as it does; without it the engines agree. planc prices quantization as a
    kernel of its own (or as fused), so it is taken off here: for per-token fp8 the engine's own `computescale`
    + `scale_matrix` rows, for blocks and fp4 one pass over the activations (`scale_matrix`), and where an
    engine's rows are void (SGLang times a cast in Python) the cheapest other engine's. Tables of weight-only
