@@ -88,7 +88,7 @@ class Timeline:
             for column, value in zip(self.columns, values):  # noqa: B905
                 column[at] += value * seconds
             return
-        while end > self.width * self.bins:
+        while end >= self.width * self.bins:
             self._double()
         at = int(start / self.width)
         while True:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,3 +59,12 @@ def test_a_summary_says_what_the_columns_hold() -> None:
     assert said["itl_ms"]["mean"] == pytest.approx(10.0)
     assert 0 < said["utilisation"] < 1
     assert 0 < said["kv_occupancy"] < said["kv_occupancy_peak"] < 1
+
+
+def test_simulating_needs_no_torch() -> None:
+    code = (
+        "import sys, planc.runtime.simulator\n"
+        "print(sorted({'torch', 'transformers', 'triton', 'scipy', 'pandas'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
