@@ -1,0 +1,153 @@
+"""Routed experts: loads under skewed routing, and tables of shapes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from planc.cost_model import catalogue, routing
+from planc.cost_model.experts import ExpertKernel, curve, stack
+from planc.cost_model.kernels import GroupedGemm, Priced
+from planc.cost_model.measured import experts
+from planc.cost_model.profile import Profile, Table, TableInfo
+from planc.cost_model.roofline import Roofline
+from planc.cost_model.routing import TOKENS, routed
+
+KERNEL = ExpertKernel(20.0, 0.0, 0.1, 5.0, 3.0, 3.0, 0.8, 0.5)
+PEAKS = {"weight_bytes": 2.0, "bytes_s": 4.8e12, "flops_s": 9.9e14}
+H200 = catalogue.gpu("h200_sxm")
+VLLM = catalogue.engine("vllm")
+MEASURED_AT = 2.0 ** np.arange(15)
+
+
+def layer(
+    hidden: int = 2048, inner: float = 768, total: int = 128, top_k: int = 8, ranks: int = 1
+) -> GroupedGemm:
+    here = total / ranks
+    return GroupedGemm(
+        experts=here,
+        total_experts=total,
+        top_k=top_k,
+        elements=here * 3.0 * hidden * inner,
+        flops_per_pair=6.0 * hidden * inner,
+        hidden=hidden,
+        inner=inner,
+        weights="bf16",
+        activations="bf16",
+        ranks=ranks,
+    )
+
+
+def table(*shapes: tuple[GroupedGemm, float], engine: str = "vllm", format: str = "bfloat16") -> Table:
+    """Shapes that take so many times the formula."""
+    columns = {
+        "hidden": [s.hidden for s, _ in shapes],
+        "inner": [s.inner for s, _ in shapes],
+        "experts": [s.experts for s, _ in shapes],
+        "total": [float(s.total_experts) for s, _ in shapes],
+        "top_k": [float(s.top_k) for s, _ in shapes],
+    }
+    constants = {name: getattr(KERNEL, name) for name in ExpertKernel.names()}
+    return Table(
+        TableInfo(
+            name=f"{engine}/{format}",
+            key={"engine": engine, "format": format},
+            axes=("shape", "tokens"),
+            ideal=constants | PEAKS,
+            rows=1,
+            error=0.0,
+            source="test",
+            date="2026-11-21",
+        ),
+        (np.arange(1.0, len(shapes) + 1), MEASURED_AT),
+        np.log(np.array([[ratio] * MEASURED_AT.size for _, ratio in shapes])),
+        {name: np.array(values) for name, values in columns.items()},
+    )
+
+
+@pytest.mark.parametrize(("experts_", "top_k", "ranks"), [(8, 2, 1), (128, 8, 1), (256, 8, 8), (384, 8, 64)])
+def test_loads_grow_with_tokens_and_stay_possible(experts_: int, top_k: int, ranks: int) -> None:
+    found = routed(experts_, top_k, ranks)
+    assert np.all(np.diff(found.pairs) > 0)
+    assert np.all(found.touched <= np.minimum(found.pairs, experts_ / ranks) + 1e-9)
+    assert np.all(found.padded >= found.pairs)
+    assert np.all(found.pairs >= TOKENS * top_k / ranks - 1e-6)  # the fullest rank has its share at least
+    assert np.all(found.pairs <= TOKENS * min(top_k, experts_ / ranks) + 1e-6)
+
+
+def test_one_token_touches_top_k_experts() -> None:
+    assert routed(256, 8).touched[0] == pytest.approx(8)
+    assert routed(256, 8).pairs[-1] == pytest.approx(8 * TOKENS[-1])
+
+
+def test_skew_leaves_experts_idle_that_even_routing_would_touch() -> None:
+    found = routed(256, 8)
+    even = 256 * (1 - (1 - 8 / 256) ** 64)
+    assert found.touched[np.flatnonzero(TOKENS == 64)[0]] < 0.9 * even
+
+
+def test_draws_are_the_same_every_time() -> None:
+    assert np.array_equal(routing._counts(64.0, 128, 8), routing._counts(64.0, 128, 8))
+
+
+def test_times_between_and_beyond_the_points_never_fall() -> None:
+    price = stack([curve(layer(), KERNEL, *PEAKS.values()), curve(layer(ranks=8), KERNEL, *PEAKS.values())])
+    tokens = np.tile(np.geomspace(1, 400_000, 300), (2, 1))
+    seconds = price(tokens).seconds
+    assert np.all(np.diff(seconds, axis=1) >= -1e-12)
+    assert np.all(seconds[1] < seconds[0])
+    assert np.all(price(np.zeros((2, 1))).seconds == 0)
+    far = price(np.full((2, 1), 4 * TOKENS[-1])).seconds
+    assert far == pytest.approx(4 * price(np.full((2, 1), TOKENS[-1])).seconds)
+
+
+def test_a_timed_shape_keeps_its_own_residual_and_others_take_their_neighbours() -> None:
+    slow, quick = layer(), layer(inner=384)
+    made = table((slow, 2.0), (quick, 1.0), (layer(hidden=7168, total=256), 8.0))
+    formula = curve(slow, KERNEL, *PEAKS.values()).seconds
+    assert experts.measured(made, slow).seconds == pytest.approx(2.0 * formula)
+    between = layer(inner=543)  # halfway in logarithms
+    ratio = experts.measured(made, between).seconds / curve(between, KERNEL, *PEAKS.values()).seconds
+    assert ratio == pytest.approx(np.full(TOKENS.size, np.sqrt(2.0)), rel=0.1)
+
+
+def test_the_engines_own_table_goes_first_then_the_nearest_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(layer(), weights="fp8", activations="fp8")
+    other = table((spec, 1.0), engine="trtllm", format="fp8")
+    far = table((replace(layer(hidden=7168), weights="fp8"), 1.0), format="fp8")
+    near = table((spec, 1.0), format="fp8_block")
+    found = experts.find(Profile("h200_sxm", "experts", (other, far, near)), spec, "vllm")
+    assert found is near
+    assert experts.find(Profile("h200_sxm", "experts", (other,)), spec, "vllm") is other
+    assert experts.find(Profile("h200_sxm", "experts", (table((spec, 1.0)),)), spec, "vllm") is None
+
+    monkeypatch.setattr(experts, "shipped", lambda family, gpu: Profile(gpu, "experts", (other, near)))
+    made = experts.prepare([spec, layer(), replace(spec, inner=500.0)], H200, VLLM, Roofline(H200))
+    assert isinstance(made, Priced)
+    assert made.sources == ("measured", "roofline", "fitted")
+
+
+def test_gpt_oss_on_blackwell_runs_in_mxfp8() -> None:
+    """Widening to bf16 instead is up to three times as slow, so the pair must reach its own rows."""
+    gpu = catalogue.gpu("b200_sxm")
+    spec = replace(layer(2880, 2880, 128, 4), weights="mxfp4", activations="mxfp8")
+    wide = replace(spec, activations="bf16")
+    for name in ("trtllm", "sglang"):
+        price = experts.prepare([spec, wide], gpu, catalogue.engine(name), Roofline(gpu))
+        narrow, widened = price(np.full((2, 1), 4096.0)).seconds[:, 0]
+        assert narrow < 0.7 * widened
+
+
+@pytest.mark.parametrize("gpu", ["h100_sxm", "h200_sxm", "b200_sxm"])
+def test_shipped_tables_are_sane(gpu: str) -> None:
+    price = experts.prepare(
+        [layer(4096, 1536 / tp, 128, 8) for tp in (1, 2, 4)],
+        catalogue.gpu(gpu),
+        VLLM,
+        Roofline(catalogue.gpu(gpu)),
+    )
+    seconds = price(np.tile([1.0, 64.0, 1024.0, 16384.0], (3, 1))).seconds
+    assert np.all(np.diff(seconds, axis=1) > 0)  # more tokens
+    assert np.all(np.diff(seconds[:, 1:], axis=0) < 0)  # less width
