@@ -70,7 +70,10 @@ def test_a_report_of_nothing_says_so(script: Any, tmp_path: Path) -> None:
     assert "No result is present" in text
 
 
-def test_a_report_shows_what_the_runs_found(script: Any, tmp_path: Path) -> None:
+def test_a_report_shows_what_the_runs_found(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(script("accuracy"), "KEPT", tmp_path / "none")
     results = tmp_path / "results"
     results.mkdir()
     (results / "blind.json").write_text(json.dumps(blind()))
