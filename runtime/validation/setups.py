@@ -28,6 +28,12 @@ ALIASES = {
     "kimi-k2": "kimi-k2.5",
 }
 
+#: other names of the same weights
+FORMATS = {"fp4": "nvfp4", "int4": "w4a16", "fp8_block": "fp8", "bfloat16": "bf16", "float16": "fp16"}
+
+#: activations that go with weights which are no format of activations
+_BESIDE = {"mxfp4": ("mxfp8",)}
+
 _UTILISATIONS = (0.95, 0.98)  # tried where the stated share leaves no room, since the point did run
 
 
@@ -215,15 +221,12 @@ def _shape(
 
 def _formats(weights: str, gpu: Gpu, profile: EngineProfile) -> tuple[str, str]:
     """(weights, activations) as this engine runs such a checkpoint on this GPU: both in the format where
-    there are kernels for it, else the first pair that the profile lists."""
+    there are kernels for it, else the narrowest activations that belong to it, else what it lists first."""
+    weights = FORMATS.get(weights, weights)
     if weights not in formats():
         raise Unpredictable(f"weights '{weights}' is not a known format; known: {', '.join(formats())}")
     pairs = [pair for pair in profile.pairs(gpu) if pair[0] == weights]
     if not pairs:
         raise Unpredictable(f"{profile.name} has no kernels for {weights} weights on {gpu.arch}")
-    return (weights, weights) if (weights, weights) in pairs else pairs[-1]
-
-
-def with_profile(found: Setup, profile: EngineProfile) -> Setup:
-    """The same setup on an engine with other constants."""
-    return replace(found, profile=profile)
+    wanted = [(weights, weights), *((weights, other) for other in _BESIDE.get(weights, ()))]
+    return next((pair for pair in wanted if pair in pairs), pairs[0])
