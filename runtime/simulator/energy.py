@@ -19,9 +19,3 @@ def joules(gpu: Gpu, gpus: int, busy: Array, edges: Array) -> Array:
     share = np.divide(busy, length, out=np.zeros_like(length), where=length > 0)
     energy: Array = gpus * watts(gpu, share) * length
     return energy
-
-
-def windows(start: float, stop: float, most: int = 600) -> Array:
-    """Edges of windows of a second, or longer ones where that would make more than `most` of them."""
-    count = int(np.clip(np.ceil(stop - start), 1, most))
-    return np.linspace(start, max(stop, start), count + 1)

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from planc.cost_model import catalogue
 from planc.planner.trace import MOONCAKE_BLOCK, read
 from planc.runtime.simulator import closed_loop, open_loop
 from planc.runtime.simulator.cluster import simulate_cluster
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
+from planc.runtime.simulator.energy import joules
 from planc.runtime.simulator.load import Load, fixed, poisson, uniform
 from planc.runtime.simulator.records import Records
 from planc.runtime.simulator.router import ROUTERS
@@ -142,6 +144,15 @@ def test_slow_decoding_holds_up_prefilling() -> None:
     sound(tight)
     assert tight.summary()["ttft_ms"]["mean"] > 5 * wide.summary()["ttft_ms"]["mean"]
     assert tight.summary()["kv_occupancy_peak"] <= 1.0
+
+
+def test_energy_is_idle_power_and_what_busy_windows_add() -> None:
+    gpu = catalogue.gpu("h100_sxm")
+    edges = np.array([0.0, 10.0, 20.0, 25.0])
+    idle, full, partly = joules(gpu, 2, np.array([0.0, 10.0, 2.5]), edges)
+    assert idle == pytest.approx(2 * gpu.idle_w * 10)
+    assert full == pytest.approx(2 * gpu.tdp_w * 10)
+    assert gpu.idle_w * 10 < partly < gpu.tdp_w * 10
 
 
 # -- recorded traffic --------------------------------------------------------------------
