@@ -148,16 +148,19 @@ def _decode(spec: Attention, table: Table, l2: float) -> Seconds:
 
 def _prefill(spec: Attention, table: Table, sms: float) -> Seconds:
     grid, ideal, window = sliced(table, spec.q_heads / spec.kv_heads), Ideal.of(table), _window(table)
+    lone = table.axes[0][0]
 
     def seconds(rows: Array, reach: Array) -> Array:
         """rows: tokens x query heads."""
+        if window < _EVERYTHING:  # beyond it loops grow no longer: what a lone head takes goes for fewer rows
+            reach = np.maximum(np.minimum(reach, rows / lone), TILE)
         tokens = rows / spec.q_heads
         pairs = tokens * window_sum(reach, window) / reach
         cached = tokens * spec.key_width * spec.kv_bytes
         ideally = ideal.seconds(pairs * spec.pair_flops, cached, tokens * _new_bytes(spec))
         return ideally * np.exp(grid.at(rows / reach, reach))
 
-    surface, lone = Surface.of(seconds, TILE), table.axes[0][0]
+    surface = Surface.of(seconds, TILE)
 
     def price(load: Loads) -> Array:
         if window < _EVERYTHING:

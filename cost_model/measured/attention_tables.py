@@ -22,6 +22,7 @@ _KIN = {
 
 _PER_OCTAVE = 2  # nodes of a surface; between them a + b x is off by less than 0.4 %
 _OCTAVES = (26, 18)
+_AHEAD = 2 * _PER_OCTAVE
 
 #: query rows of a prefill kernel's smallest tile
 TILE = 64.0
@@ -85,14 +86,14 @@ class Surface:
 
     @staticmethod
     def of(seconds: Callable[[Array, Array], Array], shortest: float) -> Surface:
-        """Tabulates a function of two broadcast arrays at half octaves; where it falls, half-way between the
-        greatest before and the least after."""
+        """Tabulates a function of two broadcast arrays at half octaves. A node goes half-way to the least
+        within two octaves more of both, and is then lifted to the greatest before it."""
         one, two = (2.0 ** (np.arange(n * _PER_OCTAVE + 1) / _PER_OCTAVE) for n in _OCTAVES)
         found = np.log(seconds(one[:, None], shortest * two[None, :]))
-        lifted = np.maximum.accumulate(np.maximum.accumulate(found, axis=0), axis=1)
-        behind = found[::-1, ::-1]
-        lowered = np.minimum.accumulate(np.minimum.accumulate(behind, axis=0), axis=1)[::-1, ::-1]
-        return Surface((lifted + lowered) / 2, shortest)
+        ahead = np.pad(found, (0, _AHEAD), constant_values=np.inf)
+        least = np.lib.stride_tricks.sliding_window_view(ahead, (_AHEAD + 1, _AHEAD + 1)).min(axis=(-2, -1))
+        lifted = np.maximum.accumulate((found + least) / 2, axis=0)
+        return Surface(np.maximum.accumulate(lifted, axis=1), shortest)
 
     def at(self, one: Array, two: Array) -> Array:
         rows, columns = self.log_seconds.shape

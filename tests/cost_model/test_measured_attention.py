@@ -188,8 +188,8 @@ def test_more_work_never_takes_less_time(
 
 def test_a_surface_that_falls_goes_half_way() -> None:
     dip = Surface.of(lambda one, two: 1.0 + 0.0 * two - 0.5 * ((one > 3) & (one < 20)), 1.0)
-    at = dip.at(np.array([1.0, 10.0, 100.0]), np.full(3, 7.0))
-    assert at == pytest.approx([0.5**0.5, 0.5**0.5, 1.0])
+    at = dip.at(np.array([1.0, 2.0, 10.0, 100.0]), np.full(4, 7.0))
+    assert at == pytest.approx([0.5**0.5, 0.5**0.5, 0.5**0.5, 1.0])
 
 
 def test_keys_and_values_come_from_memory_whatever_a_benchmark_finds_in_its_cache() -> None:
