@@ -57,6 +57,9 @@ FORMATS = {
     "w4a8_mxfp4_mxfp8": ("mxfp4", "mxfp8"),
 }
 
+#: rows that each table brings to the constants of all
+_PER_TABLE = 400
+
 #: token counts that tables keep
 _KEPT: Array = np.array([2.0**power for power in range(15)])
 _AT = np.searchsorted(TOKENS, _KEPT)
@@ -126,12 +129,17 @@ def physics(found: Sequence[_Rows]) -> dict[Precision, ExpertKernel]:
     kernels: dict[Precision, ExpertKernel] = {}
     for name in {precision(rows) for rows in found}:
         mine = [rows for rows in found if precision(rows) == name]
-        timed = [np.isfinite(rows.seconds) for rows in mine]
-        share = [np.full(t.sum(), 1.0 / t.sum()) for t in timed]
-        terms = [rows.terms[t] for rows, t in zip(mine, timed, strict=True)]
-        seconds = [rows.seconds[t] for rows, t in zip(mine, timed, strict=True)]
-        kernels[name] = _solve(*map(np.concatenate, (terms, seconds, share)))
+        thin = [_thin(rows) for rows in mine]
+        terms = np.concatenate([rows.terms[at] for rows, at in zip(mine, thin, strict=True)])
+        seconds = np.concatenate([rows.seconds[at] for rows, at in zip(mine, thin, strict=True)])
+        kernels[name] = _solve(terms, seconds, np.ones(seconds.size))
     return kernels
+
+
+def _thin(rows: _Rows) -> tuple[npt.NDArray[np.intp], ...]:
+    """Where `_PER_TABLE` of the timed rows are, evenly spread."""
+    found = np.argwhere(np.isfinite(rows.seconds))
+    return tuple(found[np.linspace(0, len(found) - 1, min(_PER_TABLE, len(found))).astype(int)].T)
 
 
 def _peaks(gpu: Gpu, name: str) -> tuple[float, float, float]:
