@@ -8,7 +8,7 @@ All efficiencies are named in `data/efficiencies.yaml`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +105,8 @@ class Roofline:
         known = softmax.Constants(
             **{n: on(f"attention_{n}", self.gpu, precision) for n in softmax.Constants.names()}
         )
+        if spec.latent:
+            known = replace(known, decode_peak=known.prefill_peak)
         machine = softmax.Machine(
             self.gpu.peak_flops(precision),
             self.gpu.memory_bytes_s,
