@@ -1,9 +1,9 @@
 """How a measured serving point is asked of aiconfigurator: the arguments of its `cli_estimate`.
 
 It sees what planc sees: the point with its labels repaired (model, GPU, engine, precision, parallel degrees,
-concurrency) and its harness (cache format, whole experts on ranks, mean of the drawn lengths). Where a point
-leaves something open, such as the kernel of MXFP4 experts, the arguments come as several attempts in order;
-the first that it can answer counts.
+concurrency) and its harness (cache format, whole experts on ranks, repeated prompts, mean of the drawn
+lengths). Where a point leaves something open, such as the kernel of MXFP4 experts, the arguments come as
+several attempts in order; the first that it can answer counts.
 """
 
 from __future__ import annotations
@@ -49,11 +49,21 @@ def attempts(point: Point, harness: Harness, models: Sequence[str]) -> list[dict
         "backend_name": point.engine,
         "isl": round(mean * point.isl),
         "osl": round(mean * point.osl),
+        **_prefix(point, harness, mean),
     }
     shape = _disaggregated(point) if point.mode == "disagg" else _aggregated(point, harness)
     cache = {"kvcache_quant_mode": _CACHES[harness.kv]} if harness.kv in _CACHES else {}
     kinds = [cache, {}] if cache else [{}]
     return [common | shape | formats | kind for formats in _formats(point) for kind in kinds]
+
+
+def _prefix(point: Point, harness: Harness, mean: float) -> dict[str, int]:
+    """Prompt tokens found in the cache, on average over the run, where its prompts repeat."""
+    if harness.distinct_prompts is None:
+        return {}
+    requests = harness.requests_per_client * point.concurrency
+    share = max(1 - harness.distinct_prompts / requests, 0.0)
+    return {"prefix": round(share * (mean * point.isl - 1))}
 
 
 def checkpoint(model: str, weights: str, models: Sequence[str]) -> str:

@@ -6,7 +6,7 @@
 --predictions   planc's, as `planc validate POINTS.csv --leave-out-cells --out FILE` writes them; otherwise
             that is run first
 --python    of an environment with `aiconfigurator==0.12.0` (default: this one, or AICONFIGURATOR_PYTHON)
---answers   keeps its answers; points that the file already holds are not asked again
+--answers   keeps its answers; questions that the file already holds are not asked again
 --json      writes the figures, and both predictions of every point
 
 Labels are repaired and the harness is told by planc's rules, for both; aiconfigurator gets the mean of the
@@ -74,18 +74,18 @@ def ask(points: Sequence[Point], python: str, known: dict[str, Any], say: Callab
             raise SystemExit(f"{python} cannot import aiconfigurator; name one with --python")
         hello = json.loads(first)
         for number, point in enumerate(points):
-            if point.id in known:
-                continue
             if number % 50 == 0:
                 say(f"asking aiconfigurator: {number} of {len(points)}")
             try:
-                question = {"id": point.id, "attempts": attempts(point, harness(point), hello["models"])}
+                asked = attempts(point, harness(point), hello["models"])
             except Unaskable as error:
                 known[point.id] = {"id": point.id, "error": str(error)}
                 continue
-            worker.stdin.write(json.dumps(question) + "\n")
+            if known.get(point.id, {}).get("asked") == asked:
+                continue
+            worker.stdin.write(json.dumps({"id": point.id, "attempts": asked}) + "\n")
             worker.stdin.flush()
-            known[point.id] = json.loads(worker.stdout.readline())
+            known[point.id] = json.loads(worker.stdout.readline()) | {"asked": asked}
         worker.stdin.close()
     return str(hello["version"])
 
