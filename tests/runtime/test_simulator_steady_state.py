@@ -12,6 +12,7 @@ from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepModel
+from planc.planner.priors import priors
 from planc.planner.steady_state import Steady, steady
 from planc.planner.step_times import Exact
 from planc.planner.traffic import Traffic
@@ -88,11 +89,18 @@ def load(case: Case) -> Load:
     ids=str,
 )
 def test_closed_forms_agree_with_the_simulator(case: Case) -> None:
-    """TPOT within 8 % (2 % where prompts take less than a third of the time), TTFT within 15 %."""
+    """TPOT within 10 % (2 % where prompts take less than a third of the time), TTFT within 15 %."""
     seats = case.users or 256
-    rules = Rules.of(catalogue.engine("vllm"), max_num_seqs=seats, max_num_batched_tokens=8192)
+    known = priors()
+    rules = Rules.of(
+        catalogue.engine("vllm"),
+        max_num_seqs=seats,
+        max_num_batched_tokens=8192,
+        request_ms=known.request_s * 1e3,
+        lag_steps=known.lag_steps,
+    )
     found = simulate(Server(Clock(model(case.model)), rules, 1_000_000, 16), load(case)).steady()
     told = closed_form(case, 2 * seats)
     light = 1 - told._decode[0, 0] / told.tpot[0, 0] < 1 / 3
-    assert told.tpot[0, 0] == pytest.approx(np.nanmean(found.tpot_s), rel=0.02 if light else 0.08)
+    assert told.tpot[0, 0] == pytest.approx(np.nanmean(found.tpot_s), rel=0.02 if light else 0.1)
     assert told.ttft[0, 0] == pytest.approx(found.ttft_s.mean(), rel=0.15)
