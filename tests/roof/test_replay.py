@@ -168,8 +168,8 @@ def test_the_python_interface(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif("PLANC_DATA" not in os.environ, reason="needs the recorded run of vLLM (PLANC_DATA)")
 def test_a_recorded_run_of_vllm() -> None:
-    """With the recorded layer times mean and P99 of TTFT, TPOT and latency are within 5 % of what 300 requests
-    met. planc's own step times are some percent off, and so the queue of a saturated engine three times as much."""
+    """From the recorded layer times, mean and P99 of TTFT, TPOT and latency are within 5 % of what 300
+    requests met. planc's own step times are some percent off, so the queue of a full engine is by more."""
     from benchmarks.replay_vllm import errors, replays
 
     truth, found = replays(Path(os.environ["PLANC_DATA"]))
