@@ -205,6 +205,81 @@ def test_keys_and_values_come_from_memory_whatever_a_benchmark_finds_in_its_cach
     assert cached.seconds(work)[0] < 0.7 * swept.seconds(work)[0]
 
 
+def latent(part: str, heads: int = 16) -> Attention:
+    """DeepSeek-V3's on one rank: rank 512, rotary 64, heads of 128 + 64 and 128."""
+    weights, expanded = heads * 512 * 256, part == "prefill"
+    return Attention(
+        "attention",
+        part,  # type: ignore[arg-type]
+        2.0,
+        weight_bytes=2.0 * weights,
+        q_heads=heads,
+        kv_heads=1,
+        qk_dim=192,
+        v_dim=128,
+        latent=True,
+        span="full",
+        pair_flops=2.0 * heads * (320 if expanded else 1088),
+        key_flops=2.0 * weights if expanded else 0.0,
+        token_flops=0.0 if expanded else 2.0 * weights,
+        key_width=576.0,
+    )
+
+
+def latent_seconds(
+    one: Attention, tokens: float, sequences: float, context: float, engine: str = "trtllm"
+) -> float:
+    known = catalogue.gpu("h200_sxm")
+    each = tokens / sequences
+    pairs = tokens * (context if one.part == "decode" else context + (each + 1) / 2)
+    keys = sequences * (context if one.part == "decode" else context + each)
+    cell = lambda value: np.array([[float(value)]])  # noqa: E731
+    work = AttentionLoad(
+        cell(pairs * one.pair_flops + keys * one.key_flops + tokens * one.token_flops),
+        cell((keys + tokens) * one.key_width),
+        cell(tokens * one.q_heads * 320),
+        np.array([tokens]),
+        np.array([sequences]),
+        np.array([context]),
+    )
+    priced = attention.prepare([one], known, catalogue.engine(engine), Roofline(known))
+    assert priced.sources == ("measured",)
+    return float(priced(work).seconds[0, 0])
+
+
+def test_latent_decode_is_the_kernel_and_the_products_around_it() -> None:
+    """TensorRT-LLM on H200, 16 heads, 64 sequences of 4,096: 91 us in the kernel, 9 in the two products."""
+    assert 1e6 * latent_seconds(latent("decode"), 64, 64, 4096) == pytest.approx(100, rel=0.05)
+    assert latent_seconds(latent("decode", 128), 64, 64, 4096) > latent_seconds(
+        latent("decode"), 64, 64, 4096
+    )
+
+
+def test_a_latent_prompt_expands_the_keys_that_it_finds_cached() -> None:
+    one = latent("prefill")
+    fresh, after = (latent_seconds(one, 2048, 1, cached) for cached in (0, 8192))
+    pairs = (8192 + 1024) / 1024
+    assert fresh < after < pairs * fresh
+    expansion = 8192 * one.key_flops / catalogue.gpu("h200_sxm").peak_flops("bf16")
+    assert after > fresh + expansion
+
+
+def test_a_state_update_streams_its_states() -> None:
+    """Qwen3.5's gated delta rule: 64 heads of 128 x 128, in fp32, read and written by each sequence."""
+    known, width = catalogue.gpu("b200_sxm"), 64 * 128 * 128.0
+    rule = Attention("recurrence", "decode", 4.0, q_heads=64, key_width=width, token_flops=7.0 * width)
+    priced = attention.prepare([rule], known, catalogue.engine("vllm"), Roofline(known))
+    count = np.array([16.0, 128.0])
+    few, many = priced(
+        AttentionLoad(
+            7.0 * width * count[None], 2 * width * count[None], 20000 * count[None], count, count, 0 * count
+        )
+    ).seconds[0]
+    floor = 128 * 2 * width * 4 / known.memory_bytes_s
+    assert floor < many < 2 * floor
+    assert 4 * few < many < 9 * few
+
+
 def test_shipped_tables_are_small_named_and_finite() -> None:
     names = (
         "a100_sxm",
