@@ -35,7 +35,7 @@ def scatter(path: Path, points: Sequence[tuple[str, float, float]], label: str) 
     """(group, measured, predicted) on two logarithmic axes, with the diagonal and 20 % about it."""
     figure, axes = plt.subplots(figsize=(6.4, 4.2))
     groups = sorted({group for group, _, _ in points})
-    colours = plt.get_cmap("tab20")(np.linspace(0, 1, max(len(groups), 2)))
+    colours = plt.get_cmap("turbo")(np.linspace(0, 1, max(len(groups), 2)))
     for number, group in enumerate(groups):
         mine = np.array([(m, p) for g, m, p in points if g == group])
         axes.plot(
@@ -43,7 +43,7 @@ def scatter(path: Path, points: Sequence[tuple[str, float, float]], label: str) 
             mine[:, 1],
             _MARKS[number % len(_MARKS)],
             color=colours[number],
-            markersize=2.5,
+            markersize=3.5,
             markeredgewidth=0,
             alpha=0.8,
             label=group,
@@ -60,7 +60,7 @@ def scatter(path: Path, points: Sequence[tuple[str, float, float]], label: str) 
 
 
 def spreads(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]], label: str) -> None:
-    """One panel per kind of group: a box per member, from quartile to quartile, whiskers from 5 to 95 %."""
+    """One panel per kind of group: a box per member, from quartile to quartile, whiskers from 10 to 90 %."""
     height = 1.2 + 0.26 * sum(len(members) for members in groups.values())
     sizes = [max(len(members), 1) for members in groups.values()]
     figure, panels = plt.subplots(
@@ -72,7 +72,7 @@ def spreads(path: Path, groups: Mapping[str, Mapping[str, Sequence[float]]], lab
         axes.boxplot(
             list(known.values()),
             orientation="horizontal",
-            whis=(5, 95),
+            whis=(10, 90),
             showfliers=False,
             widths=0.6,
             medianprops={"color": "C1"},
