@@ -7,8 +7,8 @@ ones, t(x) = t0 + D x, with t0 simulated and D in closed form; the fit minimises
 
 with rho = ln(1 + (./scale)^2) / 2 (Cauchy's: outliers pull less the farther they are), and w such that
 every cell weighs the same however many rows it has. x has one part for all engines and one for each engine,
-the latter with narrower spreads: an engine's own constants are shrunk to the common ones. What is left out
-of a fit is a whole cell (model, GPU, engine, weights).
+the latter with narrower spreads: an engine's own constants are shrunk to the common ones, and those to
+neutral ones. What is left out of a fit is a whole cell (model, GPU, engine, weights).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.features import Array
 from planc.runtime.validation.constants import NAMES, Constants
 from planc.runtime.validation.lint import mean_lengths
@@ -28,7 +29,18 @@ from planc.runtime.validation.setups import Setup
 
 Cell = tuple[str, str, str, str]
 
-#: how far a constant may be expected to lie from the shipped one
+#: what fits start from and are shrunk to: kernels as measured, and assumptions that no point has touched (the
+#: shipped constants have seen all of them, so that a left-out cell would shine through)
+NEUTRAL = Constants(
+    step_us=50.0,
+    layer_us=0.0,
+    per_sequence_us=10.0,
+    kernel_factor=1.0,
+    prefill_factor=1.0,
+    request_ms=25.0,
+    lag_steps=1.0,
+)
+#: how far a constant may be expected to lie from that
 SPREAD: Mapping[str, float] = {
     "step_us": 60.0,
     "layer_us": 6.0,
@@ -40,10 +52,10 @@ SPREAD: Mapping[str, float] = {
 }
 #: spreads of an engine's own part, and of one deployment's, over those of the common part; steps
 #: of lag are common
-_ENGINE, _CELL = 0.6, 1.2
+_ENGINE, _CELL = 0.6, 2.0
 _COMMON = ("lag_steps",)
 #: errors in ln t beyond which a row pulls ever less: TPOT, TTFT
-_SCALE = (0.06, 0.20)
+_SCALE = (0.10, 0.25)
 #: rows of noise that the prior is worth
 _NOISE = 8.0
 _ITERATIONS = 30
@@ -143,17 +155,25 @@ def _slopes(predictor: Predictor, setup: Setup, constants: Constants, times: Tim
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """Changes of the shipped constants: common to all engines, and each engine's own part on top."""
+    """Changes of `NEUTRAL`: common to all engines, and each engine's own part on top."""
 
     common: Array
     own: Mapping[str, Array]
 
-    def change(self, engine: str) -> Array:
-        found: Array = self.common + self.own.get(engine, np.zeros(len(NAMES)))
+    def change(self, profile: EngineProfile) -> Array:
+        """What to add to the engine's shipped constants."""
+        own = self.own.get(profile.name, np.zeros(len(NAMES)))
+        found: Array = _start(profile) + self.common + own
         return found
 
     def constants(self, setup: Setup) -> Constants:
-        return Constants.shipped(setup.profile).moved(self.change(setup.profile.name))
+        return Constants.shipped(setup.profile).moved(self.change(setup.profile))
+
+
+def _start(profile: EngineProfile) -> Array:
+    """From the shipped constants to the neutral ones."""
+    found: Array = NEUTRAL.vector() - Constants.shipped(profile).vector()
+    return found
 
 
 def fit(linear: Linear) -> Fitted:
@@ -171,7 +191,8 @@ def fit(linear: Linear) -> Fitted:
         start = size * (1 + engines.index(setup.profile.name))
         design[row, :, :size] = linear.slopes[row]
         design[row, :, start : start + size] = linear.slopes[row]
-    found = _solve(linear.base, design, linear.measured, weights, spreads, np.zeros(spreads.size))
+    base = linear.times(np.array([_start(s.profile) for s in linear.setups]))
+    found = _solve(base, design, linear.measured, weights, spreads, np.zeros(spreads.size))
     parts = found.reshape(1 + len(engines), size)
     return Fitted(parts[0], dict(zip(engines, parts[1:], strict=True)))
 

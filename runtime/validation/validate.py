@@ -150,7 +150,8 @@ def blind(
     linear = linearised(setups, predictor, progress)
     clean = linear.rows(np.array([s.point.row not in flagged for s in setups]))
     fitted = left_out(clean, {s.point.cell for s in setups})
-    changes = {cell: one.change(cell[2]) for cell, one in fitted.items()}
+    engines = catalogue.engines()
+    changes = {cell: one.change(engines[cell[2]]) for cell, one in fitted.items()}
     used: set[int] = set()
     if calibrate_on:
         changes, used = _calibrations(setups, flagged, linear, fitted)
@@ -174,7 +175,7 @@ def _calibrations(
     changes, used = {}, set()
     for cell, one in fitted.items():
         mine = [i for i, s in enumerate(setups) if s.point.cell == cell and s.point.row not in flagged]
-        changes[cell] = one.change(cell[2])
+        changes[cell] = one.change(catalogue.engine(cell[2]))
         if len(mine) > 3:
             picked = chosen_points(linear, mine)
             keep = np.isin(np.arange(len(setups)), picked)

@@ -12,7 +12,7 @@ from planc.cost_model.collectives import Fabric
 from planc.cost_model.memory import memory_map
 from planc.cost_model.shape import EngineShape
 from planc.runtime.validation.constants import NAMES, Constants
-from planc.runtime.validation.fit import Linear, calibrated, chosen_points, fit, left_out
+from planc.runtime.validation.fit import NEUTRAL, Linear, calibrated, chosen_points, fit, left_out
 from planc.runtime.validation.harness import harness
 from planc.runtime.validation.lint import lint
 from planc.runtime.validation.points import Point
@@ -22,6 +22,7 @@ from planc.runtime.validation.setups import Engine, Setup, Unpredictable, setup
 from tests.sample_tables import llama8b
 
 TABLE = llama8b()
+VLLM = catalogue.engine("vllm")
 
 
 def point(row: int, tpot: float = 10.0, ttft: float = 100.0, **changes: object) -> Point:
@@ -178,18 +179,19 @@ def test_a_fit_finds_constants_and_shrugs_off_an_outlier() -> None:
     wanted = {"per_sequence_us": 10.0, "request_ms": 20.0}
     found = fit(linear(wanted, {3: 8.0}))
     exact = linear(wanted)
-    errors = exact.times(found.change("vllm")) / exact.measured - 1
-    assert np.abs(errors).max() < 0.06
-    assert np.abs(exact.base / exact.measured - 1).max() > 0.15
+    start = NEUTRAL.vector() - Constants.shipped(VLLM).vector()
+    before = np.abs(exact.times(start) / exact.measured - 1).mean()
+    after = np.abs(exact.times(found.change(VLLM)) / exact.measured - 1).mean()
+    assert after < 0.4 * before
 
 
 def test_a_cell_is_predicted_without_its_own_rows() -> None:
     here = linear({"per_sequence_us": 10.0}, dict.fromkeys(range(6), 3.0))
     cell = here.setups[0].point.cell
-    blind = left_out(here)[cell].change("vllm")
-    others = fit(here.rows(np.array([s.point.cell != cell for s in here.setups]))).change("vllm")
+    blind = left_out(here)[cell].change(VLLM)
+    others = fit(here.rows(np.array([s.point.cell != cell for s in here.setups]))).change(VLLM)
     assert np.allclose(blind, others)
-    assert np.abs(here.times(blind)[6:] / here.measured[6:] - 1).max() < 0.04
+    assert np.abs(here.times(blind)[6:] / here.measured[6:] - 1).mean() < 0.05
 
 
 def test_three_points_pull_the_rest_of_their_cell() -> None:
