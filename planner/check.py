@@ -209,6 +209,7 @@ def _operating_points(plan: Plan, request: Request, table: CostTable) -> Iterato
     if any(replica.gpu not in nodes for replica in plan.replicas()):
         return  # already reported by the placement
     kinds = {r.model_dump_json(exclude={"gpus", "traffic_share"}): r for r in plan.replicas()}
+    stated = plan.predicted["tpot_ms"].value / 1e3
     mean = 0.0
     for key, replica in kinds.items():
         same = [r for r in plan.replicas() if r.model_dump_json(exclude={"gpus", "traffic_share"}) == key]
@@ -216,10 +217,9 @@ def _operating_points(plan: Plan, request: Request, table: CostTable) -> Iterato
         fabric = Fabric(home.gpus_per_node, request.inventory.inter_node_gbps)
         model = StepModel(table, shape_of(replica), gpu, fabric, catalogue.engine(replica.engine))
         share = replica.traffic_share / replica.dp
-        running = plan.predicted["concurrency"].value * share
+        running = rate * share * load.decode_steps * stated  # Little's law
         tpot = _tpot(model, replica, load, rate * share, running)
         mean += tpot * sum(r.traffic_share for r in same)
-    stated = plan.predicted["tpot_ms"].value / 1e3
     if not abs(mean / stated - 1) <= _TOLERANCE:
         yield f"TPOT is {1e3 * mean:.4g} ms when evaluated again, not {1e3 * stated:.4g}"
 
@@ -228,8 +228,8 @@ def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float, runnin
     """Seconds per output token of one scheduler at `rate`: B <- rate S TPOT(B), damped.
 
     CUDA graphs are captured at some batch sizes and others are padded to the next, so D(B) is a staircase
-    and several batches can sustain themselves at one rate. It starts from the batch that the plan states
-    (`running`): is that one of them?
+    and several batches can sustain themselves at one rate. It starts from the batch that the plan's own TPOT
+    implies (`running`): is that one of them?
     """
     steps, fresh, context = load.decode_steps, load.new_tokens, load.decode_context
     batch, tpot = max(running, 1.0), math.inf
