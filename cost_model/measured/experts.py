@@ -23,7 +23,7 @@ from planc.cost_model.roofline import Roofline
 from planc.cost_model.routing import TOKENS
 
 #: what tells shapes apart, and how far a factor of e in it puts them; the model's own sizes weigh most
-SHAPE: Mapping[str, float] = {"hidden": 2.0, "inner": 1.0, "experts": 0.7, "total": 2.0, "top_k": 2.0}
+SHAPE: Mapping[str, float] = {"hidden": 4.0, "inner": 1.0, "experts": 1.0, "total": 4.0, "top_k": 4.0}
 
 _NEIGHBOURS = 4
 _POWER = 3.0
