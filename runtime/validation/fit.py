@@ -59,8 +59,6 @@ _SCALE = (0.10, 0.25)
 #: rows of noise that the prior is worth
 _NOISE = 8.0
 _ITERATIONS = 30
-#: step of the one difference that is taken by simulation, ms
-_DELAY_MS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +97,7 @@ def linearised(
         constants = Constants.shipped(setup.profile)
         times = predictor.times(setup, constants)
         base.append((times.tpot, times.ttft))
-        slope = _slopes(predictor, setup, constants, times)
-        if setup.harness.length_low == setup.harness.length_high:
-            slope = _in_step(predictor, setup, constants, times, slope)
-        slopes.append(slope)
+        slopes.append(_slopes(predictor, setup, constants, times))
     measured = np.array(
         [(s.point.tpot_ms or np.nan, s.point.ttft_ms or np.nan) for s in setups], dtype=np.float64
     )
@@ -153,20 +148,6 @@ def _slopes(predictor: Predictor, setup: Setup, constants: Constants, times: Tim
         "lag_steps": plain,
     }
     return np.array([[of[name] for name in NAMES] for of in (tpot, ttft)])
-
-
-def _in_step(predictor: Predictor, setup: Setup, constants: Constants, times: Times, slope: Array) -> Array:
-    """Slopes where requests of one length stay in step for ever: a delay between an answer and the next
-    request decides how many queue up together, so what it costs is simulated, not reckoned."""
-    delay, lag = NAMES.index("request_ms"), NAMES.index("lag_steps")
-    change = np.zeros(len(NAMES))
-    change[delay] = -min(_DELAY_MS, constants.request_ms)
-    other = predictor.times(setup, constants.moved(change))
-    moved = np.array([other.tpot - times.tpot, other.ttft - times.ttft]) / change[delay]
-    found = slope.copy()
-    found[:, delay] = moved
-    found[:, lag] = moved * slope[1, lag]
-    return found
 
 
 # -- fits ------------------------------------------------------------------------------
