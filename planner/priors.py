@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 import yaml
 
 from planc.cost_model import overlay
-from planc.cost_model.catalogue import Provenance
+from planc.cost_model.catalogue import EngineProfile, Provenance
 
 
 @dataclass(frozen=True, slots=True)
 class Priors:
-    """request_s, lag_steps   what TTFT holds besides waiting and prompt steps
+    """request_s, lag_steps   what TTFT holds besides waiting and prompt steps; see `way`
     ttft_band                 factors around TTFT beyond the band of the step time
     kv_margin_sd              standard deviations of cache demand kept free
     stable                    highest share of time that prompt processing may take
@@ -44,21 +44,19 @@ def text() -> str:
     return resources.files("planc.planner").joinpath("priors.yaml").read_text(encoding="utf-8")
 
 
-def priors() -> Priors:
-    """The priors; with the serving constants of the measured profile in use, if any."""
-    found, used = _shipped(), overlay.current()
-    if used is None:
-        return found
-    request, lag = used.constant("request_ms"), used.constant("lag_steps")
-    return replace(
-        found,
-        request_s=found.request_s if request is None else request / 1e3,
-        lag_steps=found.lag_steps if lag is None else lag,
-    )
+def way(engine: EngineProfile) -> tuple[float, float]:
+    """(request_s, lag_steps) of an engine: of the measured profile in use, else its own, else the priors."""
+    known, used = priors(), overlay.current()
+    own = engine.serving.request_ms
+    request = used.constant("request_ms", engine.name) if used else None
+    lag = used.constant("lag_steps", engine.name) if used else None
+    if request is None:
+        request = known.request_s * 1e3 if own is None else own
+    return request / 1e3, known.lag_steps if lag is None else lag
 
 
 @cache
-def _shipped() -> Priors:
+def priors() -> Priors:
     raw = yaml.safe_load(text())
     ttft, queueing = raw["ttft"], raw["queueing"]
     return Priors(

@@ -47,7 +47,9 @@ Array = NDArray[np.float64]
 class StepTimes(Protocol):
     """Step times of N schedulers; arguments and results are arrays [N, K].
 
-    budget   prompt and decode tokens per step [N, 1]     pp, dp   degrees [N, 1]
+    budget      prompt and decode tokens per step [N, 1]     pp, dp   degrees [N, 1]
+    request_s   a request's way to the scheduler [N, 1]
+    lag_steps   steps from a token's kernels to its client [N, 1]
     """
 
     @property
@@ -58,6 +60,12 @@ class StepTimes(Protocol):
 
     @property
     def dp(self) -> Array: ...
+
+    @property
+    def request_s(self) -> Array: ...
+
+    @property
+    def lag_steps(self) -> Array: ...
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         """(D, M, F) in seconds of the slowest stage, with `seqs` decoding sequences in the step."""
@@ -197,8 +205,8 @@ def steady(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale
         chance, wait = np.zeros_like(taken), np.zeros_like(taken)
     else:
         chance, wait = _seat_queue(taken, np.maximum(seats, 1.0), stay)
-    lag = known.lag_steps * decode * times.pp
-    ttft = chance * wait + queue + residual + own + lag + known.request_s
+    lag = times.lag_steps * decode * times.pp
+    ttft = chance * wait + queue + residual + own + lag + times.request_s
     impossible = ~np.isfinite(tpot) | (busy >= known.stable) | (taken > seats + 1e-9)
     ttft = np.where(impossible, np.inf, ttft)
 
@@ -246,7 +254,7 @@ def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array
     own = (np.ceil(chunks - 1e-9) - 1 + times.pp) * (mixed + (full - mixed) * busy)
     queue = busy / (1 - busy) * service * (_arrivals(traffic) + traffic.isl_cv2) / 2
     residual = 0.5 * busy * own
-    ttft = own + queue + residual + known.request_s
+    ttft = own + queue + residual + times.request_s
     zero = np.zeros_like(ttft)
     return Steady(
         traffic=traffic,

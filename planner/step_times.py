@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from planc.cost_model.step import StepLoad, StepModel
+from planc.planner.priors import way
 from planc.planner.steady_state import Array
 from planc.planner.traffic import Traffic
 
 #: decoding sequences per step at which curves are tabulated; n and n + 1 where kernels change their tiles
 _STARTS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 20, 24, 25, 32, 33, 40, 48, 56, 64, 65, 72, 80, 96, 97, 112)
 _LARGE = (128, 129, 144, 160, 176, 192, 193, 208, 224, 240, 256, 257, 288, 320, 384, 385, 448, 512, 513)
+_CURVES = ("decode", "mixed", "full", "budget", "pp", "dp", "request_s", "lag_steps")
 GRID = np.array((*_STARTS, *_LARGE, 640, 768, 769, 896, 1024), dtype=np.float64)
 
 
@@ -32,20 +34,27 @@ def loads(traffic: Traffic, seqs: Array, budget: Array) -> tuple[StepLoad, StepL
     )
 
 
+def _fixed(model: StepModel) -> tuple[float, float, float, float]:
+    """pp, dp, request_s, lag_steps."""
+    return model.shape.pp, model.shape.dp, *way(model.profile)
+
+
 @dataclass(frozen=True, slots=True)
 class Exact:
-    """Every call asks the step model. Shapes: budget, pp, dp [1, 1]; seqs [1, K]."""
+    """Every call asks the step model. Shapes: seqs [1, K], all else [1, 1]."""
 
     model: StepModel
     traffic: Traffic
     budget: Array
     pp: Array
     dp: Array
+    request_s: Array
+    lag_steps: Array
 
     @staticmethod
     def of(model: StepModel, traffic: Traffic, budget: float) -> Exact:
-        pp, dp = model.shape.pp, model.shape.dp
-        return Exact(model, traffic, np.array([[budget]]), np.array([[float(pp)]]), np.array([[float(dp)]]))
+        fixed = (np.array([[float(value)]]) for value in (budget, *_fixed(model)))
+        return Exact(model, traffic, *fixed)
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         plain, mixed, full = loads(self.traffic, np.maximum(seqs, 1.0), self.budget)
@@ -65,6 +74,8 @@ class Curves:
     budget: Array
     pp: Array
     dp: Array
+    request_s: Array
+    lag_steps: Array
 
     @staticmethod
     def of(model: StepModel, traffic: Traffic, budgets: Sequence[int]) -> Curves:
@@ -77,19 +88,16 @@ class Curves:
             model.seconds(mixed),
             model.seconds(full),
             budget,
-            rows * model.shape.pp,
-            rows * model.shape.dp,
+            *(rows * value for value in _fixed(model)),
         )
 
     @staticmethod
     def stacked(parts: Sequence[Curves]) -> Curves:
-        names = ("decode", "mixed", "full", "budget", "pp", "dp")
-        return Curves(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return Curves(*(np.concatenate([getattr(part, name) for part in parts]) for name in _CURVES))
 
     def rows(self, index: Array) -> Curves:
         """Some rows, with repetition."""
-        names = ("decode", "mixed", "full", "budget", "pp", "dp")
-        return Curves(*(getattr(self, name)[index] for name in names))
+        return Curves(*(getattr(self, name)[index] for name in _CURVES))
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         seqs = np.maximum(seqs, 1.0)

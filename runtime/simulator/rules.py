@@ -8,7 +8,7 @@ from typing import Any
 from planc.cost_model import overlay
 from planc.cost_model.catalogue import EngineProfile
 from planc.errors import InvalidField
-from planc.planner.priors import priors
+from planc.planner.priors import way
 from planc.runtime.scheduler import Limits
 
 
@@ -97,7 +97,8 @@ class Rules(Limits):
         What no profile states (request_ms, lag_steps) is as in the planner's priors, or in the measured
         profile in use.
         """
-        serving, known, used = profile.serving, priors(), overlay.current()
+        serving, used = profile.serving, overlay.current()
+        request_s, lag_steps = way(profile)
         fields: dict[str, Any] = {
             "max_num_seqs": max_num_seqs or profile.max_num_seqs,
             "max_num_batched_tokens": max_num_batched_tokens or profile.max_num_batched_tokens,
@@ -110,11 +111,11 @@ class Rules(Limits):
             "preemption": serving.preemption,
             "stream_interval": serving.stream_interval,
             "recv_interval": serving.recv_interval,
-            "request_ms": known.request_s * 1e3 if serving.request_ms is None else serving.request_ms,
-            "lag_steps": known.lag_steps,
+            "request_ms": request_s * 1e3,
+            "lag_steps": lag_steps,
         }
-        for name in ("request_ms", "lag_steps", "stream_interval", "recv_interval", "prompts_per_step"):
+        for name in ("stream_interval", "recv_interval", "prompts_per_step"):
             measured = used.constant(name, profile.name) if used else None
             if measured is not None:
-                fields[name] = measured if name in ("request_ms", "lag_steps") else round(measured)
+                fields[name] = round(measured)
         return Rules(**(fields | changes))

@@ -13,10 +13,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from planc.cost_model import overlay
 from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.features import Array
-from planc.planner.priors import priors
+from planc.planner.priors import way
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +33,15 @@ class Constants:
     @staticmethod
     def shipped(profile: EngineProfile) -> Constants:
         """What planc plans with for this engine: the profile's, a calibration's where one is in use."""
-        used, known = overlay.current(), priors()
-        own = lambda name: used.constant(name, profile.name) if used else None  # noqa: E731
-        request, lag = own("request_ms"), own("lag_steps")
-        if request is None:
-            request = profile.serving.request_ms
+        request_s, lag_steps = way(profile)
         return Constants(
             step_us=profile.step_us,
             layer_us=profile.layer_us,
             per_sequence_us=profile.per_sequence_us,
             kernel_factor=profile.kernel_factor,
             prefill_factor=profile.prefill_factor,
-            request_ms=known.request_s * 1e3 if request is None else request,
-            lag_steps=known.lag_steps if lag is None else lag,
+            request_ms=request_s * 1e3,
+            lag_steps=lag_steps,
         )
 
     def on(self, profile: EngineProfile) -> EngineProfile:

@@ -40,6 +40,14 @@ class Linear:
     def dp(self) -> Array:
         return np.array([[self.ranks]])
 
+    @property
+    def request_s(self) -> Array:
+        return np.array([[priors().request_s]])
+
+    @property
+    def lag_steps(self) -> Array:
+        return np.array([[priors().lag_steps]])
+
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         plain = FIXED + PER_SEQ * seqs
         room = np.maximum(self.tokens - seqs, 1.0)

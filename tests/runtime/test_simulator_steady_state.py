@@ -12,7 +12,6 @@ from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepModel
-from planc.planner.priors import priors
 from planc.planner.steady_state import Steady, steady
 from planc.planner.step_times import Exact
 from planc.planner.traffic import Traffic
@@ -91,14 +90,7 @@ def load(case: Case) -> Load:
 def test_closed_forms_agree_with_the_simulator(case: Case) -> None:
     """TPOT within 10 % (2 % where prompts take less than a third of the time), TTFT within 15 %."""
     seats = case.users or 256
-    known = priors()
-    rules = Rules.of(
-        catalogue.engine("vllm"),
-        max_num_seqs=seats,
-        max_num_batched_tokens=8192,
-        request_ms=known.request_s * 1e3,
-        lag_steps=known.lag_steps,
-    )
+    rules = Rules.of(catalogue.engine("vllm"), max_num_seqs=seats, max_num_batched_tokens=8192)
     found = simulate(Server(Clock(model(case.model)), rules, 1_000_000, 16), load(case)).steady()
     told = closed_form(case, 2 * seats)
     light = 1 - told._decode[0, 0] / told.tpot[0, 0] < 1 / 3
