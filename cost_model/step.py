@@ -148,6 +148,11 @@ class StepModel:
         )
         self._beside = self._hidden()
 
+    @property
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Decode batches that have a CUDA graph; others are padded to the next. () without graphs."""
+        return tuple(int(size) for size in self._graphs)
+
     @cached_property
     def source(self) -> Provenance:
         """The least well founded of the links and of the kernels, leaving aside kernels that together take

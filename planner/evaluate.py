@@ -225,16 +225,25 @@ class Precise:
         found: Array = dp * (state.rate if self.traffic.concurrency is None else state.users)[0]
         return found
 
+    def _batches(self, least: float) -> Array:
+        """Batches from a share of the seats up to all of them, the ends of the steps that padding to captured
+        graphs makes of the step time among them: a load may be carried just below such an end only."""
+        model, seats = self.engine.model, float(self.limits.seats)
+        ends = np.array(model.graph_sizes) * model.shape.pp - (self.traffic.concurrency is None)
+        ends = ends[(ends > least * seats) & (ends < seats)]
+        found: Array = np.unique(np.concatenate([np.geomspace(least, 1.0, _POINTS) * seats, ends]))
+        return found
+
     def capacity(self, slos: tuple[Slo, ...]) -> float:
         """The highest load up to which every objective holds; 0 when none does at the lightest load."""
-        batch = np.geomspace(1e-3, 1.0, _POINTS) * self.limits.seats
+        batch = self._batches(1e-3)
         best = 0.0
         for _ in range(_ZOOMS):
             state = self.state(batch)
             good = state.meets(slos)[0]
             last = len(good) - 1 if good.all() else int(np.argmin(good)) - 1
             if last >= 0:
-                best = max(best, float(self.load(state)[last]))
+                best = max(best, float(self.load(state)[: last + 1].max()))
             if (last < 0 and best == 0.0) or last == len(good) - 1:
                 break
             batch = np.linspace(batch[max(last, 0)], batch[last + 1], _POINTS)
@@ -243,7 +252,7 @@ class Precise:
     def at(self, load: float, scale: float = 1.0) -> Steady:
         """The steady state at a load. Where it cannot be carried: infinite TTFT, or, with a scale
         above 1 (a band's upper end), the most that still can be."""
-        batch = np.concatenate([[1e-9], np.geomspace(1e-4, 1.0, _POINTS)]) * self.limits.seats
+        batch = np.concatenate([[1e-9], self._batches(1e-4)])
         for _ in range(_ZOOMS + 1):
             state = self.state(batch, scale)
             enough = (self.load(state) >= load) | ~np.isfinite(state.ttft[0])

@@ -21,7 +21,7 @@ from tests.planner.cases import planned, raw, request, table
 
 ROOT = Path(__file__).parents[2]
 H200 = {"nodes": [{"gpu": "h200_sxm", "gpus_per_node": 8, "count": 1, "usd_per_gpu_hour": 3.8}]}
-CHAT = {"isl": 4000, "osl": 1000, "request_rate": 4}
+CHAT = {"isl": 4000, "osl": 1000, "request_rate": 3}
 MOST = {"isl": 1000, "osl": 200, "rate": "max"}
 BEYOND = {"isl": 1000, "osl": 200, "request_rate": 500}
 SPREAD = {"isl": {"mean": 900, "p95": 3000}, "osl": {"p50": 100, "p95": 500}, "request_rate": 4}
