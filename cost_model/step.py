@@ -156,7 +156,8 @@ class StepModel:
     @cached_property
     def source(self) -> Provenance:
         """The least well founded of the links and of the kernels, leaving aside kernels that together take
-        less than a tenth of the kernels' time in a typical step."""
+        less than a tenth of the kernels' time in a typical step. "fitted" at best: what an engine adds to
+        its kernels is fitted."""
         times, _ = self._times(_TYPICAL.arrays())
         each = self._kernel_calls.sum(axis=0) * times.seconds[:, 0]
         enough, taken = _NEGLIGIBLE * float(each.sum()), 0.0
@@ -166,7 +167,7 @@ class StepModel:
             if taken > enough:
                 kernels = source
                 break
-        return worst([kernels, *self._link_sources(), *(link.source for link in self._hops())])
+        return worst(["fitted", kernels, *self._link_sources(), *(link.source for link in self._hops())])
 
     def _link_sources(self) -> list[Provenance]:
         return [
