@@ -31,6 +31,8 @@ _COUNTS = (
 )
 _NAMES = ("weights", "activations", "kv", "engine", "gpu")
 
+_NEARLY = 0.97  # share of the highest load that an overloaded configuration is shown at
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -95,9 +97,9 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     if load > most:
         notes.append(
             f"overloaded: {wanted} x {most:.4g} is the most that can be carried, of {demand:.4g}; "
-            "the figures are those at that load"
+            f"the figures are those at {_NEARLY:.0%} of it, since queues have no end at the limit itself"
         )
-        load = most
+        load = _NEARLY * most
     item = Deployed(engine, limits, wanted, load, max(capacity, 0.0))
     numbers = predicted((item,), search.traffic, search.slos)
     state = item.state(search.traffic)
