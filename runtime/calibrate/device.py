@@ -214,7 +214,7 @@ def machine(threads: int, facts: Mapping[str, Any]) -> Machine:
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith(named)), "")
     versions = {name: str(facts[name]) for name in ("torch", "vllm", "cuda") if facts.get(name)}
     return Machine(
-        system=platform.platform(),
+        system=f"{platform.system()} {platform.machine()}",
         processor=processor or platform.processor(),
         cores=os.cpu_count() or 1,
         threads=threads,
