@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -28,6 +26,7 @@ from planc.cost_model.catalogue import Gpu, Precision, Provenance
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.profile import OpFamily, Profile, Table, TableInfo
 from planc.errors import FileMissing, FileUnreadable, InvalidField, PlancError, UnknownField
+from planc.files import whole
 
 SCHEMA = 1
 KIND = "planc.profile"
@@ -167,15 +166,8 @@ class ProfileDocument(Part):
                 mend="Name a file.",
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.text())
-            os.chmod(part, 0o644)
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        with whole(path) as file:
+            file.write(self.text())
 
     def overlay(self) -> overlay.Overlay:
         """Catalogue entries with this profile's numbers in them.

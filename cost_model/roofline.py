@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from planc.cost_model import softmax
 from planc.cost_model.catalogue import Gpu, Precision, Provenance
@@ -223,11 +222,3 @@ class Roofline:
 
     def _us(self, name: str) -> float:
         return self.named.on(name, self.gpu) * 1e-6
-
-
-def _after(launch: float, compute: Array, memory: Array, active: npt.NDArray[np.bool_]) -> Times:
-    """launch + max(compute, memory) where there is work."""
-    work = np.maximum(compute, memory)
-    bound = np.where(compute > memory, COMPUTE, MEMORY)
-    bound = np.where(work < launch, LAUNCH, bound).astype(np.int8)
-    return Times(np.where(active, launch + work, 0.0), bound)

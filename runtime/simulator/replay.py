@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import transfer_seconds
 from planc.errors import InvalidField
+from planc.files import whole
 from planc.planner.inventory import Group
 from planc.planner.request import Slo
 from planc.planner.trace import MOONCAKE_BLOCK, Scan, TraceRow, read
@@ -109,15 +109,12 @@ class Replay:
     def save_requests(self, path: str | Path) -> None:
         """Writes one CSV line per request of the trace, whole or not at all."""
         target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
-            with part.open("w", encoding="utf-8", newline="") as file:
+            with whole(target) as file:
                 writer = csv.writer(file)
                 writer.writerow(_COLUMNS)
                 writer.writerows(self._lines())
-            os.replace(part, target)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise InvalidField(
                 where="command line",
                 field="--out",

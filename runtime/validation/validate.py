@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 
 from planc.cost_model import catalogue
 from planc.errors import UnknownField
+from planc.files import whole
 from planc.runtime.validation.constants import Constants
 from planc.runtime.validation.fit import (
     Cell,
@@ -188,28 +187,21 @@ def write_predictions(report: ValidationReport, path: str | Path) -> None:
     """One line per point, predicted and measured, unpredicted ones with their reason; whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     names = ["id", *(n for n in GROUPS if n not in ("ttft_ms", "tpot_ms", "source"))]
     values = [
         f"{metric}{kind}"
         for metric in ("tpot_ms", "ttft_ms", "throughput")
         for kind in ("", "_low", "_high", "_measured")
     ]
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*names, *values, "ttft_steady_ms", "source", "lint", "repairs", "unpredicted"])
-            for row in report.rows:
-                writer.writerow(_line(row, names))
-            for item in report.unpredicted:
-                blank = [""] * (len(values) + 4)
-                labels = [item.id, *item.labels(names[1:])]
-                writer.writerow([*labels, *blank, item.reason])
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    with whole(path) as file:
+        writer = csv.writer(file)
+        writer.writerow([*names, *values, "ttft_steady_ms", "source", "lint", "repairs", "unpredicted"])
+        for row in report.rows:
+            writer.writerow(_line(row, names))
+        for item in report.unpredicted:
+            blank = [""] * (len(values) + 4)
+            labels = [item.id, *item.labels(names[1:])]
+            writer.writerow([*labels, *blank, item.reason])
 
 
 def _line(row: Row, names: Sequence[str]) -> list[Any]:
