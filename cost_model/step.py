@@ -15,6 +15,7 @@ from planc.cost_model.collectives import Fabric, Link, group_source, seconds, sp
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array, Load, StepLoad
 from planc.cost_model.formats import fmt
+from planc.cost_model.intensity import Done, done
 from planc.cost_model.kernels import (
     BOUNDS,
     LINK,
@@ -51,7 +52,11 @@ _NEGLIGIBLE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class StepPart:
-    """One line of a breakdown: all calls of an op over the layers of one class in one stage."""
+    """One line of a breakdown: all calls of an op over the layers of one class in one stage.
+
+    calls    over all those layers
+    done     what one call does; None for collectives and host time
+    """
 
     layer_class: str
     site: str
@@ -59,6 +64,8 @@ class StepPart:
     seconds: float
     bound: str
     source: Provenance
+    calls: float = 1.0
+    done: Done | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,15 +224,19 @@ class StepModel:
         times, links = self._times(flat)
         order = {c.name: i for i, c in enumerate(self.table.classes)}
         counts = self._stages[stage].counts
+        features = {
+            part: {name: float(value) for name, value in zip(self._names, values[:, 0], strict=True)}
+            for part, values in self._features(flat).items()
+        }
         found = []
         for kernel, index in zip(self.kernels, self._index, strict=True):
-            total = times.seconds[index, 0] * kernel.calls * counts[order[kernel.layer_class]]
+            calls = kernel.calls * counts[order[kernel.layer_class]]
+            total = float(times.seconds[index, 0] * calls)
             bound = BOUNDS[int(times.bound[index, 0])]
             if total > 0:
-                site = "+".join(kernel.sites)
-                found.append(
-                    StepPart(kernel.layer_class, site, kernel.op, float(total), bound, self._sources[index])
-                )
+                site, source = "+".join(kernel.sites), self._sources[index]
+                what = done(kernel, features[kernel.part])
+                found.append(StepPart(kernel.layer_class, site, kernel.op, total, bound, source, calls, what))
         for item, row, source in zip(self._collectives, links, self._link_sources(), strict=True):
             total = row[0] * item.calls * counts[order[item.layer_class]]
             if total > 0:

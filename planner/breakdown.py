@@ -36,7 +36,14 @@ def breakdown(plan: Plan, table: CostTable) -> list[dict[str, Any]]:
                 "ms": part.seconds * 1e3,
                 "bound": part.bound,
                 "source": part.source,
+                "calls": part.calls,
             }
+            if part.done is not None:  # of one call on one GPU
+                entry |= {
+                    "flops": part.done.flops,
+                    "bytes": part.done.nbytes,
+                    "precision": part.done.precision,
+                }
             rows.append(entry)
     return rows
 
