@@ -3,13 +3,20 @@
 Columns are engines at a load (planner.evaluate). Identical engines are counted, never told apart,
 so there is no symmetry to break. Coefficients are integers (loads in millionths of the demand,
 rounded against the plan), so a solution is checked exactly after rounding. Solved by HiGHS through
-OR-Tools' MathOpt, to a gap of zero, objective after objective: the request's own, then least
-accuracy loss, then most spare capacity, then canonical order.
+OR-Tools' MathOpt, to a gap of zero (or `Limits.gap`), objective after objective: the request's own,
+then least accuracy loss, then most spare capacity, then canonical order.
+
+A column belongs to a flow: requests of some traffic classes, in stated shares, and the part of the work
+on them. With n engines of load l in flow f, of which k may fail,
+
+    carried(f) <= sum n l - k max l          shares(f, c) carried(f)  of class c
+    whole(c) + sum over splits of min(prefill(c), decode(c)) >= demand(c)
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,6 +30,20 @@ UNIT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
+class Flow:
+    """Requests that some columns carry.
+
+    shares   per traffic class, the requests of it in one unit of load
+    role     "whole", or one half of the work on a request
+    split    halves of the same split serve each other
+    """
+
+    shares: tuple[float, ...] = (1.0,)
+    role: Literal["whole", "prefill", "decode"] = "whole"
+    split: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Column:
     """An engine that may be bought any number of times.
 
@@ -32,6 +53,8 @@ class Column:
     drop                  relative accuracy loss
     watts                 power at this load
     family                formats: a fleet keeps to one family, so that all replicas answer alike
+    flow                  index into `Limits.flows`
+    firm                  False: it may be taken away (spot instances)
     """
 
     group: int
@@ -42,6 +65,8 @@ class Column:
     drop: float
     watts: float
     family: str = ""
+    flow: int = 0
+    firm: bool = True
 
     @property
     def gpus(self) -> int:
@@ -50,13 +75,31 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """islands: GPUs of each island, per group. `demand` None: carry as much as possible."""
+    """What a fleet must carry and may take.
+
+    islands     GPUs of each island, per group
+    demand      of all traffic classes; None: carry as much as possible
+    classes     share of each traffic class in the demand
+    spare       engines of each flow that may fail while the rest still carries the demand
+    firm_share  share of every class that columns which are not firm may not carry
+    gap         relative gap at which the search for a better fleet stops
+    """
 
     islands: tuple[tuple[int, ...], ...]
     demand: float | None
     max_gpus: int | None = None
     max_replicas: int | None = None
     max_watts: float | None = None
+    classes: tuple[float, ...] = (1.0,)
+    flows: tuple[Flow, ...] = (Flow(),)
+    spare: int = 0
+    firm_share: float = 0.0
+    gap: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """One flow that carries everything: the demand is met when loads add up to it."""
+        return self.flows == (Flow(),) and not self.spare and not self.firm_share
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +133,7 @@ def undominated(columns: Sequence[Column]) -> list[int]:
 def replaces(a: Column, b: Column) -> bool:
     """Whether `a` may stand in for `b` everywhere, at no loss."""
     return (
-        (a.group, a.pieces, a.size, a.family) == (b.group, b.pieces, b.size, b.family)
+        (a.group, a.pieces, a.size, a.family, a.flow) == (b.group, b.pieces, b.size, b.family, b.flow)
         and a.load >= b.load
         and a.weight <= b.weight
         and a.drop <= b.drop
@@ -111,13 +154,17 @@ def solve(
     Families are solved one by one and the best is kept; ties go to less accuracy loss, more load,
     then the earlier columns.
 
+    time_limit   seconds for all of it
     first_only   stop after the primary objective
+
+    Raises ToolFailed when time runs out before any fleet was found.
     """
+    deadline = None if time_limit is None else time.perf_counter() + time_limit
     best: tuple[tuple[float, ...], Solution] | None = None
     bounds, proved = [], True
     for family in dict.fromkeys(column.family for column in columns):
         mine = [i for i, column in enumerate(columns) if column.family == family]
-        master = _Master([columns[i] for i in mine], limits, columns, time_limit)
+        master = _Master([columns[i] for i in mine], limits, columns, deadline)
         found = master.run(first_only)
         if found is None:
             if master.out_of_time:  # it may hold a better fleet than was found: its bound counts
@@ -132,6 +179,12 @@ def solve(
             whole = tuple(counts.get(i, 0) for i in range(len(columns)))
             best = rank, replace(solution, counts=whole)
     if best is None:
+        if not proved:
+            raise ToolFailed(
+                tool="HiGHS",
+                reason=f"no fleet was found in {time_limit:g} s",
+                mend="Give --time-limit more seconds, or a smaller inventory.",
+            )
         return None
     _check(columns, limits, best[1].counts)
     bound = best[1].value if proved else (min(bounds) if limits.demand is not None else max(bounds))
@@ -144,13 +197,13 @@ class _Master:
     """One integer program, solved for one objective after another."""
 
     def __init__(
-        self, columns: Sequence[Column], limits: Limits, every: Sequence[Column], time_limit: float | None
+        self, columns: Sequence[Column], limits: Limits, every: Sequence[Column], deadline: float | None
     ) -> None:
         """`every`: the columns of all families, which share the integer scales."""
         from ortools.math_opt.python import mathopt  # type: ignore[import-untyped]
 
         self.mathopt = mathopt
-        self.columns, self.limits, self.time_limit = columns, limits, time_limit
+        self.columns, self.limits, self.deadline = columns, limits, deadline
         self.model = mathopt.Model(name="fleet")
         whole = limits.demand if limits.demand is not None else max(c.load for c in every)
         self.unit = max(whole, 1e-300) / UNIT
@@ -161,8 +214,12 @@ class _Master:
             for i, c in enumerate(columns)
         ]
         self._place()
-        if limits.demand is not None:
-            self.model.add_linear_constraint(self._sum(self.loads) >= UNIT)
+        if limits.plain:
+            self.carried = self._sum(self.loads)
+            if limits.demand is not None:
+                self.model.add_linear_constraint(self.carried >= UNIT)
+        else:
+            self.carried = self._carried()
         if limits.max_gpus is not None:
             self.model.add_linear_constraint(self._sum([c.gpus for c in columns]) <= limits.max_gpus)
         if limits.max_replicas is not None:
@@ -176,6 +233,53 @@ class _Master:
 
     def _sum(self, factors: Sequence[float]) -> Any:
         return sum(f * n for f, n in zip(factors, self.counts, strict=True))
+
+    def _carried(self) -> Any:
+        """Constraints of the flows; returns the demand that they carry, as it is or to be maximised."""
+        limits, model = self.limits, self.model
+        most = UNIT * sum(map(sum, limits.islands))
+        whole: Any = UNIT if limits.demand is not None else model.add_integer_variable(lb=0, ub=most)
+        used = {i for i, c in enumerate(self.columns)}
+        firm = {i for i in used if self.columns[i].firm}
+        self._cover(used, whole, limits.spare)
+        if limits.firm_share and firm != used:
+            self._cover(firm, limits.firm_share * whole, 0)
+        return whole
+
+    def _cover(self, chosen: set[int], whole: Any, spare: int) -> None:
+        """The chosen columns carry `whole` of the demand, with `spare` engines of each flow to spare."""
+        model, limits = self.model, self.limits
+        carried: dict[int, Any] = {}
+        for flow in sorted({self.columns[i].flow for i in chosen}):
+            mine = sorted(i for i in chosen if self.columns[i].flow == flow)
+            load = sum(self.loads[i] * self.counts[i] for i in mine)
+            if spare:
+                largest = model.add_variable(lb=0.0)
+                for i in mine:
+                    used = model.add_binary_variable()
+                    model.add_linear_constraint(self.counts[i] <= self.counts[i].upper_bound * used)
+                    model.add_linear_constraint(largest >= self.loads[i] * used)
+                load -= spare * largest
+            carried[flow] = model.add_variable(lb=0.0)
+            model.add_linear_constraint(carried[flow] <= load)
+        for number, share in enumerate(limits.classes):
+            halves: dict[int, dict[str, Any]] = {}
+            served: Any = 0
+            for flow, amount in carried.items():
+                kind = limits.flows[flow]
+                part = kind.shares[number] * amount
+                if kind.role == "whole":
+                    served += part
+                else:
+                    sides = halves.setdefault(kind.split, {})
+                    sides[kind.role] = sides.get(kind.role, 0) + part
+            for sides in halves.values():
+                if len(sides) == 2:
+                    both = model.add_variable(lb=0.0)
+                    for side in sides.values():
+                        model.add_linear_constraint(both <= side)
+                    served += both
+            model.add_linear_constraint(served - share * whole >= 0)
 
     def _place(self) -> None:
         """Pieces fit into islands: exactly, by slots when sizes form a chain, else by filling patterns."""
@@ -212,7 +316,7 @@ class _Master:
         weights, loads = self._sum(self.weights), self._sum(self.loads)
         drops = [round(c.drop * 1e6 * load / UNIT) for c, load in zip(self.columns, self.loads, strict=True)]
         covering = self.limits.demand is not None
-        goal = (weights, True, 1 / self.scale) if covering else (loads, False, self.unit)
+        goal = (weights, True, 1 / self.scale) if covering else (self.carried, False, self.unit)
         first = self._optimise(goal[0], minimise=goal[1])
         if first is None and self.out_of_time:
             first = self._simple()
@@ -232,32 +336,24 @@ class _Master:
             sum(n * v for n, v in zip(self.best, values, strict=True))
             for values in (self.weights, drops, self.loads)
         )
-        rank = (weight, drop, -load) if covering else (-load, weight, drop)
+        rank = (weight, drop, -load) if covering else (-found, weight, drop)
         status: Literal["optimal", "feasible"] = "optimal" if proved else "feasible"
         return rank, Solution(self.best, status, found * goal[2], bound * goal[2])
 
     def _simple(self) -> tuple[float, float, bool] | None:
-        """When time ran out before any solution: the best fleet of one kind, and the relaxed bound."""
-        limits, found = self.limits, None
-        for i, column in enumerate(self.columns):
-            most = self._most(column)
-            for cap, each in (
-                (limits.max_gpus, column.gpus),
-                (limits.max_replicas, 1),
-                (limits.max_watts, math.ceil(column.watts)),
-            ):
-                most = min(most, int(cap // each)) if cap is not None else most
-            count = most if limits.demand is None else -(-UNIT // max(self.loads[i], 1))
-            if not 1 <= count <= most:
-                continue
-            value = count * (self.weights[i] if limits.demand is not None else -self.loads[i])
-            if found is None or value < found[0]:
-                found = value, tuple(count if j == i else 0 for j in range(len(self.columns)))
-        if found is None:
+        """When time ran out before any solution: a fleet bought greedily, and the relaxed bound."""
+        counts = _greedy(self.columns, self.limits, self.loads, self.weights)
+        if counts is None:
             return None
-        self.best = found[1]
-        unit = 1 / self.scale if limits.demand is not None else self.unit
-        return abs(found[0]), self.relaxed() / unit, False
+        self.best = counts
+        if self.limits.demand is not None:
+            value = float(sum(n * w for n, w in zip(counts, self.weights, strict=True)))
+            return value, self.relaxed() * self.scale, False
+        return (
+            float(carried(self.columns, self.limits, counts, self.loads)),
+            self.relaxed() / self.unit,
+            False,
+        )
 
     def relaxed(self) -> float:
         """The bound of the problem without placement: every GPU and every piece of load divisible at will.
@@ -275,10 +371,12 @@ class _Master:
         goal = self.model.minimize if minimise else self.model.maximize
         goal(expression)
         parameters = self.mathopt.SolveParameters(
-            relative_gap_tolerance=0.0,
+            relative_gap_tolerance=self.limits.gap,
             absolute_gap_tolerance=0.0,
             random_seed=0,
-            time_limit=timedelta(seconds=self.time_limit) if self.time_limit is not None else None,
+            time_limit=timedelta(seconds=max(self.deadline - time.perf_counter(), 0.02))
+            if self.deadline is not None
+            else None,
         )
         result = self.mathopt.solve(self.model, self.mathopt.SolverType.HIGHS, params=parameters)
         reason = result.termination.reason
@@ -302,7 +400,7 @@ class _Master:
             self.model.add_linear_constraint(expression <= rounded)
         else:
             self.model.add_linear_constraint(expression >= rounded)
-        proved = reason == kinds.OPTIMAL
+        proved = reason == kinds.OPTIMAL and (self.limits.gap == 0 or abs(bound - rounded) < 1)
         return rounded, float(rounded) if proved else bound, proved
 
     best: tuple[int, ...] = ()
@@ -334,12 +432,94 @@ def integer_weights(weights: Sequence[float], every: Sequence[float] = ()) -> tu
     return [round(w * scale) for w in weights], scale
 
 
+def carried(columns: Sequence[Column], limits: Limits, counts: Sequence[int], loads: Sequence[int]) -> int:
+    """The demand that a fleet carries, in the loads' unit, spare and firm engines as asked; exact."""
+    every = list(zip(columns, counts, loads, strict=True))
+    if limits.plain:
+        return sum(n * load for _, n, load in every)
+    whole = _served(every, limits, limits.spare)
+    if limits.firm_share:
+        firm = [part for part in every if part[0].firm]
+        whole = min(whole, _served(firm, limits, 0) / limits.firm_share)
+    return math.floor(whole + 1e-3)
+
+
+def _served(parts: Sequence[tuple[Column, int, int]], limits: Limits, spare: int) -> float:
+    amounts: dict[int, float] = {}
+    for flow in {column.flow for column, _, _ in parts}:
+        mine = [(n, load) for column, n, load in parts if column.flow == flow]
+        lost = spare * max((load for n, load in mine if n), default=0)
+        amounts[flow] = max(sum(n * load for n, load in mine) - lost, 0)
+    least = math.inf
+    for number, share in enumerate(limits.classes):
+        served, halves = 0.0, {}
+        for flow, amount in amounts.items():
+            kind = limits.flows[flow]
+            part = kind.shares[number] * amount
+            if kind.role == "whole":
+                served += part
+            else:
+                key = (kind.split, kind.role)
+                halves[key] = halves.get(key, 0.0) + part
+        for split in {split for split, _ in halves}:
+            served += min(halves.get((split, "prefill"), 0.0), halves.get((split, "decode"), 0.0))
+        if share > 0:
+            least = min(least, served / share)
+    return least
+
+
+def _greedy(
+    columns: Sequence[Column], limits: Limits, loads: Sequence[int], weights: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Counts bought one by one: the engine that serves most of what is missing for its weight; None when
+    that does not reach the demand. Only engines that do all the work on a request are bought."""
+    counts = [0] * len(columns)
+    rooms = [list(islands) for islands in limits.islands]
+    missing = [math.inf if limits.demand is None else UNIT * share * 1.001 for share in limits.classes]
+    while any(left > 0 for left in missing):
+        best: tuple[float, int] | None = None
+        for i, column in enumerate(columns):
+            flow = limits.flows[column.flow]
+            if flow.role != "whole" or not _fits(column, rooms[column.group]):
+                continue
+            useful = sum(
+                min(left, share * loads[i]) for left, share in zip(missing, flow.shares, strict=True)
+            )
+            rank = useful / max(weights[i], 1e-9) if limits.demand is not None else useful / column.gpus
+            if useful > 0 and (best is None or rank > best[0]):
+                best = rank, i
+        if best is None:
+            break
+        i = best[1]
+        counts[i] += 1
+        _take(columns[i], rooms[columns[i].group])
+        shares = limits.flows[columns[i].flow].shares
+        missing = [left - share * loads[i] for left, share in zip(missing, shares, strict=True)]
+    found = tuple(counts)
+    try:
+        _check(columns, limits, found)
+    except ToolFailed:
+        return None
+    return found if any(found) else None
+
+
+def _fits(column: Column, rooms: Sequence[int]) -> bool:
+    return sum(room // column.size for room in rooms) >= column.pieces
+
+
+def _take(column: Column, rooms: list[int]) -> None:
+    for _ in range(column.pieces):
+        fullest = min((i for i, room in enumerate(rooms) if room >= column.size), key=lambda i: rooms[i])
+        rooms[fullest] -= column.size
+
+
 def _check(columns: Sequence[Column], limits: Limits, counts: Sequence[int]) -> None:
     """The rounded solution holds exactly, in integers; a solver's tolerance must not leak into a plan."""
-    carried = sum(n * load for n, load in zip(counts, integer_loads(columns, limits.demand), strict=True))
+    loads = integer_loads(columns, limits.demand)
     gpus = sum(n * c.gpus for n, c in zip(counts, columns, strict=True))
-    ok = limits.demand is None or carried >= UNIT
+    ok = limits.demand is None or carried(columns, limits, counts, loads) >= UNIT
     ok = ok and (limits.max_gpus is None or gpus <= limits.max_gpus)
+    ok = ok and (limits.max_replicas is None or sum(counts) <= limits.max_replicas)
     ok = ok and gpus <= sum(sum(islands) for islands in limits.islands)
     if not ok:
         raise ToolFailed(
