@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
-from pydantic_core import PydanticCustomError
 
 from planc.cost_model import catalogue, formats
 from planc.errors import FileMissing, FileUnreadable, InvalidField
 from planc.planner.mistakes import translated
 from planc.planner.overrides import apply_overrides
+from planc.planner.slo import Metric as Metric
+from planc.planner.slo import Slo as Slo
+from planc.planner.slo import checked, objectives
 from planc.planner.workload import Part, Workload, plain
 
-Metric = Literal["ttft", "tpot", "itl", "e2e"]
 Objective = Literal["min_cost", "max_goodput", "min_latency", "min_energy", "pareto"]
-
-_SLO_KEY = re.compile(r"(ttft|tpot|itl|e2e)_(mean|p\d{1,2}(?:\.\d{1,3})?)_ms")
 
 
 def _listed(value: Any) -> Any:
@@ -43,12 +40,17 @@ Degrees = Annotated[list[Annotated[int, Field(ge=1, le=4096)]] | None, BeforeVal
 
 
 class Nodes(Part):
-    """`count` identical machines. `usd_per_gpu_hour` defaults to the catalogue's list price."""
+    """`count` identical machines. `usd_per_gpu_hour` defaults to the catalogue's list price.
+
+    gpu    a name of the catalogue, or a slice of one: "h100_sxm:3g.40gb" (then gpus_per_node counts slices)
+    spot   the machines may be taken away; see `max_spot_share`
+    """
 
     gpu: str
     gpus_per_node: int = Field(ge=1, le=1024)
     count: int = Field(default=1, ge=1, le=100_000)
     usd_per_gpu_hour: float | None = Field(default=None, ge=0)
+    spot: bool | None = None
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 
 
@@ -62,41 +64,6 @@ class Inventory(Part):
 # -- objectives and constraints ----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Slo:
-    """One service-level objective: `metric`'s `stat` ("mean" or a fraction like 0.99) <= limit seconds."""
-
-    key: str
-    metric: Metric
-    quantile: float | None
-    limit: float
-
-
-def _slo(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    for key, limit in value.items():
-        name = str(key)
-        if not _SLO_KEY.fullmatch(name) or _quantile(name) == 0.0:
-            raise PydanticCustomError("planc_slo", "unknown objective", {"key": name})
-        if isinstance(limit, bool) or not isinstance(limit, int | float):
-            raise PydanticCustomError(
-                "planc_at", "not a number", {"key": name, "value": limit, "mend": "Give milliseconds."}
-            )
-        if not 0 < limit < 1e12:
-            raise PydanticCustomError(
-                "planc_at",
-                "a latency objective must be above 0",
-                {"key": name, "value": limit, "mend": "Give milliseconds, or leave the objective out."},
-            )
-    return value
-
-
-def _quantile(key: str) -> float | None:
-    stat = key.split("_")[1]
-    return None if stat == "mean" else float(stat[1:]) / 100
-
-
 class Constraints(Part):
     """What the plan may use. A list that is left out allows the engine's own; see each field.
 
@@ -104,6 +71,9 @@ class Constraints(Part):
                                when max_accuracy_drop is given, every format within it
     tp, pp, dp, ep, cp         allowed degrees
     max_accuracy_drop          relative loss of the average task score, e.g. 0.01
+    serving                    "aggregated", "disaggregated": which may be used; left out: both
+    spare_replicas             replicas of each pool that may fail while the rest still carries the load
+    max_spot_share             most of any traffic class that machines marked `spot` may carry
     """
 
     weights: Names = None
@@ -126,6 +96,11 @@ class Constraints(Part):
     max_accuracy_drop: float | None = Field(default=None, ge=0, le=1)
     max_power_kw: float | None = Field(default=None, gt=0)
     gpu_memory_utilization: float | None = Field(default=None, gt=0, le=1)
+    serving: Annotated[
+        list[Literal["aggregated", "disaggregated"]] | None, BeforeValidator(_listed), Field(min_length=1)
+    ] = None
+    spare_replicas: int | None = Field(default=None, ge=0, le=64)
+    max_spot_share: float | None = Field(default=None, ge=0, le=1)
 
 
 class Request(Part):
@@ -134,18 +109,24 @@ class Request(Part):
     model: str = Field(min_length=1)
     inventory: Inventory
     workload: Workload
-    slo: Annotated[dict[str, float], BeforeValidator(_slo)] = Field(default_factory=dict)
+    slo: Annotated[dict[str, float], BeforeValidator(checked)] = Field(default_factory=dict)
     objective: Objective = "min_cost"
     constraints: Constraints = Field(default_factory=Constraints)
 
     _base: Path | None = PrivateAttr(default=None)
 
     def slos(self) -> tuple[Slo, ...]:
-        """The objectives, in a fixed order, limits in seconds."""
-        return tuple(
-            Slo(key, key.split("_")[0], _quantile(key), limit / 1e3)  # type: ignore[arg-type]
-            for key, limit in sorted(self.slo.items())
-        )
+        """The objectives, in a fixed order, limits in seconds. A class's own objective takes the place of
+        the request's of that name, which then holds for each of the other classes."""
+        own = {c.name: c.slo for c in self.workload.classes if c.name and c.slo}
+        if not own:
+            return objectives(self.slo)
+        taken = {key for limits in own.values() for key in limits}
+        found = list(objectives({key: v for key, v in self.slo.items() if key not in taken}))
+        for c in self.workload.classes:
+            shared = {key: v for key, v in self.slo.items() if key in taken}
+            found += objectives({**shared, **c.slo}, c.name or "")
+        return tuple(found)
 
     def path(self, name: str) -> Path:
         """A path of the request, relative to the request's own file."""

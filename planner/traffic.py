@@ -36,6 +36,7 @@ class Traffic:
     rate          requests/s offered, None when the workload says "max" or is a closed loop
     concurrency   users of a closed loop, None when open
     arrival_cv2   squared coefficient of variation of the times between arrivals
+    names, label  traffic classes, and the class of each sample point; hits: cached share of each class
     """
 
     isl: Array
@@ -45,6 +46,40 @@ class Traffic:
     rate: float | None = None
     concurrency: int | None = None
     arrival_cv2: float = 1.0
+    names: tuple[str, ...] = ("",)
+    label: NDArray[np.intp] | None = None
+    hits: tuple[float, ...] = ()
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of the requests of each traffic class."""
+        if self.label is None:
+            return (1.0,)
+        return tuple(float(self.weight[self.label == i].sum()) for i in range(len(self.names)))
+
+    def only(self, *names: str) -> Traffic:
+        """The requests of some traffic classes, at the rate at which they come."""
+        if self.label is None or set(names) == set(self.names):
+            return self
+        numbers = [i for i, name in enumerate(self.names) if name in names]
+        mine = np.isin(self.label, numbers)
+        share = float(self.weight[mine].sum())
+        kept = replace(
+            self,
+            isl=self.isl[mine],
+            osl=self.osl[mine],
+            weight=self.weight[mine] / share,
+            rate=None if self.rate is None else self.rate * share,
+            names=tuple(self.names[i] for i in numbers),
+            label=np.searchsorted(numbers, self.label[mine]),
+            hits=tuple(self.hits[i] for i in numbers),
+        )
+        return replace(kept, hit_rate=kept._hit_rate())
+
+    def _hit_rate(self) -> float:
+        assert self.label is not None
+        tokens = self.weight * self.isl
+        return float(np.dot(tokens, np.array(self.hits)[self.label]) / tokens.sum())
 
     def mean(self, values: Array) -> float:
         return float(np.dot(self.weight, values))
@@ -118,6 +153,14 @@ class Traffic:
         return replace(self, isl=self.isl * isl, osl=np.maximum(self.osl * osl, 1.0))
 
 
+def class_names(request: Request) -> tuple[str, ...]:
+    """Names of the workload's traffic classes: as given, else class0, class1 ...; "" for a lone one."""
+    classes = request.workload.classes
+    if len(classes) <= 1:
+        return tuple(c.name or "" for c in classes) or ("",)
+    return tuple(c.name or f"class{i}" for i, c in enumerate(classes))
+
+
 def traffic(request: Request, kind: str) -> Traffic:
     """The request's workload as numbers, for a model of this kind ("causal_lm", "encoder", "module").
 
@@ -138,11 +181,17 @@ def traffic(request: Request, kind: str) -> Traffic:
         isl = np.concatenate([isl for isl, _ in parts])
         osl = np.concatenate([osl for _, osl in parts])
         weight = np.concatenate([np.full(n, share / n) for n, share in zip(sizes, shares, strict=True)])
-        tokens = np.array([share * part[0].mean() for share, part in zip(shares, parts, strict=True)])
-        hits = np.array([c.prefix_hit_rate for c in workload.classes])
-        hit_rate = float(np.dot(tokens, hits) / tokens.sum()) if tokens.sum() else 0.0
         rates = [c.request_rate for c in workload.classes if c.request_rate is not None]
-        found = Traffic(isl, osl, weight, hit_rate, sum(rates) if rates else None)
+        found = Traffic(
+            isl,
+            osl,
+            weight,
+            rate=sum(rates) if rates else None,
+            names=class_names(request),
+            label=np.repeat(np.arange(len(sizes)), sizes),
+            hits=tuple(c.prefix_hit_rate for c in workload.classes),
+        )
+        found = replace(found, hit_rate=found._hit_rate())
     if workload.request_rate is not None:
         found = replace(found, rate=workload.request_rate)
     if workload.rate == "max":

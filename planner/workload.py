@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
+
+from planc.planner.slo import checked
 
 _PERCENTILE = re.compile(r"p(\d{1,2}(?:\.\d{1,3})?)")
 
@@ -70,7 +72,8 @@ class Lengths(Part):
 
 
 class TrafficClass(Part):
-    """One kind of request. `isl` and `osl` count tokens; `prefix_hit_rate` is the cached share of isl.
+    """One kind of request. `isl` and `osl` count tokens; `prefix_hit_rate` is the cached share of isl;
+    `slo` holds objectives of its own (the class then needs a name).
 
     For encoders `osl` is left out; for plain modules both may be (a request is one item then).
     """
@@ -81,6 +84,7 @@ class TrafficClass(Part):
     osl: Lengths | None = None
     prefix_hit_rate: float = Field(default=0.0, ge=0, lt=1)
     request_rate: float | None = Field(default=None, gt=0)
+    slo: Annotated[dict[str, float], BeforeValidator(checked)] = Field(default_factory=dict)
 
 
 class Trace(Part):
@@ -126,7 +130,7 @@ class LoadTest(Part):
         return self
 
 
-_CLASS_KEYS = ("name", "weight", "isl", "osl", "prefix_hit_rate")
+_CLASS_KEYS = ("name", "weight", "isl", "osl", "prefix_hit_rate", "slo")
 
 
 class Workload(Part):
@@ -174,6 +178,11 @@ class Workload(Part):
     def _one_rate(self) -> Workload:
         if self.trace is not None and self.classes:
             raise mistake("a trace and lengths at once", "Leave out isl and osl: the trace has them.")
+        names = [c.name for c in self.classes]
+        if any(c.slo for c in self.classes) and (None in names or len(set(names)) < len(names)):
+            raise mistake(
+                "classes with objectives of their own need names", "Give each class a name of its own."
+            )
         if self.trace is None and not self.classes:
             raise mistake("no traffic", "Give isl and osl, a list of classes, or a trace.")
         given = [k for k in ("request_rate", "concurrency", "rate") if getattr(self, k) is not None]
