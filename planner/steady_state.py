@@ -30,7 +30,7 @@ distribution, the batch met by a request averages a Poisson number over the requ
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Protocol
 
@@ -114,7 +114,17 @@ class Steady:
         ](q)
 
     def value(self, slo: Slo) -> Array:
-        return self.mean(slo.metric) if slo.quantile is None else self.quantile(slo.metric, slo.quantile)
+        state = self.of(slo.traffic_class) if slo.traffic_class else self
+        return state.mean(slo.metric) if slo.quantile is None else state.quantile(slo.metric, slo.quantile)
+
+    def of(self, traffic_class: str) -> Steady:
+        """What the requests of one traffic class meet: they wait like all others, and their own chunks are
+        as many as their own input makes."""
+        mine = self.traffic.only(traffic_class)
+        if mine is self.traffic:
+            return self
+        own = self._own * (mine.new_tokens / self.traffic.new_tokens)
+        return replace(self, traffic=mine, ttft=self.ttft + own - self._own, _own=own)
 
     def meets(self, slos: tuple[Slo, ...]) -> NDArray[np.bool_]:
         """Where the load is stable and every objective holds."""
