@@ -1,0 +1,165 @@
+"""`objective: pareto`: plans that no other beats in price, latency and energy at once.
+
+Epsilon-constraint method (Haimes, Lasdon, Wismer 1971): one objective is solved to proof while a latency's
+limit is lowered step by step, until nothing meets it. Ladders of single limits come first, then the ends
+(least latency, least energy) at every size of fleet met so far, then limits in pairs. Every plan is the
+optimum of a problem that its own `request` states; those that another beats are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from planc.cost_model.table import CostTable
+from planc.errors import CheckFailed
+from planc.planner.check import check
+from planc.planner.compile import assembled
+from planc.planner.front import Axis, Front, Point, balanced, undominated
+from planc.planner.request import Metric, Objective, Request
+from planc.planner.search import Progress, Search
+
+_STEPS = 8  # rungs of a ladder
+_PAIRED = 2  # rungs of a second limit under one of the first
+_LEAST_STEP = 0.03  # a rung lowers its limit by this share at least
+_DEAREST = 8.0  # times the least price: beyond, ladders end
+_MOST = 32  # problems solved for one front
+
+
+def front(
+    request: Request, table: CostTable, *, time_limit: float | None = None, progress: Progress | None = None
+) -> Front:
+    """The front of a request; its `objective` is not looked at.
+
+    time_limit   seconds for all of it: what was found until then is filtered and returned
+
+    Raises Infeasible when no plan meets the request, InvalidField as `compile.plan` does.
+    """
+    sweep = _Sweep(request, table, time_limit, progress)
+    sweep.run()
+    wrong = {id(point): check(point.plan, table, request) for point in sweep.points}
+    points = undominated([point for point in sweep.points if not wrong[id(point)]], sweep.axes)
+    if not points:
+        reason = next(iter(wrong.values()))[0]
+        raise CheckFailed(what="the front", reason=reason, mend="Please report the request.")
+    return Front(
+        request=request.fingerprint(),
+        axes=sweep.axes,
+        points=tuple(points),
+        chosen=balanced(points, sweep.axes),
+        problems=len(sweep.asked),
+        complete=not sweep.late,
+    )
+
+
+def axes(request: Request, kind: str, demand: float | None) -> tuple[Axis, ...]:
+    """Price first. A latency is taken as the request's own objectives state it, else as a mean."""
+    metrics: tuple[Metric, ...] = ("tpot", "ttft") if kind == "causal_lm" else ("e2e",)
+    latency = []
+    for metric in metrics:
+        stated = [slo.key for slo in request.slos() if slo.metric == metric]
+        latency.append(stated[0] if stated else f"{metric}_mean_ms")
+    if demand is None:
+        names = ["usd_per_million_tokens", *latency, "joules_per_token", "output_tok_s"]
+    else:
+        names = ["usd_per_hour", *latency, "joules_per_token"]
+    return tuple(Axis.of(name) for name in names)
+
+
+@dataclass
+class _Sweep:
+    """The problems of one front, solved one after another on one set of step times."""
+
+    request: Request
+    table: CostTable
+    time_limit: float | None
+    progress: Progress | None
+    points: list[Point] = field(default_factory=list)
+    asked: dict[str, Point | None] = field(default_factory=dict)
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter()
+        self.say = self.progress or (lambda message: None)
+        self.request = self.request.changed(objective="min_cost")
+        self.search = Search(self.request, self.table, progress=self.progress)
+        self.axes = axes(self.request, self.table.model.kind, self.search.demand)
+        self.latencies = [axis.key for axis in self.axes if axis.key.endswith("_ms")]
+
+    def run(self) -> None:
+        demand = self.search.demand
+        # the best of one objective per latency limit; without a stated load also the most throughput
+        objectives: list[Objective] = ["min_cost"] if demand is not None else ["min_cost", "max_goodput"]
+        first = self.solve(self.request)
+        if first is None:
+            from planc.planner.relax import infeasible
+
+            raise infeasible(self.search, self.time_limit)
+        rungs = []
+        for objective in objectives:
+            for key in self.latencies:
+                rungs += list(self.ladder(self.request.changed(objective=objective), key, _STEPS))
+        if demand is not None:
+            sizes = sorted({sum(len(r.gpus) for r in point.plan.replicas()) for point in self.points})
+            for objective in ("min_latency", "min_energy"):
+                for size in sizes:
+                    limits = self.request.constraints.model_copy(update={"max_gpus": size})
+                    self.solve(self.request.changed(objective=objective, constraints=limits))
+        for asked in rungs[1:-1:2]:
+            for key in self.latencies:
+                if asked.slo.get(key) == self.request.slo.get(key):  # the other latency than the ladder's
+                    list(self.ladder(asked, key, _PAIRED))
+
+    def ladder(self, request: Request, key: str, rungs: int) -> Iterator[Request]:
+        """Problems with an ever lower limit of one latency, as long as they have a plan."""
+        axis, point = Axis.of(key), self.solve(request)
+        share = 1.0
+        for number in range(rungs):
+            if point is None or point.values[0] > _DEAREST * self.points[0].values[0]:
+                return
+            yield request
+            value = axis.value(point.plan)
+            share = share if number else self._rung(request, key, value, rungs)
+            for step in (share, math.sqrt(share)):
+                request = request.changed(slo={**request.slo, key: _below(value * step)})
+                point = self.solve(request)
+                if point is not None:
+                    break
+
+    def _rung(self, request: Request, key: str, value: float, rungs: int) -> float:
+        """The factor that leads from a value to the lowest that any engine reaches, in so many rungs."""
+        lowered = self.search.with_slos(request.changed(slo={key: value}))
+        least = min((best for _, best, _ in lowered.lightest(lowered.bench.engines)), default=value)
+        whole = min(max(least / value, 1e-3), 1.0)
+        return float(min(whole ** (1 / rungs), 1 - _LEAST_STEP))
+
+    def solve(self, request: Request) -> Point | None:
+        """The best plan of one problem, remembered; None when there is none, or no time."""
+        key = repr((request.objective, sorted(request.slo.items()), request.constraints.max_gpus))
+        if key in self.asked:
+            return self.asked[key]
+        if len(self.asked) >= _MOST:
+            return None
+        left = None if self.time_limit is None else self.time_limit - (time.perf_counter() - self.start)
+        if left is not None and left <= 0 and self.asked:
+            self.late = True
+            return None
+        self.say(f"front: problem {len(self.asked) + 1}")
+        began = time.perf_counter()
+        search = self.search.with_slos(request)
+        fleet = search.fleet(None if left is None else max(left, 1e-3))
+        found = None
+        if fleet is not None:
+            plan = assembled(search, fleet, time.perf_counter() - began)
+            found = Point(plan, tuple(axis.value(plan) for axis in self.axes))
+            self.points.append(found)
+        self.asked[key] = found
+        return found
+
+
+def _below(value: float) -> float:
+    """The limit in three significant digits, not above the value."""
+    digits = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return float(f"{math.floor(value / digits) * digits:.3g}")
