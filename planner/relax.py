@@ -126,7 +126,7 @@ def _less_load(search: Search, base: Request) -> Iterator[Relaxation]:
         return
     carried = _most(search, base)
     closed = search.traffic.concurrency is not None
-    less = math.floor(carried) if closed else _down(carried * (1 - 1e-6))
+    less = math.floor(carried) if closed else rounded_down(carried * (1 - 1e-6))
     if less <= 0 or less >= search.demand:
         return
     changed = base.changed(workload=with_load(base.workload, less, closed))
@@ -169,7 +169,7 @@ def _looser_objective(search: Search, base: Request) -> Iterator[Relaxation]:
         slo = next(s for s in base.slos() if s.key == key)
         reached = 1e3 * max(float(i.state(search.traffic).value(slo)[0, 0]) for i in without.items)
         low, high = limit, max(reached, limit * 1.001)
-        if search.with_slos(having(_up(high))).fleet() is None:
+        if search.with_slos(having(rounded_up(high))).fleet() is None:
             continue
         for _ in range(_BISECTIONS):
             middle = math.sqrt(low * high)
@@ -177,7 +177,7 @@ def _looser_objective(search: Search, base: Request) -> Iterator[Relaxation]:
                 high = middle
             else:
                 low = middle
-        value = _up(high)
+        value = rounded_up(high)
         if solved(search, having(value)) is not None:
             yield Relaxation(f"slo: {key} {limit:g} -> {value:g}", having(value))
 
@@ -294,7 +294,7 @@ def _lifted_constraints(search: Search, base: Request) -> Iterator[Relaxation]:
         value = {
             "max_gpus": fleet.gpus,
             "max_replicas": sum(item.count for item in fleet.items),
-            "max_power_kw": _up(fleet.watts / 1e3),
+            "max_power_kw": rounded_up(fleet.watts / 1e3),
             "max_accuracy_drop": max(item.candidate.drop for item in fleet.items),
         }[key]
         changed = base.changed(constraints=limits.model_copy(update={key: value}))
@@ -311,13 +311,13 @@ def _lifted_constraints(search: Search, base: Request) -> Iterator[Relaxation]:
             yield Relaxation(f"constraints: leave {' and '.join(keys)} open", changed)
 
 
-def _up(value: float) -> float:
+def rounded_up(value: float) -> float:
     """Rounded up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.12g}")
 
 
-def _down(value: float) -> float:
+def rounded_down(value: float) -> float:
     """Rounded down to three significant digits."""
     if value <= 0:
         return 0.0
