@@ -128,6 +128,9 @@ class Serving(Entry):
     preemption         what becomes of the cache of a sequence that must give way
     stream_interval    tokens per message to a client
     recv_interval      steps between looks at new requests
+    first_token        of a request whose prompt another engine computed: the client has it from that engine
+                       ("prefill"), when decoding begins ("decode"), or after one more step that computes
+                       it again ("again")
     request_ms         a request's way to the scheduler: network, tokenizer, admission; None as in the
                        planner's priors
     """
@@ -140,6 +143,7 @@ class Serving(Entry):
     preemption: Literal["recompute", "swap"] = "recompute"
     stream_interval: int = Field(default=1, ge=1)
     recv_interval: int = Field(default=1, ge=1)
+    first_token: Literal["prefill", "decode", "again"] = "prefill"
     request_ms: float | None = Field(default=None, ge=0)
     source: str
     date: str

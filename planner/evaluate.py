@@ -7,6 +7,7 @@ with the step model itself (`exact`), and the search is told when the two disagr
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from planc.planner.priors import priors
 from planc.planner.request import Constraints, Request, Slo
 from planc.planner.steady_state import Array, Steady, steady
 from planc.planner.step_times import Curves, Exact
-from planc.planner.traffic import Traffic
+from planc.planner.traffic import Part, Traffic
 
 _LOADS = 40
 _ITERATIONS = 30
@@ -81,15 +82,29 @@ def cache_seats(traffic: Traffic, memory: MemoryMap) -> float:
     return root * root
 
 
+def prompt_seats(traffic: Traffic, memory: MemoryMap) -> float:
+    """Prompts of the usual length whose cache fits; long ones stay longer, so they weigh more."""
+    context = traffic.mean(traffic.isl**2) / max(traffic.isl_mean, 1.0)
+    return float(memory.sequences(context))
+
+
+def _caps(traffic: Traffic, caps: Sequence[int], budget: int) -> Sequence[int]:
+    """Batch caps to try at a token budget, of ascending ones."""
+    if traffic.role != "prefill":
+        return caps
+    return [next((cap for cap in caps if cap * traffic.new_tokens >= budget), caps[-1])]
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory questions about one candidate under one traffic."""
+    """Memory questions about one candidate under one traffic, of which it does the part of its role."""
 
     table: CostTable
     candidate: Candidate
     traffic: Traffic
     max_model_len: int
     utilization: float | None
+    role: Part = "aggregated"
 
     def memory(self, cap: int, budget: int) -> MemoryMap:
         return memory_map(
@@ -110,17 +125,23 @@ class Room:
             return 0
         if not memory.kept:
             return cap
-        return min(cap, int(cache_seats(self.traffic, memory) * self.candidate.shape.cp))
+        traffic = self.traffic.of(self.role)
+        held = prompt_seats(traffic, memory) if traffic.role == "prefill" else cache_seats(traffic, memory)
+        return min(cap, int(held * self.candidate.shape.cp))
 
     def all(self, caps: Sequence[int], budgets: Sequence[int]) -> tuple[Limits, ...]:
         """All limits worth trying. Memory only shrinks with either limit, so what fits at the largest
-        pair fits everywhere, and a cap beyond what the cache holds adds nothing."""
-        found = []
+        pair fits everywhere, and a cap beyond what the cache holds adds nothing. Prompts alone need the
+        smallest cap that fills a step, decoding alone the smallest budget that holds a step."""
+        found: list[Limits] = []
+        traffic = self.traffic.of(self.role)
         everywhere = self.seats(max(caps), max(budgets))
         for budget in sorted(budgets):
-            for cap in sorted(caps):
-                if self.traffic.decode_steps and cap > budget:
+            for cap in _caps(traffic, sorted(caps), budget):
+                if traffic.decode_steps and cap > budget:
                     break
+                if traffic.role == "decode" and any(item.max_num_seqs == cap for item in found):
+                    continue
                 seats = cap if cap <= everywhere else self.seats(cap, budget)
                 if seats >= 1:
                     found.append(Limits(cap, budget, seats))
@@ -139,10 +160,21 @@ def token_budgets(table: CostTable, traffic: Traffic, allowed: Constraints) -> t
 
 
 class Bench:
-    """All rows of some engines under one traffic."""
+    """All rows of some engines under one traffic.
 
-    def __init__(self, engines: Sequence[Engine], traffic: Traffic) -> None:
-        self.engines, self.traffic = list(engines), traffic
+    role        the part of the work that they do
+    transfer_s  seconds that the cache of a mean prompt takes between the pools, of all or of each engine
+    """
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        traffic: Traffic,
+        role: Part = "aggregated",
+        transfer_s: Sequence[float] | float = 0.0,
+    ) -> None:
+        self.engines, self.traffic = list(engines), traffic.of(role)
+        traffic = self.traffic
         parts, index, owner, flat = [], [], [], []
         start = 0
         for number, engine in enumerate(self.engines):
@@ -157,10 +189,20 @@ class Bench:
         self.owner = np.array(owner, dtype=np.intp)
         self.seats = np.array([item.seats for item in flat], dtype=np.float64)[:, None]
         self.times = Curves.stacked(parts).rows(np.array(index, dtype=np.intp)) if parts else None
+        self.transfer_s = np.broadcast_to(transfer_s, len(self.engines))[self.owner][:, None]
+
+    def only(self, rows: Sequence[int]) -> Bench:
+        """Some of the rows."""
+        assert self.times is not None
+        other, index = copy.copy(self), np.array(rows, dtype=np.intp)
+        other.limits = [self.limits[row] for row in rows]
+        other.owner, other.seats = self.owner[index], self.seats[index]
+        other.times, other.transfer_s = self.times.rows(index), self.transfer_s[index]
+        return other
 
     def steady(self, batch: Array) -> Steady:
         assert self.times is not None
-        return steady(self.times, self.traffic, batch, self.seats)
+        return steady(self.times, self.traffic, batch, self.seats, transfer_s=self.transfer_s)
 
     def engine_load(self, state: Steady) -> Array:
         """Requests/s, or users of a closed loop, of a whole engine."""
@@ -210,15 +252,22 @@ class Bench:
 
 class Precise:
     """One engine with fixed limits, evaluated by the step model itself. Loads are those of the whole
-    engine: requests/s, or users of a closed loop."""
+    engine: requests/s, or users of a closed loop. `role` and `transfer_s` as for `Bench`."""
 
-    def __init__(self, engine: Engine, limits: Limits, traffic: Traffic) -> None:
-        self.engine, self.limits, self.traffic = engine, limits, traffic
-        self.times = Exact.of(engine.model, traffic, full_step(limits, traffic))
+    def __init__(
+        self,
+        engine: Engine,
+        limits: Limits,
+        traffic: Traffic,
+        role: Part = "aggregated",
+        transfer_s: float = 0.0,
+    ) -> None:
+        self.engine, self.limits, self.traffic, self.transfer_s = engine, limits, traffic.of(role), transfer_s
+        self.times = Exact.of(engine.model, self.traffic, full_step(limits, self.traffic))
         self.seats = np.array([[float(limits.seats)]])
 
     def state(self, batch: Array, scale: float = 1.0) -> Steady:
-        return steady(self.times, self.traffic, batch[None, :], self.seats, scale)
+        return steady(self.times, self.traffic, batch[None, :], self.seats, scale, transfer_s=self.transfer_s)
 
     def load(self, state: Steady) -> Array:
         dp = self.engine.candidate.shape.dp
@@ -276,7 +325,8 @@ def full_step(limits: Limits, traffic: Traffic) -> int:
     """Tokens of a full step: without decoding the batch cap bounds them too."""
     if traffic.decode_steps:
         return limits.budget
-    return max(min(limits.budget, int(limits.max_num_seqs * traffic.new_tokens)), 1)
+    prompts = limits.seats if traffic.role == "prefill" else limits.max_num_seqs
+    return max(min(limits.budget, int(prompts * traffic.new_tokens)), 1)
 
 
 def model_len(request: Request, table: CostTable, load: Traffic) -> int:

@@ -39,9 +39,11 @@ from numpy.typing import NDArray
 
 from planc.planner.priors import priors
 from planc.planner.request import Metric, Slo
-from planc.planner.traffic import Traffic
+from planc.planner.traffic import Part, Traffic
 
 Array = NDArray[np.float64]
+#: an engine's `serving.first_token` as a number: decode steps until the client has it, before the hand-over
+FIRST = {"prefill": -1.0, "decode": 0.0, "again": 1.0}
 
 
 class StepTimes(Protocol):
@@ -50,6 +52,7 @@ class StepTimes(Protocol):
     budget      prompt and decode tokens per step [N, 1]     pp, dp   degrees [N, 1]
     request_s   a request's way to the scheduler [N, 1]
     lag_steps   steps from a token's kernels to its client [N, 1]
+    first_token where the client has it from when prompts are computed elsewhere, see FIRST [N, 1]
     """
 
     @property
@@ -66,6 +69,9 @@ class StepTimes(Protocol):
 
     @property
     def lag_steps(self) -> Array: ...
+
+    @property
+    def first_token(self) -> Array: ...
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         """(D, M, F) in seconds of the slowest stage, with `seqs` decoding sequences in the step."""
@@ -123,7 +129,11 @@ class Steady:
         mine = self.traffic.only(traffic_class)
         if mine is self.traffic:
             return self
-        own = self._own * (mine.new_tokens / self.traffic.new_tokens)
+        own = self._own * (
+            mine.isl_mean
+            * (1 - mine.hit_rate)
+            / max(self.traffic.isl_mean * (1 - self.traffic.hit_rate), 1.0)
+        )
         return replace(self, traffic=mine, ttft=self.ttft + own - self._own, _own=own)
 
     def meets(self, slos: tuple[Slo, ...]) -> NDArray[np.bool_]:
@@ -165,14 +175,27 @@ class Steady:
         )
 
 
-def steady(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale: float = 1.0) -> Steady:
+def steady(
+    times: StepTimes,
+    traffic: Traffic,
+    batch: Array,
+    seats: Array,
+    scale: float = 1.0,
+    role: Part = "aggregated",
+    transfer_s: Array | float = 0.0,
+) -> Steady:
     """The steady state with about `batch` sequences decoding on average per scheduler: the parameter
     that everything is explicit in. The result's own `batch` adds what bursts of prompts hold back.
 
-    batch   [N, K], at most `seats`
-    seats   [N, 1] sequences that may run at once
-    scale   factor on every step time, for bands
+    batch       [N, K], at most `seats`
+    seats       [N, 1] sequences that may run at once
+    scale       factor on every step time, for bands
+    role        the part of the work that the engine does, where it is not all of it
+    transfer_s  [N, 1] seconds that the cache of a prompt takes from the other pool, for its half of the work
     """
+    traffic = traffic.of(role)
+    if traffic.role == "decode":
+        return _decode_only(times, traffic, batch, seats, scale, np.asarray(transfer_s, dtype=np.float64))
     if traffic.decode_steps == 0:
         return _prompts_only(times, traffic, batch, seats, scale)
     known = priors()
@@ -284,6 +307,56 @@ def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array
         _residual=residual,
         _own=own,
         _tpot_sd=zero,
+    )
+
+
+def _decode_only(
+    times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale: float, transfer: Array
+) -> Steady:
+    """A pool that decodes prompts computed elsewhere: no step carries a prompt.
+
+    A request waits for a seat, then its cache arrives, then it joins the next step. Where the client already
+    has its first token (`first_token` < 0), that hand-over is part of TPOT, else of TTFT; `ttft` is what this
+    pool adds to the TTFT of the other one.
+    """
+    met = np.minimum(batch + 1.0, np.maximum(seats, 1.0))
+    decode = times.at(met / times.pp)[0] * scale
+    tpot = times.pp * decode
+    early = times.first_token < 0
+    again = np.maximum(times.first_token, 0.0)
+    steps = traffic.decode_steps + again
+    rate = batch / (steps * tpot)
+    residual = 0.5 * decode
+    stay = transfer + residual + steps * tpot
+    taken = rate * stay
+    chance, wait = _seat_queue(taken, np.maximum(seats, 1.0), stay)
+    handover = chance * wait + transfer + residual
+    impossible = taken > seats + 1e-9
+    late = handover + again * tpot + times.lag_steps * tpot + times.request_s
+    ttft = np.where(impossible, np.inf, np.where(early, 0.0, late))
+    over = times.at(
+        np.minimum(met + np.sqrt(2 * np.maximum(batch, 0) / 3), np.maximum(seats, 1.0)) / times.pp
+    )
+    zero = np.zeros_like(tpot)
+    after = np.where(early, handover / np.maximum(traffic.decode_steps, 1.0), 0.0)
+    return Steady(
+        traffic=traffic,
+        batch=batch,
+        rate=rate,
+        ttft=ttft,
+        tpot=np.where(impossible, np.inf, tpot + after),
+        users=rate * np.where(impossible, 0.0, chance * wait + stay),
+        busy=zero,
+        full=taken / np.maximum(seats, 1.0),
+        _decode=tpot,
+        _mixed=np.where(early, handover + tpot, zero),
+        _mixed_share=np.where(early, 1 / np.maximum(traffic.decode_steps, 1.0), zero),
+        _seat_wait=np.where(early, 0.0, wait),
+        _seat_chance=np.where(early, 0.0, chance),
+        _queue_wait=zero,
+        _residual=np.where(early, 0.0, residual),
+        _own=np.where(early, 0.0, transfer + zero),
+        _tpot_sd=np.maximum(over[0] * scale - decode, 0.0) * times.pp,
     )
 
 

@@ -9,19 +9,21 @@ import numpy as np
 
 from planc.cost_model.step import StepLoad, StepModel
 from planc.planner.priors import way
-from planc.planner.steady_state import Array
+from planc.planner.steady_state import FIRST, Array
 from planc.planner.traffic import Traffic
 
 #: decoding sequences per step at which curves are tabulated; n and n + 1 where kernels change their tiles
 _STARTS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 20, 24, 25, 32, 33, 40, 48, 56, 64, 65, 72, 80, 96, 97, 112)
 _LARGE = (128, 129, 144, 160, 176, 192, 193, 208, 224, 240, 256, 257, 288, 320, 384, 385, 448, 512, 513)
-_CURVES = ("decode", "mixed", "full", "budget", "pp", "dp", "request_s", "lag_steps")
+_CURVES = ("decode", "mixed", "full", "budget", "pp", "dp", "request_s", "lag_steps", "first_token")
 GRID = np.array((*_STARTS, *_LARGE, 640, 768, 769, 896, 1024), dtype=np.float64)
 
 
 def loads(traffic: Traffic, seqs: Array, budget: Array) -> tuple[StepLoad, StepLoad, StepLoad]:
     """The steps D, M and F of `planner.steady_state` at `seqs` decoding sequences and a token budget."""
     context = traffic.decode_context
+    if traffic.role == "decode":
+        return (StepLoad(seqs, context),) * 3
     if traffic.decode_steps == 0:
         seqs = np.zeros_like(seqs)
     room = np.maximum(budget - seqs, 1.0)
@@ -34,9 +36,9 @@ def loads(traffic: Traffic, seqs: Array, budget: Array) -> tuple[StepLoad, StepL
     )
 
 
-def _fixed(model: StepModel) -> tuple[float, float, float, float]:
-    """pp, dp, request_s, lag_steps."""
-    return model.shape.pp, model.shape.dp, *way(model.profile)
+def _fixed(model: StepModel) -> tuple[float, float, float, float, float]:
+    """pp, dp, request_s, lag_steps, first_token."""
+    return model.shape.pp, model.shape.dp, *way(model.profile), FIRST[model.profile.serving.first_token]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,7 @@ class Exact:
     dp: Array
     request_s: Array
     lag_steps: Array
+    first_token: Array
 
     @staticmethod
     def of(model: StepModel, traffic: Traffic, budget: float) -> Exact:
@@ -58,7 +61,10 @@ class Exact:
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         plain, mixed, full = loads(self.traffic, np.maximum(seqs, 1.0), self.budget)
-        return self.model.seconds(plain), self.model.seconds(mixed), self.model.seconds(full)
+        decode = self.model.seconds(plain)
+        if mixed is plain:
+            return decode, decode, decode
+        return decode, self.model.seconds(mixed), self.model.seconds(full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ class Curves:
     dp: Array
     request_s: Array
     lag_steps: Array
+    first_token: Array
 
     @staticmethod
     def of(model: StepModel, traffic: Traffic, budgets: Sequence[int]) -> Curves:
@@ -83,10 +90,11 @@ class Curves:
         budget = np.array(budgets, dtype=np.float64)[:, None]
         plain, mixed, full = loads(traffic, GRID[None, :], budget)
         rows = np.ones_like(budget)
+        decode = np.repeat(model.seconds(plain), len(budgets), axis=0)
         return Curves(
-            np.repeat(model.seconds(plain), len(budgets), axis=0),
-            model.seconds(mixed),
-            model.seconds(full),
+            decode,
+            decode if mixed is plain else model.seconds(mixed),
+            decode if full is plain else model.seconds(full),
             budget,
             *(rows * value for value in _fixed(model)),
         )

@@ -18,11 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planc.errors import FileUnreadable, InvalidField
+from planc.planner.plan import Role
 from planc.planner.request import Request, read_bytes
 from planc.planner.trace import read
 from planc.planner.workload import Lengths
 
 Array = NDArray[np.float64]
+#: the work on a request, or a part of it
+Part = Role
 _POINTS = 64
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -36,6 +39,7 @@ class Traffic:
     rate          requests/s offered, None when the workload says "max" or is a closed loop
     concurrency   users of a closed loop, None when open
     arrival_cv2   squared coefficient of variation of the times between arrivals
+    role          the part of the work that is meant: all of it, prompts, or decoding
     names, label  traffic classes, and the class of each sample point; hits: cached share of each class
     """
 
@@ -46,6 +50,7 @@ class Traffic:
     rate: float | None = None
     concurrency: int | None = None
     arrival_cv2: float = 1.0
+    role: Part = "aggregated"
     names: tuple[str, ...] = ("",)
     label: NDArray[np.intp] | None = None
     hits: tuple[float, ...] = ()
@@ -94,7 +99,10 @@ class Traffic:
 
     @property
     def new_tokens(self) -> float:
-        """Input tokens per request that are computed, not found in the prefix cache. At least one is."""
+        """Input tokens per request that are computed, not found in the prefix cache. At least one is, except
+        where prompts arrive computed."""
+        if self.role == "decode":
+            return 0.0
         return max(self.isl_mean * (1 - self.hit_rate), 1.0)
 
     @property
@@ -112,7 +120,7 @@ class Traffic:
     @property
     def decode_steps(self) -> float:
         """Decode steps per request: the first output token comes from the prefill."""
-        return max(self.osl_mean - 1.0, 0.0)
+        return 0.0 if self.role == "prefill" else max(self.osl_mean - 1.0, 0.0)
 
     @property
     def decode_context(self) -> float:
@@ -147,6 +155,15 @@ class Traffic:
         cumulative = np.cumsum(self.weight[order])
         position = int(np.searchsorted(cumulative, q - 1e-12))
         return float(values[order][min(position, len(values) - 1)])
+
+    def of(self, role: Part) -> Traffic:
+        """What a pool of this role sees of it. A pool that does one part of the work is offered a rate, never
+        a closed loop: its requests come from clients or from the other pool, whoever waits for them there."""
+        if role == self.role or role not in ("prefill", "decode"):
+            return self
+        users = self.concurrency
+        spread = self.arrival_cv2 if users is None else (users - 1) / users
+        return replace(self, role=role, concurrency=None, arrival_cv2=spread)
 
     def scaled(self, *, isl: float = 1.0, osl: float = 1.0) -> Traffic:
         """The same traffic with longer or shorter inputs or outputs."""

@@ -27,6 +27,7 @@ class Linear:
     prompt: float = 1000.0
     stages: float = 1.0
     ranks: float = 1.0
+    first: float = 1.0
 
     @property
     def budget(self) -> Array:
@@ -47,6 +48,10 @@ class Linear:
     @property
     def lag_steps(self) -> Array:
         return np.array([[priors().lag_steps]])
+
+    @property
+    def first_token(self) -> Array:
+        return np.array([[self.first]])
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         plain = FIXED + PER_SEQ * seqs
