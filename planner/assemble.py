@@ -17,29 +17,35 @@ from planc.planner import priors
 from planc.planner.candidates import Candidate
 from planc.planner.inventory import Group, place
 from planc.planner.offers import Deployed, Fleet
-from planc.planner.plan import Coverage, LayerDecisions, LayerPlan, Pool, Replica
+from planc.planner.plan import Coverage, LayerDecisions, LayerPlan, Pool, Replica, Role
 from planc.planner.predict import memory
 from planc.planner.search import Search
 
 
 def pools(search: Search, fleet: Fleet) -> list[Pool]:
-    """The replicas, placed. Identical replicas follow each other."""
+    """The replicas, placed: a pool for each role and set of traffic classes, identical ones together."""
     homes = placement(search.groups, [i.candidate for i in fleet.items for _ in range(i.count)])
-    total = sum(item.count * item.load for item in fleet.items)
-    replicas = []
+    total = sum(item.count * item.load for item in fleet.items if item.role != "decode")
+    found: dict[tuple[Role, tuple[str, ...]], list[Replica]] = {}
     position = 0
     for item in fleet.items:
+        classes = item.stream.classes if item.stream is not None else search.traffic.names
+        role: Role = item.role if search.table.model.kind == "causal_lm" else "encoder"
+        mine = found.setdefault((role, classes if classes != search.traffic.names else ()), [])
         for _ in range(item.count):
-            replicas.append(replica(search, item, homes[position], item.load / total))
+            mine.append(replica(search, item, homes[position], item.load / total))
             position += 1
-    role = "aggregated" if search.table.model.kind == "causal_lm" else "encoder"
-    return [Pool(role=role, replicas=replicas)]  # type: ignore[arg-type]
+    return [
+        Pool(role=role, classes=list(classes), replicas=replicas)
+        for (role, classes), replicas in found.items()
+    ]
 
 
 def replica(search: Search, item: Deployed, gpus: list[str], share: float) -> Replica:
     """One engine as the plan states it."""
     shape, limits = item.candidate.shape, item.limits
-    found = search.room(item.candidate).memory(limits.max_num_seqs, limits.budget)
+    room = (item.stream or search.main).room(item.candidate)
+    found = room.memory(limits.max_num_seqs, limits.budget)
     profile, allowed = item.candidate.profile, search.request.constraints
     return Replica(
         engine=shape.engine,

@@ -12,6 +12,7 @@ from planc.cost_model.formats import fmt
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.table import CostTable
 from planc.planner.inventory import Group
+from planc.planner.plan import Role
 from planc.planner.request import Constraints, Slo
 from planc.planner.traffic import Traffic
 
@@ -77,9 +78,16 @@ class Candidate:
 
 
 def candidates(
-    table: CostTable, groups: tuple[Group, ...], limits: Constraints, slos: tuple[Slo, ...], load: Traffic
+    table: CostTable,
+    groups: tuple[Group, ...],
+    limits: Constraints,
+    slos: tuple[Slo, ...],
+    load: Traffic,
+    role: Role = "aggregated",
 ) -> tuple[list[Candidate], Counter[str]]:
-    """Legal candidates in canonical order, and how many were left out for each reason."""
+    """Legal candidates for a pool of this role in canonical order, and how many were left out for each
+    reason."""
+    load = load.of(role)
     pruned: Counter[str] = Counter()
     found = []
     for candidate in _all(table, groups, limits, pruned):

@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 
 from planc.cost_model.table import CostTable
-from planc.errors import CheckFailed, InvalidField
+from planc.errors import CheckFailed
 from planc.planner import assemble
 from planc.planner.alternatives import rejected
 from planc.planner.check import check
 from planc.planner.offers import Fleet
 from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
-from planc.planner.predict import predicted
+from planc.planner.predict import by_class, predicted
 from planc.planner.request import Request
 from planc.planner.search import Progress, Search
 
@@ -29,17 +29,14 @@ def plan(
     time_limit   seconds for the integer program; a plan that is then not proved best says so
     progress     called with a word on what is being done
 
+    For the objective `pareto` the balanced plan of the front, whose `front` holds the others.
     Raises Infeasible (with the smallest single relaxations that were found to help), InvalidField.
     """
     start = time.perf_counter()
     if request.objective == "pareto":
-        raise InvalidField(
-            where="request",
-            field="objective",
-            value="pareto",
-            reason="fronts are not searched yet",
-            mend="Use min_cost, max_goodput, min_latency or min_energy.",
-        )
+        from planc.planner.pareto import front
+
+        return front(request, table, time_limit=time_limit, progress=progress).balanced
     search = Search(request, table, progress=progress)
     fleet = search.fleet(time_limit)
     if fleet is None:
@@ -81,6 +78,7 @@ def assembled(search: Search, fleet: Fleet, seconds: float) -> Plan:
             pruned=dict(sorted((k, v) for k, v in search.pruned.items() if v)),
         ),
         predicted=dict(sorted(numbers.items())),
+        predicted_by_class=by_class(fleet.items, search.traffic, search.slos),
         pools=pools,
         layers=assemble.layers(table, fleet),
         rejected=rejected(search, fleet),

@@ -21,6 +21,7 @@ class Group:
     """Identical nodes.
 
     names      node names, in order        usd       per GPU and hour
+    spot       the nodes may be taken away
     islands    GPUs of each island         priced    True: the request states the price
     """
 
@@ -32,6 +33,7 @@ class Group:
     priced: bool
     fabric: Fabric
     islands: tuple[int, ...]
+    spot: bool = False
 
     @property
     def gpus(self) -> int:
@@ -80,6 +82,7 @@ def groups(request: Request) -> tuple[Group, ...]:
                 priced=price is not None,
                 fabric=fabric,
                 islands=islands,
+                spot=bool(nodes.spot),
             )
         )
     return tuple(found)

@@ -47,19 +47,18 @@ def by_level(search: Search, objective: str, time_limit: float | None) -> Fleet 
         fits = sum(i // engine.candidate.pieces[1] for i in engine.candidate.group.islands)
         for k, n in enumerate(numbers):
             least = float(cost[rows, k].min())
-            row = search.smallest(rows, -cost[:, k], -least * (1 + SAME)) if np.isfinite(least) else 0
+            row = search.main.smallest(rows, -cost[:, k], -least * (1 + SAME)) if np.isfinite(least) else 0
             if not np.isfinite(least) or n > fits // engine.candidate.pieces[0]:
                 continue
-            offer = Offer(engine, search.bench.limits[row], float(levels[0, k]))
+            offer = Offer(engine, search.bench.limits[row], float(levels[0, k]), search.main)
             share = float(levels[0, k]) if objective == "min_latency" else engine.candidate.shape.world
             offers.append(offer)
             columns.append(search.column(offer, offer.capacity, float(cost[row, k]) * share))
     columns = _precisely(search, offers, columns, objective)
     chosen = solve.undominated(columns)
     search.pruned["dominated"] = len(columns) - len(chosen)
-    solution = solve.solve(
-        [columns[i] for i in chosen], search.master_limits(search.demand), time_limit=time_limit
-    )
+    offers, columns = [offers[i] for i in chosen], [columns[i] for i in chosen]
+    solution = solve.solve(columns, search.master_limits(search.demand), time_limit=time_limit)
     if solution is None:
         return None
     unit = "e2e_mean_ms" if objective == "min_latency" else "watts"
@@ -69,7 +68,7 @@ def by_level(search: Search, objective: str, time_limit: float | None) -> Fleet 
             value=solution.value / search.demand * 1e3,
             bound=solution.bound / search.demand * 1e3,
         )
-    return search.deployed([offers[i] for i in chosen], solution, search.demand, unit)
+    return search.deployed(offers, columns, solution, search.demand, unit)
 
 
 def _precisely(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from planc.cost_model.energy import watts
 from planc.planner import solve
 from planc.planner.candidates import Candidate
 from planc.planner.evaluate import Engine, Limits, Precise
 from planc.planner.steady_state import Steady
-from planc.planner.traffic import Traffic
+from planc.planner.traffic import Part, Traffic
+
+if TYPE_CHECKING:
+    from planc.planner.stream import Stream
 
 SAME = 1e-3  # capacities that differ by less count as equal when limits are chosen
 HEADROOM = 1.5  # capacity over load that trimmed batch limits keep, where there is that much
@@ -19,20 +23,27 @@ NEAR = 0.95  # candidates within this share of a better one are evaluated precis
 @dataclass(frozen=True, slots=True)
 class Deployed:
     """`count` identical engines, each carrying `load` (requests/s or users); `capacity` is what each
-    could carry within the objectives."""
+    could carry within the objectives. `stream`: whose requests they serve; None: all of the request's."""
 
     engine: Engine
     limits: Limits
     count: int
     load: float
     capacity: float
+    stream: Stream | None = None
 
     @property
     def candidate(self) -> Candidate:
         return self.engine.candidate
 
+    @property
+    def role(self) -> Part:
+        return self.stream.role if self.stream is not None else "aggregated"
+
     def state(self, load: Traffic, scale: float = 1.0) -> Steady:
-        return Precise(self.engine, self.limits, load).at(self.load, scale)
+        """The steady state at its load; `load` is the traffic where there is no stream."""
+        traffic = self.stream.traffic if self.stream is not None else load
+        return Precise(self.engine, self.limits, traffic, self.role).at(self.load, scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +77,24 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one candidate can do at best, by interpolation: with which limits, up to which load."""
+    """What one candidate can do at best for a stream: with which limits, up to which load."""
 
     engine: Engine
     limits: Limits
     capacity: float
+    stream: Stream
+
+    def precise(self) -> Offer:
+        """Its capacity by the step model itself."""
+        return self.stream.precise(self)
+
+    def trimmed(self, load: float) -> Offer:
+        """Limits no larger than this load needs."""
+        return self.stream.trimmed(self, load)
+
+    def rate(self) -> float:
+        """Requests/s at its capacity."""
+        return self.stream.rate(self)
+
+    def column(self, load: float, weight: float | None = None) -> solve.Column:
+        return self.stream.column(self, load, weight)

@@ -10,12 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from planc.errors import FileMissing, InvalidBundle, NewerSchema
 from planc.version import SCHEMA_VERSION, __version__
+
+if TYPE_CHECKING:
+    from planc.planner.evidence import Evidence
+    from planc.planner.front import Front
 
 Provenance = Literal["measured", "fitted", "roofline", "assumed"]
 Role = Literal["aggregated", "prefill", "decode", "encoder"]
@@ -98,7 +102,12 @@ class Replica(_Part):
 
 
 class Pool(_Part):
+    """Replicas that do the same work for the same requests. `classes` names the traffic classes they serve;
+    empty: all of them. A request is counted once in the shares of all aggregated and prefill (or encoder)
+    replicas, and once in those of all aggregated and decode replicas."""
+
     role: Role
+    classes: list[str] = Field(default_factory=list)
     replicas: list[Replica]
 
 
@@ -150,6 +159,7 @@ class Plan(_Part):
     request: dict[str, Any]
     solver: Solver
     predicted: dict[str, Predicted]
+    predicted_by_class: dict[str, dict[str, Predicted]] = Field(default_factory=dict)
     pools: list[Pool]
     layers: list[LayerPlan]
     rejected: list[Rejected]
@@ -157,6 +167,9 @@ class Plan(_Part):
 
     #: where the model lies on this machine; known to whoever compiled or loaded the plan, never written
     _model: str | Path | None = PrivateAttr(default=None)
+    #: the Pareto front it was chosen from, and what is known of it besides its decisions: files of their own
+    _front: Front | None = PrivateAttr(default=None)
+    _evidence: Evidence | None = PrivateAttr(default=None)
 
     def __eq__(self, other: object) -> bool:
         """Plans are equal when their documents are."""
@@ -165,6 +178,12 @@ class Plan(_Part):
     def __hash__(self) -> int:
         return hash(self.canonical())
 
+    @property
+    def front(self) -> tuple[Plan, ...]:
+        """The plans of the Pareto front that this one was chosen from, itself among them, cheapest first;
+        () unless the objective was `pareto`."""
+        return self._front.plans if self._front is not None else ()
+
     def replicas(self) -> list[Replica]:
         return [replica for pool in self.pools for replica in pool.replicas]
 
@@ -172,7 +191,7 @@ class Plan(_Part):
         """The document as it is written to `plan.json`."""
         raw = self.model_dump(mode="json", by_alias=True)
         raw["solver"]["seconds"] = 0.0
-        return json.dumps(_rounded(raw), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return canonical_json(raw)
 
     def sealed(self) -> Plan:
         """The plan with its own content hash filled in (taken with that field empty)."""
@@ -211,15 +230,24 @@ def load_plan(path: str | Path) -> Plan:
         raise NewerSchema(path=path, found=found, supported=SCHEMA_VERSION, version=__version__)
     try:
         plan = Plan.model_validate(raw)
-        config = file.parent / "model" / "config.json"
-        plan._model = config if config.is_file() else None
-        return plan
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InvalidBundle(
             path=path, reason=f"plan.json: {where}: {first['msg']}", mend="Compile the request again."
         ) from None
+    config = file.parent / "model" / "config.json"
+    plan._model = config if config.is_file() else None
+    if file.name == "plan.json":
+        from planc.planner import evidence, front
+
+        plan._front, plan._evidence = front.read(file.parent, plan), evidence.read(file.parent)
+    return plan
+
+
+def canonical_json(raw: Any) -> str:
+    """JSON of one form: keys sorted, floats of nine significant digits, two-space indent, a newline last."""
+    return json.dumps(_rounded(raw), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def _rounded(node: Any) -> Any:

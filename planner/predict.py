@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,9 +23,15 @@ GIB = 1024.0**3
 _PERCENTILES = (0.5, 0.9, 0.95, 0.99)
 
 
+#: roles whose steady state says something about a metric; end-to-end latency is made of these
+_FIRST = ("aggregated", "prefill", "decode")
+_LATER = ("aggregated", "decode")
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
-    """One kind of engine at its load: as predicted, and with every step at the band's ends."""
+    """One kind of engine at its load: as predicted, and with every step at the band's ends. `share` of all
+    requests pass through these engines."""
 
     item: Deployed
     share: float
@@ -33,9 +39,14 @@ class Running:
     best: Steady
     worst: Steady
 
+    def of(self, traffic_class: str) -> Running:
+        """What the requests of one class meet; `share` is still that of all requests of this class."""
+        now, best, worst = (s.of(traffic_class) for s in (self.now, self.best, self.worst))
+        return Running(self.item, self.share, now, best, worst)
+
 
 def running(items: Sequence[Deployed], load: Traffic) -> tuple[Running, ...]:
-    total = sum(item.count * item.load for item in items)
+    total = sum(item.count * item.load for item in items if item.role != "decode")
     found = []
     for item in items:
         low, high = item.engine.model.band
@@ -49,18 +60,16 @@ def predicted(items: Sequence[Deployed], load: Traffic, slos: Sequence[Slo]) -> 
     """All metrics of a fleet. Means are weighted by traffic; a percentile is that of the engines where
     it is highest, so it never flatters. Without decode steps tokens are input tokens."""
     parts = running(items, load)
+    whole = [p for p in parts if p.item.role != "decode"]  # every request passes once through these
     source = worst([part.item.engine.model.source for part in parts])
     closed = load.concurrency is not None
     tokens = load.osl_mean or load.isl_mean
-    found: dict[str, Predicted] = {}
-    metrics: tuple[Metric, ...] = ("ttft", "tpot", "itl", "e2e") if load.decode_steps else ("ttft", "e2e")
-    for metric in metrics:
-        found[f"{metric}_ms"] = _latency(metric, parts, slos, source)
+    found = latencies(parts, load, slos)
 
     def rate(pick: Callable[[Running], Steady]) -> float:
-        return sum(p.item.count * p.item.candidate.shape.dp * float(pick(p).rate[0, 0]) for p in parts)
+        return sum(p.item.count * p.item.candidate.shape.dp * float(pick(p).rate[0, 0]) for p in whole)
 
-    offered = sum(p.item.count * p.item.load for p in parts)
+    offered = sum(p.item.count * p.item.load for p in whole)
     if closed:
         requests = _band(rate(lambda p: p.now), rate(lambda p: p.worst), rate(lambda p: p.best), source)
     else:
@@ -80,7 +89,7 @@ def predicted(items: Sequence[Deployed], load: Traffic, slos: Sequence[Slo]) -> 
     less, more = priors().power_band
     found["joules_per_token"] = _band(joules.value, joules.low * less, joules.high * more, "assumed")
     low, high = (part.item.engine.model.band for part in (parts[0], parts[-1]))
-    capacity = sum(p.item.count * p.item.capacity for p in parts)
+    capacity = offered * min(p.item.capacity / p.item.load for p in parts)
     name = "capacity_users" if closed else "capacity_requests_s"
     found[name] = _band(capacity, capacity / high[1], capacity / low[0], source)
     users = [
@@ -94,15 +103,55 @@ def predicted(items: Sequence[Deployed], load: Traffic, slos: Sequence[Slo]) -> 
     return dict(sorted(found.items()))
 
 
-def _latency(metric: Metric, parts: Sequence[Running], slos: Sequence[Slo], source: Provenance) -> Predicted:
+def by_class(
+    items: Sequence[Deployed], load: Traffic, slos: Sequence[Slo]
+) -> dict[str, dict[str, Predicted]]:
+    """Latencies that the requests of each traffic class meet; {} where there is one class."""
+    if len(load.names) == 1:
+        return {}
+    every = running(items, load)
+    found: dict[str, dict[str, Predicted]] = {}
+    for name, share in zip(load.names, load.shares, strict=True):
+        mine = []
+        for part in every:
+            served = part.now.traffic
+            if name in served.names:
+                inside = served.shares[served.names.index(name)]
+                mine.append(replace(part.of(name), share=part.share * inside / share))
+        asked = [slo for slo in slos if slo.traffic_class in ("", name)]
+        found[name] = latencies(mine, load.only(name), asked)
+    return found
+
+
+def latencies(parts: Sequence[Running], load: Traffic, slos: Sequence[Slo]) -> dict[str, Predicted]:
+    """TTFT, TPOT, inter-token and end-to-end latency over the requests of these engines."""
+    source = worst([part.item.engine.model.source for part in parts])
+    metrics: tuple[Metric, ...] = ("ttft", "tpot", "itl", "e2e") if load.decode_steps else ("ttft", "e2e")
+    return {f"{metric}_ms": _latency(metric, parts, load, slos, source) for metric in metrics}
+
+
+def _latency(
+    metric: Metric, parts: Sequence[Running], load: Traffic, slos: Sequence[Slo], source: Provenance
+) -> Predicted:
+    """One latency. Requests of disaggregated pools meet a prefill engine and then a decode engine: TTFT and
+    end-to-end latency add up over both (percentiles too, which is never less than they are)."""
+    roles = _FIRST if metric in ("ttft", "e2e") else _LATER
+    mine = [part for part in parts if part.item.role in roles]
+
     def mean(pick: Callable[[Running], Steady]) -> float:
-        return 1e3 * sum(p.share * float(pick(p).mean(metric)[0, 0]) for p in parts)
+        return 1e3 * sum(p.share * float(pick(p).mean(metric)[0, 0]) for p in mine)
+
+    def quantile(q: float) -> float:
+        most = {
+            role: max(
+                (float(p.now.quantile(metric, q)[0, 0]) for p in mine if p.item.role == role), default=0.0
+            )
+            for role in roles
+        }
+        return 1e3 * max(most["aggregated"], most.get("prefill", 0.0) + most["decode"])
 
     asked = {slo.quantile for slo in slos if slo.metric == metric and slo.quantile is not None}
-    levels = sorted({*_PERCENTILES, *asked})
-    percentiles = {
-        _percentile_name(q): 1e3 * max(float(p.now.quantile(metric, q)[0, 0]) for p in parts) for q in levels
-    }
+    percentiles = {_percentile_name(q): quantile(q) for q in sorted({*_PERCENTILES, *asked})}
     value, low, high = mean(lambda p: p.now), mean(lambda p: p.best), mean(lambda p: p.worst)
     if metric == "ttft":
         low, high = low * priors().ttft_band[0], high * priors().ttft_band[1]

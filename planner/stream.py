@@ -1,0 +1,233 @@
+"""A stream: requests that one kind of pool serves, and what every candidate engine can carry of them.
+
+A search has one stream per set of traffic classes and role. Interpolated capacities of all candidates
+and limits come first; what the search then picks is evaluated again by the step model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planc.cost_model.energy import watts
+from planc.cost_model.step import StepModel
+from planc.cost_model.table import CostTable
+from planc.planner import solve
+from planc.planner.candidates import BATCH_LIMITS, Candidate, candidates
+from planc.planner.evaluate import Bench, Engine, Limits, Precise, Room, token_budgets
+from planc.planner.inventory import Group
+from planc.planner.offers import HEADROOM, SAME, Offer
+from planc.planner.plan import Role
+from planc.planner.request import Request
+from planc.planner.slo import Slo
+from planc.planner.steady_state import Array
+from planc.planner.traffic import Traffic
+
+#: layouts kept per ranking while relaxations are looked for
+_PROMISING = 10
+
+Models = dict[tuple[object, ...], StepModel]
+#: highest loads that a simulation allowed: (candidate, limits, role, classes) -> load
+Cuts = dict[tuple[object, ...], float]
+
+
+class Stream:
+    """Requests of some traffic classes, one role, and the engines that may serve them.
+
+    traffic, slos   of these requests
+    flow            index of the stream among the master problem's flows
+    layouts         consider these only (see `Candidate.layout`)
+    bench           False: only list the candidates, evaluate nothing
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        table: CostTable,
+        groups: tuple[Group, ...],
+        traffic: Traffic,
+        slos: tuple[Slo, ...],
+        *,
+        role: Role = "aggregated",
+        flow: int = 0,
+        max_model_len: int,
+        models: Models,
+        cuts: Cuts,
+        bench: bool = True,
+        layouts: frozenset[tuple[int, ...]] | None = None,
+    ) -> None:
+        self.request, self.table, self.groups = request, table, groups
+        self.traffic, self.slos, self.role, self.flow = traffic, slos, role, flow
+        self.models, self.cuts, self.max_model_len = models, cuts, max_model_len
+        self.found, self.pruned = candidates(
+            table, groups, request.constraints, slos if bench else (), traffic, role
+        )
+        if layouts is not None:
+            self.found = [candidate for candidate in self.found if candidate.layout in layouts]
+        self.considered = len(self.found) + sum(self.pruned.values())
+        self.failing: Counter[str] = Counter()
+        self.bench = Bench(self._engines() if bench else (), traffic, role)
+        self._offer(slos)
+        dead = len(self.bench.engines) - len(self.offers)
+        if dead:
+            self.pruned["objectives missed at any load"] += dead
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.traffic.names
+
+    def under(self, request: Request, slos: tuple[Slo, ...]) -> Stream:
+        """The same stream under other objectives: candidates and step times are kept."""
+        other = object.__new__(Stream)
+        other.__dict__ = {k: v for k, v in self.__dict__.items() if k != "promising"}
+        other.request, other.slos = request, slos
+        other.pruned = Counter(self.pruned)
+        other._offer(slos)
+        return other
+
+    # -- what candidates can do ----------------------------------------------------------
+
+    def _engines(self) -> list[Engine]:
+        allowed = self.request.constraints
+        budgets = token_budgets(self.table, self.traffic, allowed)
+        caps = tuple(allowed.max_num_seqs or BATCH_LIMITS)
+        found = []
+        for candidate in self.found:
+            limits = self.room(candidate).all(caps, budgets)
+            if limits:
+                found.append(Engine(candidate, self.model(candidate), limits))
+            else:
+                self.pruned["does not fit into memory"] += 1
+        return found
+
+    def room(self, candidate: Candidate) -> Room:
+        share = self.request.constraints.gpu_memory_utilization
+        return Room(self.table, candidate, self.traffic, self.max_model_len, share, self.role)
+
+    def model(self, candidate: Candidate) -> StepModel:
+        group = candidate.group
+        key = (candidate.shape, group.gpu.name, group.fabric)
+        if key not in self.models:
+            self.models[key] = StepModel(
+                self.table, candidate.shape, group.gpu, group.fabric, candidate.profile
+            )
+        return self.models[key]
+
+    def _offer(self, slos: tuple[Slo, ...]) -> None:
+        """The best limits of each candidate that can meet the objectives: highest capacity, then the
+        smallest batch cap, then the smallest budget."""
+        self.capacity, self.failing = self.bench.capacities(slos)
+        self._cut()
+        self.offers: list[Offer] = []
+        for number, engine in enumerate(self.bench.engines):
+            rows = np.flatnonzero(self.bench.owner == number)
+            best = float(self.capacity[rows].max(initial=0.0))
+            if best <= 0:
+                continue
+            row = self.smallest(rows, self.capacity, best * (1 - SAME))
+            self.offers.append(Offer(engine, self.bench.limits[row], float(self.capacity[row]), self))
+
+    def _cut(self) -> None:
+        """Capacities are no more than simulations allowed."""
+        if not self.cuts:
+            return
+        for row, owner in enumerate(self.bench.owner):
+            key = self.key(self.bench.engines[owner], self.bench.limits[row])
+            self.capacity[row] = min(self.capacity[row], self.cuts.get(key, np.inf))
+
+    def key(self, engine: Engine, limits: Limits) -> tuple[object, ...]:
+        """Names an engine with limits in this stream, in `Cuts`."""
+        return (*engine.candidate.key(), limits.max_num_seqs, limits.budget, self.role, *self.classes)
+
+    def smallest(self, rows: NDArray[np.intp], capacity: Array, least: float) -> int:
+        """The row with the smallest batch cap, then the smallest budget, that carries at least `least`."""
+        enough = [int(r) for r in rows if capacity[r] >= least]
+        return min(enough, key=lambda r: (self.bench.limits[r].max_num_seqs, self.bench.limits[r].budget))
+
+    def trimmed(self, offer: Offer, load: float) -> Offer:
+        """The same engine with limits no larger than its load needs, with headroom: smaller batch caps
+        take less memory for graphs. Only where the precise evaluation agrees that it carries the load."""
+        number = next(i for i, engine in enumerate(self.bench.engines) if engine is offer.engine)
+        rows = np.flatnonzero(self.bench.owner == number)
+        best = float(self.capacity[rows].max())
+        row = self.smallest(rows, self.capacity, min(best * (1 - SAME), load * HEADROOM))
+        if self.bench.limits[row] == offer.limits:
+            return offer
+        found = self.precise(replace(offer, limits=self.bench.limits[row], capacity=0.0))
+        return found if found.capacity >= load else offer
+
+    def precise(self, offer: Offer) -> Offer:
+        """The offer with its capacity by the step model itself."""
+        found = Precise(offer.engine, offer.limits, self.traffic, self.role).capacity(self.slos)
+        found = min(found, self.cuts.get(self.key(offer.engine, offer.limits), found))
+        return replace(offer, capacity=found)
+
+    def rate(self, offer: Offer) -> float:
+        """Requests/s of an engine at its capacity."""
+        if self.traffic.concurrency is None:
+            return offer.capacity
+        state = Precise(offer.engine, offer.limits, self.traffic, self.role).at(offer.capacity)
+        return float(state.rate[0, 0]) * offer.engine.candidate.shape.dp
+
+    def column(self, offer: Offer, load: float, weight: float | None = None) -> solve.Column:
+        """The offer as the master problem sees it, carrying `load`."""
+        candidate = offer.engine.candidate
+        pieces, size = candidate.pieces
+        return solve.Column(
+            group=candidate.group.index,
+            pieces=pieces,
+            size=size,
+            load=load,
+            weight=candidate.usd if weight is None else weight,
+            family=f"{candidate.shape.weights}/{candidate.shape.kv}",
+            drop=candidate.drop,
+            watts=candidate.shape.world * float(watts(candidate.group.gpu, 1.0)),
+            flow=self.flow,
+            firm=not candidate.group.spot,
+        )
+
+    # -- what is said about a stream ------------------------------------------------------
+
+    def lightest(self, engines: Sequence[Engine]) -> list[tuple[str, float, float]]:
+        """(objective, best value of any of these engines at next to no load, limit), ms."""
+        chosen = {id(engine) for engine in engines}
+        rows = [i for i, owner in enumerate(self.bench.owner) if id(self.bench.engines[owner]) in chosen]
+        state = self.bench.steady(1e-3 * self.bench.seats)
+        return [(slo.key, 1e3 * float(state.value(slo)[rows, 0].min()), 1e3 * slo.limit) for slo in self.slos]
+
+    @cached_property
+    def promising(self) -> frozenset[tuple[int, ...]] | None:
+        """Layouts worth trying when the request is changed a little: the best per GPU, with the objectives
+        and without, and the fastest. None (all of them) when nothing could be evaluated."""
+        if self.bench.times is None:
+            return None
+        free, _ = self.bench.capacities(())
+        fast = self.bench.steady(1e-3 * self.bench.seats).e2e[:, 0]
+        worlds = np.array([self.bench.engines[i].candidate.shape.world for i in self.bench.owner])
+        found: set[tuple[int, ...]] = set()
+        for rank in (-self.capacity / worlds, -free / worlds, fast):
+            mine: dict[tuple[int, ...], None] = {}
+            for row in np.argsort(rank, kind="stable"):
+                mine[self.bench.engines[self.bench.owner[row]].candidate.layout] = None
+                if len(mine) == _PROMISING:
+                    break
+            found |= set(mine)
+        return frozenset(found)
+
+
+def subsets(names: Sequence[str], most: int = 3) -> Iterable[tuple[str, ...]]:
+    """Sets of traffic classes that a pool may serve: all together first, then each set of up to `most`
+    classes in all, else every class by itself."""
+    from itertools import combinations
+
+    yield tuple(names)
+    if len(names) == 1:
+        return
+    sizes = range(len(names) - 1, 0, -1) if len(names) <= most else (1,)
+    for size in sizes:
+        yield from combinations(names, size)
