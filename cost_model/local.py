@@ -14,9 +14,8 @@ from planc.cost_model.formats import fmt
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, LayerClass, Row
 
-#: layer classes, and modules inside layers, whose weights engines leave in the checkpoint's own width
-_KEPT = ("embedding", "head")
-_KEPT_MODULES = ("router", "gate", "shared_expert_gate")
+#: classes of count one that are no layers
+_ENDS = ("embedding", "head")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +58,11 @@ def factors(row: Row, shape: EngineShape) -> Factors:
 
 
 def weight_format(row: Row, shape: EngineShape) -> str:
-    """The format of a row's weights: the shape's where the row and the format allow it, else bf16."""
-    wanted = shape.weight_format(row.layer_class)
-    named = row.layer_class in dict(shape.class_weights)
-    kept = row.layer_class in _KEPT or row.site.rpartition(".")[2] in _KEPT_MODULES
-    if "weight" not in row.quantizable or (kept and not named):
+    """The format of a row's weights: what the shape means it to have where the row (tables, heads and routers
+    keep their precision) and the format allow it, else bf16."""
+    if "weight" not in row.quantizable:
         return unquantized(shape)
+    wanted, _ = shape.scheme(row)
     return wanted if row.work.family in fmt(wanted).families else unquantized(shape)
 
 
@@ -72,7 +70,7 @@ def activation_format(row: Row, shape: EngineShape) -> str:
     """The format of a row's inputs: quantized only together with its weights."""
     if "activation" not in row.quantizable or weight_format(row, shape) == unquantized(shape):
         return unquantized(shape)
-    return shape.activations
+    return shape.scheme(row)[1]
 
 
 def unquantized(shape: EngineShape) -> str:
@@ -118,7 +116,7 @@ def even_split(layers: int, pp: int) -> tuple[int, ...]:
 
 
 def _is_layer(cls: LayerClass) -> bool:
-    return cls.name not in _KEPT and bool(cls.layers)
+    return cls.name not in _ENDS and bool(cls.layers)
 
 
 def _count(classes: Sequence[LayerClass], index: int, mine: frozenset[int], first: bool, last: bool) -> int:

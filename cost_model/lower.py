@@ -177,7 +177,7 @@ def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool, blocks: bo
         return _grouped(row, base, shape, weights, acts)
     if work.family in ("attention", "recurrence"):
         return _attention(row, base, shape, wide, weight_bytes)
-    moved = base.reads + base.writes + base.kv * (fmt(shape.kv).bytes / wide)
+    moved = base.reads + base.writes + base.kv * (fmt(shape.kv_format(row.layer_class)).bytes / wide)
     if work.family != "gather":  # a look-up reads the rows it is asked for, not the table
         moved = moved + Amount({"1": work.weights * divided.weights} if work.weights else {})
     return replace(base, nbytes=moved * wide)
@@ -217,7 +217,7 @@ def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_b
     spec = Attention(
         kind="attention",
         part=base.part,
-        kv_bytes=fmt(shape.kv).bytes,
+        kv_bytes=fmt(shape.kv_format(row.layer_class)).bytes,
         act_bytes=wide,
         weight_bytes=weight_bytes,
         q_heads=dims.get("q_heads", 0) * divided.heads,

@@ -11,6 +11,7 @@ from planc.cost_model.catalogue import GIB, EngineProfile, Gpu
 from planc.cost_model.features import Array, ArrayLike
 from planc.cost_model.formats import fmt
 from planc.cost_model.local import Stage, factors, stages, unquantized, weight_format
+from planc.cost_model.parts import split
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, LayerClass, Row
 
@@ -99,6 +100,7 @@ def memory_map(
     activation peak of a full step, graphs, states and overhead; of all memory, for weights, states and cache
     alone, while the rest lives in what is left; or of what is free once everything else has its place.
     """
+    table = split(table, shape.formats)
     size = block_size or profile.block_size_on(gpu)
     share = profile.gpu_memory_utilization if utilization is None else utilization
     sizes = () if shape.eager or gpu.vendor == "cpu" else profile.cuda_graphs.sizes(max_num_seqs)
@@ -188,12 +190,12 @@ def weight_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) 
 
 def kept_by(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -> tuple[Kept, ...]:
     """Cache of one rank, by how many tokens its layers keep; KV heads are copied where tp exceeds them."""
-    per_element = fmt(shape.kv).bytes
     found: dict[float, float] = {}
     for cls, count in zip(table.classes, counts, strict=True):
         if count and cls.kv_elements:
             limit = float(cls.kv_span[1:]) if cls.kv_span[:1] in ("w", "c") else math.inf
             divided = min(shape.tp, cls.kv_units) if cls.kv_units else 1
+            per_element = fmt(shape.kv_format(cls.name)).bytes
             found[limit] = found.get(limit, 0.0) + count * cls.kv_elements * per_element / divided
     return tuple(Kept(size, limit) for limit, size in sorted(found.items()))
 

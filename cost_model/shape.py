@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from planc.cost_model.catalogue import EngineProfile, Gpu
-from planc.cost_model.formats import formats
-from planc.cost_model.table import CostTable
+from planc.cost_model.formats import fmt, formats
+from planc.cost_model.parts import KV, Exceptions, held, module_of, parse, scheme, split, taken
+from planc.cost_model.table import CostTable, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,8 @@ class EngineShape:
               experts. 1 or tp*dp, or what divides tp*dp in engines that are free in it
     cp        context parallel: the cache is spread over cp ranks. No engine profile allows it yet, and
               step times do not model it
-    class_weights     (layer class, format) pairs that differ from `weights`
+    formats   (part, scheme) pairs that differ from `weights`, `activations` and `kv`, as
+              `planc.cost_model.parts` writes them: ("decoder:self_attn", "bf16/bf16")
     pipeline_layers   layers of each stage; () is the engine's even split
     eager     True: no CUDA graphs
     """
@@ -34,7 +36,7 @@ class EngineShape:
     weights: str = "bf16"
     activations: str = "bf16"
     kv: str = "bf16"
-    class_weights: tuple[tuple[str, str], ...] = ()
+    formats: Exceptions = ()
     pipeline_layers: tuple[int, ...] = ()
     eager: bool = False
 
@@ -43,8 +45,24 @@ class EngineShape:
         """GPUs of the instance."""
         return self.tp * self.pp * self.dp * self.cp
 
-    def weight_format(self, layer_class: str) -> str:
-        return dict(self.class_weights).get(layer_class, self.weights)
+    def scheme(self, row: Row) -> tuple[str, str]:
+        """(weights, activations) that a row is meant to take. Its class is one of `parts.split`'s."""
+        given = taken(self.formats, row.layer_class, module_of(row)) if self.formats else None
+        return (self.weights, self.activations) if given is None else scheme(given)
+
+    def kv_format(self, layer_class: str) -> str:
+        """The format of the cache of a class of `parts.split`'s."""
+        return (taken(self.formats, layer_class, KV) if self.formats else None) or self.kv
+
+    def schemes(self) -> set[tuple[str, str]]:
+        """All (weights, activations) that it has kernels for."""
+        return {(self.weights, self.activations)} | {
+            scheme(s) for part, s in self.formats if not _cached(part)
+        }
+
+    def kv_formats(self) -> set[str]:
+        """All formats that its caches have."""
+        return {self.kv} | {s for part, s in self.formats if _cached(part)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,32 +123,59 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
     if support is None:
         say("gpu", f"{profile.name} does not run on {gpu.arch}")
         return found
-    for weights in {shape.weights, *dict(shape.class_weights).values()}:
-        if (weights, shape.activations) not in support.linear:
-            say("weights", f"{profile.name} has no {weights} x {shape.activations} kernels on {gpu.arch}")
-    if shape.kv not in support.kv:
-        say("kv", f"{profile.name} has no {shape.kv} cache on {gpu.arch}")
+    for weights, activations in sorted(shape.schemes()):
+        if (weights, activations) not in support.linear:
+            say("weights", f"{profile.name} has no {weights} x {activations} kernels on {gpu.arch}")
+    for kv in sorted(shape.kv_formats()):
+        if kv not in support.kv:
+            say("kv", f"{profile.name} has no {kv} cache on {gpu.arch}")
     return found
 
 
 def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:
     """Formats that this model, cut in this way, cannot take. Names that are no formats are left to others."""
-    known = formats().get(shape.weights)
-    if known is None:
+    if any(weights not in formats() for weights, _ in shape.schemes()):
         return []
+    known = formats()[shape.weights]
     if set(known.families) == {"grouped_gemm"} and not table.model.experts:
         return [Refusal("weights", f"{shape.weights} is a format of routed experts, and the model has none")]
-    if not known.group:
+    unknown = _no_parts(table, shape)
+    if unknown:
+        return [Refusal("formats", reason) for reason in unknown]
+    if not any(fmt(weights).group for weights, _ in shape.schemes()):
         return []
     ranks = {"row": shape.tp, "experts": shape.tp * shape.dp // shape.ep}
-    for row in table.rows.get("prefill", ()):
+    for row in split(table, shape.formats).rows.get("prefill", ()):
         work, degree = row.work, ranks.get(row.shard.kind, 1)
+        weights, _ = shape.scheme(row)
+        group = fmt(weights).group
         inner = work.dims.get("k", 0) if work.family == "gemm" else work.dims.get("n", 0) // 2
-        if degree > 1 and "weight" in row.quantizable and inner / degree % known.group:
+        if degree > 1 and group and "weight" in row.quantizable and inner / degree % group:
             site = f"{row.layer_class}.{row.site}"
-            reason = f"{site}: {inner} over {degree} ranks splits {shape.weights}'s groups of {known.group}"
+            reason = f"{site}: {inner} over {degree} ranks splits {weights}'s groups of {group}"
             return [Refusal("weights", reason)]
     return []
+
+
+def _no_parts(table: CostTable, shape: EngineShape) -> list[str]:
+    """Exceptions that name no part of the model, or layers that its class has not."""
+    if not shape.formats:
+        return []
+    known = {(part.layer_class, part.module) for part in held(table)}
+    layers = {cls.name: set(cls.layers) for cls in table.classes}
+    found = []
+    for text, _ in shape.formats:
+        part = parse(text)
+        if part is None or (part.layer_class, part.module) not in known:
+            names = ", ".join(f"{layer_class}:{module}" for layer_class, module in sorted(known))
+            found.append(f"'{text}' is no part of the model, which has {names}")
+        elif not layers[part.layer_class].issuperset(part.layers):
+            found.append(f"'{text}' names layers that are not of its class")
+    return found
+
+
+def _cached(part: str) -> bool:
+    return part.endswith(f":{KV}")
 
 
 def _divisions(table: CostTable, shape: EngineShape) -> set[tuple[str, str, int, int]]:

@@ -32,6 +32,7 @@ from planc.cost_model.kernels import (
 from planc.cost_model.local import stages, unquantized
 from planc.cost_model.lower import Collective, Kernel
 from planc.cost_model.measured import costs_for
+from planc.cost_model.parts import split
 from planc.cost_model.quantity import ORDER, Quantity, worst
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
@@ -111,6 +112,7 @@ class StepModel:
         costs: KernelCosts | None = None,
         max_num_seqs: int | None = None,
     ) -> None:
+        table = split(table, shape.formats)
         self.table, self.shape, self.gpu, self.fabric, self.profile = table, shape, gpu, fabric, profile
         self.costs: KernelCosts = costs_for(gpu, profile) if costs is None else costs
         all_kernels = lower.kernels(table, shape, profile, fusions)

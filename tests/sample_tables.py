@@ -118,8 +118,18 @@ def _ends(hidden: int, vocab: int) -> tuple[list[Row], list[Row]]:
     )
     return [embed], [
         pointwise("norm", "head", hidden, hidden, "planc::rms_norm"),
-        linear(
-            "lm_head", "head", hidden, vocab, kind="vocab", units=vocab, rows=HEAD_ROWS, after="all_gather"
+        replace(
+            linear(
+                "lm_head",
+                "head",
+                hidden,
+                vocab,
+                kind="vocab",
+                units=vocab,
+                rows=HEAD_ROWS,
+                after="all_gather",
+            ),
+            quantizable=(),
         ),
     ]
 

@@ -121,12 +121,6 @@ def test_formats_move_what_they_should(model: Make) -> None:
     assert narrow_cache.seconds(few) == pytest.approx(base.seconds(few), rel=0.03)
 
 
-def test_class_formats_override_one_class() -> None:
-    all_fp8 = of(TINY, weights="fp8", activations="fp8")
-    head_too = of(TINY, weights="fp8", activations="fp8", class_weights=(("head", "fp8"),))
-    assert head_too.seconds(StepLoad(1, 100)) < all_fp8.seconds(StepLoad(1, 100))
-
-
 def test_pipeline_stages_split_the_latency(model: Make) -> None:
     load = StepLoad(16, 2000)
     whole, halves = model(llama70b(), tp=4), model(llama70b(), tp=4, pp=2)
