@@ -42,8 +42,9 @@ class Deployed:
 
     def state(self, load: Traffic, scale: float = 1.0) -> Steady:
         """The steady state at its load; `load` is the traffic where there is no stream."""
-        traffic = self.stream.traffic if self.stream is not None else load
-        return Precise(self.engine, self.limits, traffic, self.role).at(self.load, scale)
+        if self.stream is not None:
+            return self.stream.evaluator(self.engine, self.limits).at(self.load, scale)
+        return Precise(self.engine, self.limits, load).at(self.load, scale)
 
 
 @dataclass(frozen=True, slots=True)

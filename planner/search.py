@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
-from planc.planner import solve
+from planc.planner import disaggregated, solve
 from planc.planner.candidates import Candidate
 from planc.planner.evaluate import Bench, Engine, Room, model_len
 from planc.planner.inventory import Group, groups
@@ -124,7 +124,7 @@ class Search:
             if chosen != tuple(names):
                 self.flows.append(solve.Flow(shares))
                 self.streams.append(self._stream(load, slos, flow=len(self.flows) - 1))
-            if False and len(chosen) in (1, len(names)):
+            if len(chosen) in (1, len(names)):
                 self._halves(load, slos, shares)
 
     def _halves(self, load: Traffic, slos: tuple[Slo, ...], shares: tuple[float, ...]) -> None:
@@ -132,8 +132,6 @@ class Search:
         allowed = self.request.constraints.serving
         if allowed is not None and "disaggregated" not in allowed:
             return
-        from planc.planner import disaggregated
-
         for number, split in enumerate(disaggregated.splits(self.table, self.groups, load, slos)):
             for role, mine in (("prefill", split.prefill), ("decode", split.decode)):
                 self.flows.append(solve.Flow(shares, role, len(self.flows) - number))  # type: ignore[arg-type]

@@ -19,6 +19,8 @@ from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
 from planc.planner import solve
 from planc.planner.candidates import BATCH_LIMITS, Candidate, candidates
+from planc.planner.disaggregated import slowest_transfers
+from planc.planner.disaggregated import decoding
 from planc.planner.evaluate import Bench, Engine, Limits, Precise, Room, token_budgets
 from planc.planner.inventory import Group
 from planc.planner.offers import HEADROOM, SAME, Offer
@@ -71,7 +73,10 @@ class Stream:
             self.found = [candidate for candidate in self.found if candidate.layout in layouts]
         self.considered = len(self.found) + sum(self.pruned.values())
         self.failing: Counter[str] = Counter()
-        self.bench = Bench(self._engines() if bench else (), traffic, role)
+        engines = self._engines() if bench else []
+        waits = slowest_transfers(table, engines, traffic) if role == "decode" else [0.0] * len(engines)
+        self.transfers = {id(engine): wait for engine, wait in zip(engines, waits, strict=True)}
+        self.bench = Bench(engines, traffic, role, waits)
         self._offer(slos)
         dead = len(self.bench.engines) - len(self.offers)
         if dead:
@@ -103,7 +108,7 @@ class Stream:
                 found.append(Engine(candidate, self.model(candidate), limits))
             else:
                 self.pruned["does not fit into memory"] += 1
-        return found
+        return decoding(self.table, found, self.traffic) if self.role == "decode" else found
 
     def room(self, candidate: Candidate) -> Room:
         share = self.request.constraints.gpu_memory_utilization
@@ -163,15 +168,19 @@ class Stream:
 
     def precise(self, offer: Offer) -> Offer:
         """The offer with its capacity by the step model itself."""
-        found = Precise(offer.engine, offer.limits, self.traffic, self.role).capacity(self.slos)
+        found = self.evaluator(offer.engine, offer.limits).capacity(self.slos)
         found = min(found, self.cuts.get(self.key(offer.engine, offer.limits), found))
         return replace(offer, capacity=found)
+
+    def evaluator(self, engine: Engine, limits: Limits) -> Precise:
+        """One of its engines, by the step model itself."""
+        return Precise(engine, limits, self.traffic, self.role, self.transfers[id(engine)])
 
     def rate(self, offer: Offer) -> float:
         """Requests/s of an engine at its capacity."""
         if self.traffic.concurrency is None:
             return offer.capacity
-        state = Precise(offer.engine, offer.limits, self.traffic, self.role).at(offer.capacity)
+        state = self.evaluator(offer.engine, offer.limits).at(offer.capacity)
         return float(state.rate[0, 0]) * offer.engine.candidate.shape.dp
 
     def column(self, offer: Offer, load: float, weight: float | None = None) -> solve.Column:
