@@ -88,9 +88,9 @@ def link(source: Group, target: Group, near: bool | None = None) -> Link:
     return min(ends, key=lambda wire: wire.bytes_s)
 
 
-def slowest_transfers(table: CostTable, engines: Sequence[Engine], traffic: Traffic) -> list[float]:
-    """Per decode engine, seconds from the worst partner among the same engines: which prefill engine a cache
-    comes from is not known while decode engines are compared."""
+def decoding(table: CostTable, engines: Sequence[Engine], traffic: Traffic) -> list[Engine]:
+    """Decode engines with the time that a cache takes to reach them from the worst partner among the same
+    engines: which prefill engine it comes from is not known while they are compared."""
     found: dict[tuple[object, ...], float] = {}
     partners: dict[tuple[object, ...], Candidate] = {}
     for engine in engines:
@@ -108,7 +108,7 @@ def slowest_transfers(table: CostTable, engines: Sequence[Engine], traffic: Traf
             )
         return found[key]
 
-    return [worst(engine.candidate) for engine in engines]
+    return [replace(engine, transfer_s=worst(engine.candidate)) for engine in engines]
 
 
 def splits(

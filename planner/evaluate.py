@@ -45,11 +45,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A candidate, ready to be evaluated."""
+    """A candidate, ready to be evaluated. `transfer_s`: seconds that the cache of a usual prompt takes to
+    reach it, where it decodes what others prefilled."""
 
     candidate: Candidate
     model: StepModel
     limits: tuple[Limits, ...]
+    transfer_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,19 +162,9 @@ def token_budgets(table: CostTable, traffic: Traffic, allowed: Constraints) -> t
 
 
 class Bench:
-    """All rows of some engines under one traffic.
+    """All rows of some engines under one traffic, of which they do the part of their role."""
 
-    role        the part of the work that they do
-    transfer_s  seconds that the cache of a mean prompt takes between the pools, of all or of each engine
-    """
-
-    def __init__(
-        self,
-        engines: Sequence[Engine],
-        traffic: Traffic,
-        role: Part = "aggregated",
-        transfer_s: Sequence[float] | float = 0.0,
-    ) -> None:
+    def __init__(self, engines: Sequence[Engine], traffic: Traffic, role: Part = "aggregated") -> None:
         self.engines, self.traffic = list(engines), traffic.of(role)
         traffic = self.traffic
         parts, index, owner, flat = [], [], [], []
@@ -189,7 +181,7 @@ class Bench:
         self.owner = np.array(owner, dtype=np.intp)
         self.seats = np.array([item.seats for item in flat], dtype=np.float64)[:, None]
         self.times = Curves.stacked(parts).rows(np.array(index, dtype=np.intp)) if parts else None
-        self.transfer_s = np.broadcast_to(transfer_s, len(self.engines))[self.owner][:, None]
+        self.transfer_s = np.array([engine.transfer_s for engine in self.engines])[self.owner][:, None]
 
     def only(self, rows: Sequence[int]) -> Bench:
         """Some of the rows."""
@@ -252,22 +244,16 @@ class Bench:
 
 class Precise:
     """One engine with fixed limits, evaluated by the step model itself. Loads are those of the whole
-    engine: requests/s, or users of a closed loop. `role` and `transfer_s` as for `Bench`."""
+    engine: requests/s, or users of a closed loop."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        limits: Limits,
-        traffic: Traffic,
-        role: Part = "aggregated",
-        transfer_s: float = 0.0,
-    ) -> None:
-        self.engine, self.limits, self.traffic, self.transfer_s = engine, limits, traffic.of(role), transfer_s
+    def __init__(self, engine: Engine, limits: Limits, traffic: Traffic, role: Part = "aggregated") -> None:
+        self.engine, self.limits, self.traffic = engine, limits, traffic.of(role)
         self.times = Exact.of(engine.model, self.traffic, full_step(limits, self.traffic))
         self.seats = np.array([[float(limits.seats)]])
 
     def state(self, batch: Array, scale: float = 1.0) -> Steady:
-        return steady(self.times, self.traffic, batch[None, :], self.seats, scale, transfer_s=self.transfer_s)
+        wire = self.engine.transfer_s
+        return steady(self.times, self.traffic, batch[None, :], self.seats, scale, transfer_s=wire)
 
     def load(self, state: Steady) -> Array:
         dp = self.engine.candidate.shape.dp

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planc.cost_model.step import StepLoad, StepModel
 from planc.planner.priors import way
@@ -103,7 +104,7 @@ class Curves:
     def stacked(parts: Sequence[Curves]) -> Curves:
         return Curves(*(np.concatenate([getattr(part, name) for part in parts]) for name in _CURVES))
 
-    def rows(self, index: Array) -> Curves:
+    def rows(self, index: NDArray[np.intp]) -> Curves:
         """Some rows, with repetition."""
         return Curves(*(getattr(self, name)[index] for name in _CURVES))
 

@@ -19,7 +19,6 @@ from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
 from planc.planner import solve
 from planc.planner.candidates import BATCH_LIMITS, Candidate, candidates
-from planc.planner.disaggregated import slowest_transfers
 from planc.planner.disaggregated import decoding
 from planc.planner.evaluate import Bench, Engine, Limits, Precise, Room, token_budgets
 from planc.planner.inventory import Group
@@ -73,10 +72,7 @@ class Stream:
             self.found = [candidate for candidate in self.found if candidate.layout in layouts]
         self.considered = len(self.found) + sum(self.pruned.values())
         self.failing: Counter[str] = Counter()
-        engines = self._engines() if bench else []
-        waits = slowest_transfers(table, engines, traffic) if role == "decode" else [0.0] * len(engines)
-        self.transfers = {id(engine): wait for engine, wait in zip(engines, waits, strict=True)}
-        self.bench = Bench(engines, traffic, role, waits)
+        self.bench = Bench(self._engines() if bench else (), traffic, role)
         self._offer(slos)
         dead = len(self.bench.engines) - len(self.offers)
         if dead:
@@ -174,7 +170,7 @@ class Stream:
 
     def evaluator(self, engine: Engine, limits: Limits) -> Precise:
         """One of its engines, by the step model itself."""
-        return Precise(engine, limits, self.traffic, self.role, self.transfers[id(engine)])
+        return Precise(engine, limits, self.traffic, self.role)
 
     def rate(self, offer: Offer) -> float:
         """Requests/s of an engine at its capacity."""
