@@ -92,11 +92,12 @@ def step_model(replica: Replica, table: CostTable, request: Request) -> StepMode
 
 def steps(plan: Plan, replica: Replica, load: Traffic, table: CostTable) -> Iterator[tuple[str, StepLoad]]:
     """(phase, load of one rank's step). With pipeline stages a step is that of one micro-batch."""
-    chunk = float(min(replica.max_num_batched_tokens, max(load.new_tokens, 1.0)))
     if table.model.kind == "causal_lm":
         running = plan.predicted["concurrency"].value * replica.traffic_share / replica.dp
         seqs = max(1.0, min(running, float(replica.max_num_seqs)) / replica.pp)
+        chunk = float(min(replica.max_num_batched_tokens, max(load.new_tokens, 1.0)))
         yield "decode", StepLoad(seqs, load.decode_context)
         yield "prefill", StepLoad(0.0, 0.0, chunk, 1.0, load.prefill_context)
     else:
-        yield "prefill", StepLoad(0.0, 0.0, chunk * replica.max_num_seqs, float(replica.max_num_seqs), 0.0)
+        full = min(float(replica.max_num_batched_tokens), replica.max_num_seqs * load.new_tokens)
+        yield "prefill", StepLoad(0.0, 0.0, full, max(full / load.new_tokens, 1.0), 0.0)

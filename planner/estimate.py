@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,7 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     from planc.planner.offers import Deployed
     from planc.planner.predict import predicted
 
-    chosen = _parsed(settings)
+    chosen = parsed(settings)
     search, limits = _one(request, table, chosen)
     candidate = search.found[0]
     engine = Engine(candidate, search.model(candidate), (limits,))
@@ -125,7 +125,7 @@ def configured(request: Request, table: CostTable, **settings: Any) -> list[Repl
     from planc.planner.evaluate import Engine
     from planc.planner.offers import Deployed
 
-    chosen = _parsed(settings)
+    chosen = parsed(settings)
     search, limits = _one(request, table, chosen)
     candidate = search.found[0]
     count = chosen.get("replicas", 1)
@@ -179,13 +179,21 @@ def _held(wanted: int, fits: int) -> None:
         )
 
 
-def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
+def parsed(
+    settings: Mapping[str, Any], where: str = "estimate", also: Iterable[str] = LoadTest.model_fields
+) -> dict[str, Any]:
+    """Settings of an engine with the types they should have.
+
+    where, also   for messages: who asks, and what else may be named there
+
+    Raises UnknownField or InvalidField.
+    """
     known = (*_COUNTS, *_NAMES, "gpu_memory_utilization")
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name not in known:
-            mend = f"Known: {', '.join((*known, *LoadTest.model_fields))}."
-            raise UnknownField(where="estimate", field=name, mend=mend)
+            mend = f"Known: {', '.join((*known, *also))}."
+            raise UnknownField(where=where, field=name, mend=mend)
         if name in _COUNTS:
             try:
                 number = int(value)
@@ -193,7 +201,7 @@ def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
                 number = 0
             if number < 1 or str(number) != str(value).strip():
                 raise InvalidField(
-                    where="estimate",
+                    where=where,
                     field=name,
                     value=value,
                     reason="not a whole number above 0",
@@ -209,7 +217,7 @@ def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
                 found[name] = -1.0
             if not 0 < found[name] <= 1:
                 raise InvalidField(
-                    where="estimate",
+                    where=where,
                     field=name,
                     value=value,
                     reason="not a share between 0 and 1",
