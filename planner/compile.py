@@ -10,6 +10,7 @@ from planc.errors import CheckFailed
 from planc.planner import assemble
 from planc.planner.alternatives import rejected
 from planc.planner.check import check
+from planc.planner.observe import observe
 from planc.planner.offers import Fleet
 from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
 from planc.planner.predict import by_class, predicted
@@ -49,6 +50,7 @@ def plan(
     wrong = check(found, table, request)
     if wrong:
         raise CheckFailed(what="the plan", reason=wrong[0], mend="Please report the request.")
+    found._evidence = observe(search, fleet, found)
     return found
 
 

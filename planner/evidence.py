@@ -69,10 +69,12 @@ class Curve(_Part):
 
 
 class Seen(_Part):
-    """A fleet that the search looked at: one kind of engine, as many as the load needs."""
+    """A fleet that the search looked at: one kind of engine, as many as the load needs. `meets`: all
+    objectives."""
 
     label: str
     values: dict[str, float]
+    meets: bool = True
 
 
 class Evidence(_Part):

@@ -18,8 +18,11 @@ from planc.errors import CheckFailed
 from planc.planner.check import check
 from planc.planner.compile import assembled
 from planc.planner.front import Axis, Front, Point, balanced, undominated
-from planc.planner.request import Metric, Objective, Request
+from planc.planner.observe import observe
+from planc.planner.offers import Fleet
+from planc.planner.request import Objective, Request
 from planc.planner.search import Progress, Search
+from planc.planner.slo import Metric
 
 _STEPS = 8  # rungs of a ladder
 _PAIRED = 2  # rungs of a second limit under one of the first
@@ -44,11 +47,14 @@ def front(
     if not points:
         reason = next(iter(wrong.values()))[0]
         raise CheckFailed(what="the front", reason=reason, mend="Please report the request.")
+    chosen = balanced(points, sweep.axes)
+    best = points[chosen].plan
+    best._evidence = observe(*sweep.found[best.fingerprint.plan], best)
     return Front(
         request=request.fingerprint(),
         axes=sweep.axes,
         points=tuple(points),
-        chosen=balanced(points, sweep.axes),
+        chosen=chosen,
         problems=len(sweep.asked),
         complete=not sweep.late,
     )
@@ -78,6 +84,7 @@ class _Sweep:
     progress: Progress | None
     points: list[Point] = field(default_factory=list)
     asked: dict[str, Point | None] = field(default_factory=dict)
+    found: dict[str, tuple[Search, Fleet]] = field(default_factory=dict)
     late: bool = False
 
     def __post_init__(self) -> None:
@@ -150,13 +157,14 @@ class _Sweep:
         began = time.perf_counter()
         search = self.search.with_slos(request)
         fleet = search.fleet(None if left is None else max(left, 1e-3))
-        found = None
+        point = None
         if fleet is not None:
             plan = assembled(search, fleet, time.perf_counter() - began)
-            found = Point(plan, tuple(axis.value(plan) for axis in self.axes))
-            self.points.append(found)
-        self.asked[key] = found
-        return found
+            point = Point(plan, tuple(axis.value(plan) for axis in self.axes))
+            self.points.append(point)
+            self.found[plan.fingerprint.plan] = search, fleet
+        self.asked[key] = point
+        return point
 
 
 def _below(value: float) -> float:

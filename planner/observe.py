@@ -1,0 +1,186 @@
+"""What a report is drawn from, gathered while the search is still at hand: see `planc.planner.evidence`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from planc.cost_model import catalogue
+from planc.planner.breakdown import replica_breakdown, steps
+from planc.planner.evaluate import Bench, Engine
+from planc.planner.evidence import Curve, Evidence, Op, Roof, Seen, Step
+from planc.planner.offers import Fleet, Offer
+from planc.planner.plan import Plan, Pool, Replica
+from planc.planner.predict import latencies, running
+from planc.planner.request import Metric
+from planc.planner.search import Search
+from planc.planner.slo import Slo
+
+#: shares of the requests at which latencies are read off
+LEVELS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+
+_KINDS = 6  # kinds of engines whose steps are taken apart, those with the most traffic
+_SEEN = 400  # fleets that are kept, the cheapest
+
+
+def observe(search: Search, fleet: Fleet, plan: Plan) -> Evidence:
+    """The evidence for a plan that this search found. The same search gives the same evidence."""
+    return Evidence(
+        steps=list(_steps(search, plan)),
+        roofs=[_roof(name) for name in dict.fromkeys(replica.gpu for replica in plan.replicas())],
+        latency=list(_latency(search, fleet)),
+        seen=list(_seen(search)),
+    )
+
+
+def _kinds(plan: Plan) -> list[tuple[Pool, Replica]]:
+    """One replica of each kind, those that serve most requests first."""
+    found: dict[str, tuple[Pool, Replica]] = {}
+    share: dict[str, float] = {}
+    for pool in plan.pools:
+        for replica in pool.replicas:
+            key = pool.role + replica.model_dump_json(exclude={"gpus", "traffic_share"})
+            found.setdefault(key, (pool, replica))
+            share[key] = share.get(key, 0.0) + replica.traffic_share
+    order = sorted(found, key=lambda key: -share[key])[:_KINDS]
+    return [found[key] for key in found if key in order]
+
+
+def _steps(search: Search, plan: Plan) -> Iterator[Step]:
+    for pool, replica in _kinds(plan):
+        loads = dict(steps(plan, replica, search.traffic, search.table))
+        rows = replica_breakdown(replica, plan, search.table, search.request, search.traffic)
+        for phase, load in loads.items():
+            if pool.role in ("prefill", "decode") and phase != pool.role:
+                continue
+            ops = [
+                Op(
+                    layer_class=row["class"],
+                    site=row["site"],
+                    op=row["op"],
+                    ms=row["ms"],
+                    bound=row["bound"],
+                    source=row["source"],
+                    flops=row.get("flops", 0.0),
+                    nbytes=row.get("bytes", 0.0),
+                    precision=row.get("precision", "") if row.get("flops") else "",
+                )
+                for row in rows
+                if row["phase"] == phase
+            ]
+            seqs, tokens = float(np.ravel(load.decode_seqs)[0]), float(np.ravel(load.prefill_tokens)[0])
+            context = float(np.ravel(load.decode_context)[0])
+            words = (
+                f"{seqs:.3g} sequences decode, each with {context:,.0f} tokens in its cache"
+                if phase == "decode"
+                else f"{tokens:,.0f} prompt tokens"
+            )
+            yield Step(
+                role=pool.role,
+                engine=_label(replica),
+                gpu=replica.gpu,
+                phase=phase,  # type: ignore[arg-type]
+                load=words,
+                ms=sum(op.ms for op in ops),
+                ops=ops,
+            )
+
+
+def _label(replica: Replica) -> str:
+    degrees = ("tp", "pp", "dp", "ep", "cp")
+    layout = " ".join(f"{n.upper()}{getattr(replica, n)}" for n in degrees if getattr(replica, n) > 1)
+    return f"{len(replica.gpus)} x {replica.gpu} {layout}".strip()
+
+
+def _roof(name: str) -> Roof:
+    gpu = catalogue.gpu(name)
+    return Roof(
+        gpu=name,
+        bytes_s=gpu.memory_bytes_s,
+        flops_s={precision: tflops * 1e12 for precision, tflops in sorted(gpu.peak_tflops.items())},
+    )
+
+
+def _latency(search: Search, fleet: Fleet) -> Iterator[Curve]:
+    load = search.traffic
+    metrics: tuple[Metric, ...] = ("ttft", "tpot", "e2e") if load.decode_steps else ("e2e",)
+    asked = [Slo(f"{m}_p{100 * q:g}_ms", m, q, math.inf) for m in metrics for q in LEVELS]
+    for key, found in latencies(running(fleet.items, load), load, asked).items():
+        metric = key.removesuffix("_ms")
+        curve = sorted((float(name[1:]) / 100, ms) for name, ms in found.percentiles.items())
+        if metric in metrics and all(math.isfinite(ms) for _, ms in curve):
+            yield Curve(
+                metric=metric,  # type: ignore[arg-type]
+                of="all requests",
+                levels=[level for level, _ in curve],
+                ms=[ms for _, ms in curve],
+            )
+
+
+# -- what else was looked at ---------------------------------------------------------------
+
+
+def _seen(search: Search) -> Iterator[Seen]:
+    """Fleets of one kind of engine, as many as carry the demand (or as there is room for), by the
+    interpolated step times: each engine with the limits that the search offers it with, or, where it misses
+    an objective at any load, with its largest. Cheapest first."""
+    bench, demand = search.bench, search.demand
+    if bench.times is None:
+        return
+    offered = {id(offer.engine): offer for offer in search.offers}
+    rows = [_row(bench, number, offered.get(id(engine))) for number, engine in enumerate(bench.engines)]
+    bench = bench.only(rows)
+    free, _ = bench.capacities(())
+    counts = []
+    for engine, most in zip(bench.engines, free, strict=True):
+        offer = offered.get(id(engine))
+        capacity = float(most) if offer is None else offer.capacity
+        room = _room(search, engine)
+        counts.append(room if demand is None else min(math.ceil(demand / max(capacity, 1e-9) - 1e-9), room))
+    share = [
+        (offered[id(e)].capacity if id(e) in offered else float(most))
+        if demand is None
+        else demand / max(n, 1)
+        for e, most, n in zip(bench.engines, free, counts, strict=True)
+    ]
+    state = bench.at_load(np.array(share)[:, None])
+    meets = state.meets(search.slos)[:, 0]
+    tokens = search.traffic.osl_mean or search.traffic.isl_mean
+    found = []
+    for i, (engine, count) in enumerate(zip(bench.engines, counts, strict=True)):
+        candidate, latency = engine.candidate, state.e2e[i, 0]
+        if count < 1 or not math.isfinite(latency):
+            continue
+        rate = count * candidate.shape.dp * float(state.rate[i, 0])
+        values = {
+            "usd_per_hour": count * candidate.usd,
+            "usd_per_million_tokens": count * candidate.usd / 3600 / (rate * tokens) * 1e6,
+            "gpus": float(count * candidate.shape.world),
+            "ttft_ms": 1e3 * float(state.ttft[i, 0]),
+            "e2e_ms": 1e3 * float(latency),
+        }
+        if search.traffic.decode_steps:
+            values["tpot_ms"] = 1e3 * float(state.tpot[i, 0])
+        found.append(Seen(label=f"{count} x {candidate.label()}", values=values, meets=bool(meets[i])))
+    price = "usd_per_hour" if demand is not None else "usd_per_million_tokens"
+    yield from sorted(found, key=lambda one: (one.values[price], one.label))[:_SEEN]
+
+
+def _row(bench: Bench, number: int, offer: Offer | None) -> int:
+    """The row of an engine with the limits of its offer, else with its largest ones."""
+    mine = np.flatnonzero(bench.owner == number)
+    if offer is not None:
+        return next(int(row) for row in mine if bench.limits[row] == offer.limits)
+    return max(
+        (int(row) for row in mine), key=lambda row: (bench.limits[row].seats, bench.limits[row].budget)
+    )
+
+
+def _room(search: Search, engine: Engine) -> int:
+    """How many of an engine fit into the inventory and the constraints."""
+    candidate, allowed = engine.candidate, search.request.constraints
+    pieces, size = candidate.pieces
+    room = sum(island // size for island in candidate.group.islands) // pieces
+    return min(room, (allowed.max_gpus or 10**9) // candidate.shape.world, allowed.max_replicas or room)
