@@ -97,8 +97,7 @@ def _limits(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
         yield f"{gpus} GPUs exceed max_gpus = {allowed.max_gpus}"
     if allowed.max_replicas is not None and len(replicas) > allowed.max_replicas:
         yield f"{len(replicas)} replicas exceed max_replicas = {allowed.max_replicas}"
-    if abs(sum(replica.traffic_share for replica in replicas) - 1) > 1e-6:
-        yield "traffic shares do not sum to 1"
+    yield from _shares(plan, request)
     for number, replica in enumerate(replicas):
         for name in ("weights", "activations", "kv", "tp", "pp", "dp", "ep", "cp"):
             listed = getattr(allowed, name)
@@ -114,6 +113,25 @@ def _limits(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
         profile = catalogue.engine(replica.engine)
         for refusal in refusals(shape_of(replica), table, catalogue.gpu(replica.gpu), profile):
             yield f"replica {number}: {refusal.reason}"
+
+
+def _shares(plan: Plan, request: Request) -> Iterator[str]:
+    """Every request is served once by each part of the work; spot machines carry no more than they may; a
+    pool has more replicas than may fail."""
+    allowed = request.constraints
+    spot = {catalogue.gpu(n.gpu).name for n in request.inventory.nodes if n.spot}
+    firm = {catalogue.gpu(n.gpu).name for n in request.inventory.nodes if not n.spot}
+    for half in ("prefill", "decode"):
+        mine = [pool for pool in plan.pools if pool.role in ("aggregated", "encoder", half)]
+        shares = [(r.gpu, r.traffic_share) for pool in mine for r in pool.replicas]
+        if abs(sum(share for _, share in shares) - 1) > 1e-6:
+            yield f"traffic shares of aggregated and {half} pools do not sum to 1"
+        lent = sum(share for gpu, share in shares if gpu in spot - firm)
+        if allowed.max_spot_share is not None and lent > allowed.max_spot_share + 1e-5:
+            yield f"machines that may be taken away carry {lent:.4g}, more than {allowed.max_spot_share}"
+    for pool in plan.pools:
+        if len(pool.replicas) <= (allowed.spare_replicas or 0):
+            yield f"a pool of {len(pool.replicas)} {pool.role} replicas cannot lose {allowed.spare_replicas}"
 
 
 def shape_of(replica: Replica) -> EngineShape:
@@ -189,7 +207,8 @@ def _states(table: CostTable) -> bool:
 def _objectives(plan: Plan, request: Request) -> Iterator[str]:
     """The plan's own numbers meet the request's objectives."""
     for slo in request.slos():
-        found = plan.predicted.get(f"{slo.metric}_ms")
+        of = plan.predicted_by_class.get(slo.traffic_class, plan.predicted)
+        found = of.get(f"{slo.metric}_ms")
         if found is None:
             continue
         value = found.value
@@ -200,28 +219,48 @@ def _objectives(plan: Plan, request: Request) -> Iterator[str]:
 
 
 def _operating_points(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
-    """Mean TPOT of each distinct replica, by fixed-point iteration, against the plan's figure."""
+    """Mean TPOT of each distinct aggregated replica, by fixed-point iteration, against the plan's figure; and
+    that the replicas left after the failures that are planned for still keep a mean TPOT objective."""
     load = traffic(request, table.model.kind)
     if not load.decode_steps or load.concurrency is not None:
         return
+    if any(pool.role == "decode" for pool in plan.pools):
+        return  # `check_disaggregated` evaluates those
     rate = plan.predicted["requests_s"].value
     nodes = {catalogue.gpu(n.gpu).name: n for n in request.inventory.nodes}
     if any(replica.gpu not in nodes for replica in plan.replicas()):
         return  # already reported by the placement
-    kinds = {r.model_dump_json(exclude={"gpus", "traffic_share"}): r for r in plan.replicas()}
-    stated = plan.predicted["tpot_ms"].value / 1e3
     mean = 0.0
-    for key, replica in kinds.items():
-        same = [r for r in plan.replicas() if r.model_dump_json(exclude={"gpus", "traffic_share"}) == key]
-        gpu, home = catalogue.gpu(replica.gpu), nodes[replica.gpu]
-        fabric = Fabric(home.gpus_per_node, request.inventory.inter_node_gbps)
-        model = StepModel(table, shape_of(replica), gpu, fabric, catalogue.engine(replica.engine))
-        share = replica.traffic_share / replica.dp
-        running = rate * share * load.decode_steps * stated  # Little's law
-        tpot = _tpot(model, replica, load, rate * share, running)
-        mean += tpot * sum(r.traffic_share for r in same)
+    for pool in plan.pools:
+        served = load.only(*pool.classes) if pool.classes else load
+        of = [plan.predicted_by_class.get(name, plan.predicted)["tpot_ms"].value for name in served.names]
+        stated = sum(share * value for share, value in zip(served.shares, of, strict=True)) / 1e3
+        whole = sum(r.traffic_share for r in pool.replicas)
+        spare = request.constraints.spare_replicas or 0
+        lost = sum(sorted((r.traffic_share for r in pool.replicas), reverse=True)[:spare])
+        limits = [s.limit for s in request.slos() if s.key == "tpot_mean_ms"]
+        kinds = Counter(_kind(replica) for replica in pool.replicas)
+        for replica in {_kind(r): r for r in pool.replicas}.values():
+            home = nodes[replica.gpu]
+            fabric = Fabric(home.gpus_per_node, request.inventory.inter_node_gbps)
+            profile = catalogue.engine(replica.engine)
+            model = StepModel(table, shape_of(replica), catalogue.gpu(replica.gpu), fabric, profile)
+            share = replica.traffic_share / replica.dp
+            running = rate * share * served.decode_steps * stated  # Little's law
+            tpot = _tpot(model, replica, served, rate * share, running)
+            mean += tpot * replica.traffic_share * kinds[_kind(replica)]
+            if lost and limits and whole > lost:
+                more = whole / (whole - lost)
+                tpot = _tpot(model, replica, served, rate * share * more, running * more)
+                if tpot > limits[0] * (1 + _TOLERANCE):
+                    yield f"with {spare} replicas lost, TPOT is {1e3 * tpot:.4g} ms"
+    stated = plan.predicted["tpot_ms"].value / 1e3
     if not abs(mean / stated - 1) <= _TOLERANCE:
         yield f"TPOT is {1e3 * mean:.4g} ms when evaluated again, not {1e3 * stated:.4g}"
+
+
+def _kind(replica: Replica) -> str:
+    return replica.model_dump_json(exclude={"gpus"})
 
 
 def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float, running: float) -> float:

@@ -9,11 +9,15 @@ from typing import Any
 from planc.errors import ToolFailed
 from planc.planner.solve import Column, Limits, carried, integer_loads
 
+#: (flow, firm): engines that are equally full
+_Kind = tuple[int, bool]
+
 
 def loads(columns: Sequence[Column], counts: Sequence[int], limits: Limits) -> list[float]:
     """What one engine of each column carries, in the demand's unit; 0 for columns that are not bought.
 
-    Engines of one flow are equally full. Without a demand the fleet carries the most that it can.
+    Engines of one flow are equally full, those that may be taken away perhaps less than the others. Without
+    a demand the fleet carries the most that it can.
     """
     bought = [n * column.load for n, column in zip(counts, columns, strict=True)]
     if limits.demand is None:
@@ -22,44 +26,52 @@ def loads(columns: Sequence[Column], counts: Sequence[int], limits: Limits) -> l
         demand = carried(columns, limits, counts, units) * unit
     else:
         demand = limits.demand
-    flows = sorted({column.flow for column, amount in zip(columns, bought, strict=True) if amount})
-    capacity = {f: sum(a for c, a in zip(columns, bought, strict=True) if c.flow == f) for f in flows}
-    if len(flows) == 1:
-        full = {flows[0]: min(demand / capacity[flows[0]], 1.0)}
+    capacity: dict[_Kind, float] = {}
+    for column, amount in zip(columns, bought, strict=True):
+        if amount:
+            kind = column.flow, column.firm
+            capacity[kind] = capacity.get(kind, 0.0) + amount
+    if len({flow for flow, _ in capacity}) == 1 and not limits.firm_share:
+        full = dict.fromkeys(capacity, min(demand / sum(capacity.values()), 1.0))
     else:
         full = _fullness(capacity, limits, demand)
     return [
-        column.load * full[column.flow] if amount else 0.0
+        column.load * full[column.flow, column.firm] if amount else 0.0
         for column, amount in zip(columns, bought, strict=True)
     ]
 
 
-def _fullness(capacity: dict[int, float], limits: Limits, demand: float) -> dict[int, float]:
-    """Share of each flow's capacity that is used."""
+def _fullness(capacity: dict[_Kind, float], limits: Limits, demand: float) -> dict[_Kind, float]:
+    """Share of each kind's capacity that is used."""
     from ortools.math_opt.python import mathopt  # type: ignore[import-untyped]
 
     model = mathopt.Model(name="shares")
-    full = {flow: model.add_variable(lb=0.0, ub=1.0 + 1e-6) for flow in capacity}
+    full = {kind: model.add_variable(lb=0.0, ub=1.0 + 1e-6) for kind in capacity}
     fullest = model.add_variable(lb=0.0)
     for used in full.values():
         model.add_linear_constraint(used <= fullest)
     for number, share in enumerate(limits.classes):
-        served: Any = 0
+        whole: Any = 0
         halves: dict[int, dict[str, Any]] = {}
-        for flow, most in capacity.items():
+        spot: dict[str, Any] = {}
+        for (flow, firm), most in capacity.items():
             kind = limits.flows[flow]
-            part = kind.shares[number] * most / demand * full[flow]
+            part = kind.shares[number] * most / demand * full[flow, firm]
             if kind.role == "whole":
-                served += part
+                whole += part
             else:
                 sides = halves.setdefault(kind.split, {})
                 sides[kind.role] = sides.get(kind.role, 0) + part
+            if not firm:
+                for role in ("prefill", "decode") if kind.role == "whole" else (kind.role,):
+                    spot[role] = spot.get(role, 0) + part
         for sides in halves.values():
-            both = model.add_variable(lb=0.0)
-            for role in ("prefill", "decode"):
-                model.add_linear_constraint(sides.get(role, 0) - both == 0)
-            served += both
-        model.add_linear_constraint(served >= share * (1 - 1e-6))
+            model.add_linear_constraint(sides.get("prefill", 0) - sides.get("decode", 0) == 0)
+            whole += sides.get("prefill", 0)
+        model.add_linear_constraint(whole >= share * (1 - 1e-6))
+        if limits.firm_share:
+            for part in spot.values():
+                model.add_linear_constraint(part <= (1 - limits.firm_share) * share)
     model.minimize(fullest + 1e-4 * sum(full.values()))
     result = mathopt.solve(model, mathopt.SolverType.GLOP)
     if result.termination.reason != mathopt.TerminationReason.OPTIMAL:
@@ -69,4 +81,4 @@ def _fullness(capacity: dict[int, float], limits: Limits, demand: float) -> dict
             mend="Please report the request.",
         )
     values = result.variable_values()
-    return {flow: float(values[used]) for flow, used in full.items()}
+    return {kind: float(values[used]) for kind, used in full.items()}

@@ -238,7 +238,8 @@ class _Master:
         """Constraints of the flows; returns the demand that they carry, as it is or to be maximised."""
         limits, model = self.limits, self.model
         most = UNIT * sum(map(sum, limits.islands))
-        whole: Any = UNIT if limits.demand is not None else model.add_integer_variable(lb=0, ub=most)
+        known = limits.demand is not None
+        whole = model.add_integer_variable(lb=UNIT if known else 0, ub=UNIT if known else most)
         used = {i for i, c in enumerate(self.columns)}
         firm = {i for i in used if self.columns[i].firm}
         self._cover(used, whole, limits.spare)
