@@ -117,7 +117,7 @@ def splits(
     """Ways to divide a request's objectives between prefill and decode pools; () where nothing is decoded.
 
     TPOT and ITL are the decode pool's. TTFT is the sum of what both take; where TPOT is limited, decode needs
-    a step to begin with, a step or so of its own and the way to the scheduler, and half of that is tried too.
+    a step to begin with, a step or so of its own and the way to the scheduler, besides the transfer.
     End-to-end latency couples both: a few shares are tried.
     """
     if not traffic.decode_steps or table.model.kind != "causal_lm":
@@ -138,7 +138,7 @@ def _handovers(ttft: Sequence[Slo], steps: Sequence[Slo]) -> tuple[float, ...]:
         return _HANDOVER
     step = min(slo.limit for slo in steps)
     need = ((2.5 + priors().lag_steps) * step + priors().request_s) / tightest
-    return tuple(sorted({min(need, 0.5), min(need / 2, 0.5)}))
+    return tuple(sorted({max(min(need, 0.5), _HANDOVER[0]), _HANDOVER[1]}))
 
 
 def _split(
