@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
@@ -21,6 +22,7 @@ from planc.planner.evaluate import Bench, Engine, Room, model_len
 from planc.planner.inventory import Group, groups
 from planc.planner.levels import by_level
 from planc.planner.offers import NEAR, Deployed, Fleet, Offer
+from planc.planner.plan import Role
 from planc.planner.request import Request
 from planc.planner.shares import loads
 from planc.planner.slo import Slo
@@ -65,6 +67,7 @@ class Search:
         self.slos: tuple[Slo, ...] = request.slos()
         self.max_model_len = model_len(request, table, self.traffic)
         self._layouts = layouts
+        self._known: dict[tuple[tuple[str, ...], Role], Stream] = {}
         self.main = self._stream(self.traffic, self.slos, bench=bench)
         self.streams: list[Stream] = [self.main]
         if bench:
@@ -75,31 +78,45 @@ class Search:
 
     def with_slos(self, request: Request) -> Search:
         """The same search under other objectives: candidates and step times are kept."""
+        return self._again(request, self.cuts)
+
+    def with_cuts(self, cuts: Cuts) -> Search:
+        """The same search where simulations left less to some engines."""
+        return self._again(self.request, cuts)
+
+    def _again(self, request: Request, cuts: Cuts) -> Search:
         other = copy.copy(self)
-        other.request, other.slos = request, request.slos()
-        other.main = self.main.under(request, other.slos)
+        other.request, other.slos, other.cuts = request, request.slos(), cuts
+        other.main = self.main.under(request, other.slos, cuts)
         other.streams = [other.main]
         other._more_streams()
         other.pruned = sum((stream.pruned for stream in other.streams), Counter())
         return other
 
-    def _stream(
-        self, load: Traffic, slos: tuple[Slo, ...], *, bench: bool = True, flow: int = 0, **how: object
-    ) -> Stream:
+    def _stream(self, load: Traffic, slos: tuple[Slo, ...], **how: Any) -> Stream:
         return Stream(
             self.request,
             self.table,
             self.groups,
             load,
             slos,
-            flow=flow,
             max_model_len=self.max_model_len,
             models=self.models,
             cuts=self.cuts,
-            bench=bench,
             layouts=self._layouts,
-            **how,  # type: ignore[arg-type]
+            **how,
         )
+
+    def _priced(self, load: Traffic, slos: tuple[Slo, ...], role: Role) -> Stream:
+        """A stream of these requests without offers: its step times, found once."""
+        key = (load.names, role)
+        if key not in self._known:
+            self._known[key] = self._stream(load, slos, role=role, offer=False)
+        return self._known[key]
+
+    def _add(self, flow: solve.Flow, base: Stream, slos: tuple[Slo, ...]) -> None:
+        self.flows.append(flow)
+        self.streams.append(base.under(self.request, slos, self.cuts, len(self.flows) - 1))
 
     # -- streams ---------------------------------------------------------------------------
 
@@ -122,8 +139,7 @@ class Search:
                 for name, share in zip(names, self.traffic.shares, strict=True)
             )
             if chosen != tuple(names):
-                self.flows.append(solve.Flow(shares))
-                self.streams.append(self._stream(load, slos, flow=len(self.flows) - 1))
+                self._add(solve.Flow(shares), self._priced(load, slos, "aggregated"), slos)
             if len(chosen) in (1, len(names)):
                 self._halves(load, slos, shares)
 
@@ -132,10 +148,11 @@ class Search:
         allowed = self.request.constraints.serving
         if allowed is not None and "disaggregated" not in allowed:
             return
-        for number, split in enumerate(disaggregated.splits(self.table, self.groups, load, slos)):
-            for role, mine in (("prefill", split.prefill), ("decode", split.decode)):
-                self.flows.append(solve.Flow(shares, role, len(self.flows) - number))  # type: ignore[arg-type]
-                self.streams.append(self._stream(load, mine, flow=len(self.flows) - 1, role=role))
+        steps = tuple(slo for slo in slos if slo.metric in ("tpot", "itl"))
+        for split in disaggregated.splits(self.table, self.groups, load, slos):
+            number = len(self.flows)
+            self._add(solve.Flow(shares, "prefill", number), self._priced(load, (), "prefill"), split.prefill)
+            self._add(solve.Flow(shares, "decode", number), self._priced(load, steps, "decode"), split.decode)
 
     @property
     def _by_price(self) -> bool:

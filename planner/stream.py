@@ -21,6 +21,7 @@ from planc.planner import solve
 from planc.planner.candidates import BATCH_LIMITS, Candidate, candidates
 from planc.planner.disaggregated import decoding
 from planc.planner.evaluate import Bench, Engine, Limits, Precise, Room, token_budgets
+from planc.planner.formats import accuracy
 from planc.planner.inventory import Group
 from planc.planner.offers import HEADROOM, SAME, Offer
 from planc.planner.plan import Role
@@ -33,7 +34,7 @@ from planc.planner.traffic import Traffic
 _PROMISING = 10
 
 Models = dict[tuple[object, ...], StepModel]
-#: highest loads that a simulation allowed: (candidate, limits, role, classes) -> load
+#: what a simulation allowed, as a share of the capacity by formulas: (candidate, role, classes) -> share
 Cuts = dict[tuple[object, ...], float]
 
 
@@ -44,6 +45,7 @@ class Stream:
     flow            index of the stream among the master problem's flows
     layouts         consider these only (see `Candidate.layout`)
     bench           False: only list the candidates, evaluate nothing
+    offer           False: find step times only; `under` then makes streams with objectives of it
     """
 
     def __init__(
@@ -60,35 +62,38 @@ class Stream:
         models: Models,
         cuts: Cuts,
         bench: bool = True,
+        offer: bool = True,
         layouts: frozenset[tuple[int, ...]] | None = None,
     ) -> None:
         self.request, self.table, self.groups = request, table, groups
         self.traffic, self.slos, self.role, self.flow = traffic, slos, role, flow
         self.models, self.cuts, self.max_model_len = models, cuts, max_model_len
         self.found, self.pruned = candidates(
-            table, groups, request.constraints, slos if bench else (), traffic, role
+            table, groups, request.constraints, slos if bench else (), traffic, role, accuracy(request, table)
         )
         if layouts is not None:
             self.found = [candidate for candidate in self.found if candidate.layout in layouts]
         self.considered = len(self.found) + sum(self.pruned.values())
         self.failing: Counter[str] = Counter()
-        self.bench = Bench(self._engines() if bench else (), traffic, role)
-        self._offer(slos)
-        dead = len(self.bench.engines) - len(self.offers)
-        if dead:
-            self.pruned["objectives missed at any load"] += dead
+        engines = self._engines() if bench else []
+        if role == "decode":
+            engines = decoding(table, engines, traffic)
+        self.bench = Bench(engines, traffic, role)
+        self._unevaluated = Counter(self.pruned)
+        if offer:
+            self._offer()
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.traffic.names
 
-    def under(self, request: Request, slos: tuple[Slo, ...]) -> Stream:
-        """The same stream under other objectives: candidates and step times are kept."""
+    def under(self, request: Request, slos: tuple[Slo, ...], cuts: Cuts, flow: int | None = None) -> Stream:
+        """The same stream under other objectives or cuts: candidates and step times are kept."""
         other = object.__new__(Stream)
         other.__dict__ = {k: v for k, v in self.__dict__.items() if k != "promising"}
-        other.request, other.slos = request, slos
-        other.pruned = Counter(self.pruned)
-        other._offer(slos)
+        other.request, other.slos, other.cuts = request, slos, cuts
+        other.flow = self.flow if flow is None else flow
+        other._offer()
         return other
 
     # -- what candidates can do ----------------------------------------------------------
@@ -119,11 +124,13 @@ class Stream:
             )
         return self.models[key]
 
-    def _offer(self, slos: tuple[Slo, ...]) -> None:
+    def _offer(self) -> None:
         """The best limits of each candidate that can meet the objectives: highest capacity, then the
         smallest batch cap, then the smallest budget."""
-        self.capacity, self.failing = self.bench.capacities(slos)
-        self._cut()
+        self.capacity, self.failing = self.bench.capacities(self.slos)
+        allowed = [self.allowed(engine) for engine in self.bench.engines]
+        if self.cuts and allowed:
+            self.capacity = self.capacity * np.array(allowed)[self.bench.owner]
         self.offers: list[Offer] = []
         for number, engine in enumerate(self.bench.engines):
             rows = np.flatnonzero(self.bench.owner == number)
@@ -132,18 +139,18 @@ class Stream:
                 continue
             row = self.smallest(rows, self.capacity, best * (1 - SAME))
             self.offers.append(Offer(engine, self.bench.limits[row], float(self.capacity[row]), self))
+        self.pruned = Counter(self._unevaluated)
+        dead = len(self.bench.engines) - len(self.offers)
+        if dead:
+            self.pruned["objectives missed at any load"] += dead
 
-    def _cut(self) -> None:
-        """Capacities are no more than simulations allowed."""
-        if not self.cuts:
-            return
-        for row, owner in enumerate(self.bench.owner):
-            key = self.key(self.bench.engines[owner], self.bench.limits[row])
-            self.capacity[row] = min(self.capacity[row], self.cuts.get(key, np.inf))
+    def key(self, engine: Engine) -> tuple[object, ...]:
+        """Names an engine of this stream in `Cuts`."""
+        return (*engine.candidate.key(), self.role, *self.classes)
 
-    def key(self, engine: Engine, limits: Limits) -> tuple[object, ...]:
-        """Names an engine with limits in this stream, in `Cuts`."""
-        return (*engine.candidate.key(), limits.max_num_seqs, limits.budget, self.role, *self.classes)
+    def allowed(self, engine: Engine) -> float:
+        """Share of an engine's capacity that simulations left to it."""
+        return self.cuts.get(self.key(engine), 1.0)
 
     def smallest(self, rows: NDArray[np.intp], capacity: Array, least: float) -> int:
         """The row with the smallest batch cap, then the smallest budget, that carries at least `least`."""
@@ -165,8 +172,7 @@ class Stream:
     def precise(self, offer: Offer) -> Offer:
         """The offer with its capacity by the step model itself."""
         found = self.evaluator(offer.engine, offer.limits).capacity(self.slos)
-        found = min(found, self.cuts.get(self.key(offer.engine, offer.limits), found))
-        return replace(offer, capacity=found)
+        return replace(offer, capacity=found * self.allowed(offer.engine))
 
     def evaluator(self, engine: Engine, limits: Limits) -> Precise:
         """One of its engines, by the step model itself."""
@@ -189,7 +195,7 @@ class Stream:
             size=size,
             load=load,
             weight=candidate.usd if weight is None else weight,
-            family=f"{candidate.shape.weights}/{candidate.shape.kv}",
+            family=candidate.family,
             drop=candidate.drop,
             watts=candidate.shape.world * float(watts(candidate.group.gpu, 1.0)),
             flow=self.flow,
