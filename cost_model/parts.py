@@ -16,13 +16,16 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 
-from planc.cost_model.table import CostTable, LayerClass, Row
+from planc.cost_model.table import CostTable, LayerClass
+from planc.ir.work import Family
 
 #: what stands in a module's place where the cache is meant
 KV = "kv"
 
 #: (part, scheme) pairs, as shapes, replicas and graphs carry them
 Exceptions = tuple[tuple[str, str], ...]
+
+_PRODUCTS: tuple[Family, ...] = ("gemm", "grouped_gemm")
 
 _PART = re.compile(r"(?P<cls>[^\[\]:]+)(\[(?P<layers>\d+(-\d+)?(,\d+(-\d+)?)*)\])?:(?P<module>[^:]*)")
 
@@ -48,10 +51,21 @@ class Held(Part):
 
     count      layers that it lies in
     elements   weight elements, or cache elements per token, of one layer
+    family     of the products that read the matrices; "attention" of a cache
     """
 
     count: int = 0
     elements: int = 0
+    family: Family = "gemm"
+
+    @property
+    def cached(self) -> bool:
+        return self.module == KV
+
+    @property
+    def whole(self) -> int:
+        """Elements of all its layers."""
+        return self.count * self.elements
 
     @property
     def part(self) -> Part:
@@ -92,10 +106,10 @@ def scheme(text: str) -> tuple[str, str]:
     return weights, activations or weights
 
 
-def module_of(row: Row) -> str:
-    """The module whose matrices share a format with this row's: routed experts are one, a projection
-    belongs to the module around it."""
-    return row.site if row.work.family == "grouped_gemm" else row.site.rpartition(".")[0]
+def module_of(site: str, family: Family) -> str:
+    """The module whose matrices share a format with those of a row at this site: routed experts are one, a
+    projection belongs to the module around it."""
+    return site if family == "grouped_gemm" else site.rpartition(".")[0]
 
 
 def module_of_weight(name: str) -> str:
@@ -113,25 +127,22 @@ def module_of_weight(name: str) -> str:
 def held(table: CostTable) -> tuple[Held, ...]:
     """All parts of a table, over all layers of each class, in the table's order. Caches of classes that
     differ in nothing but their names count apart, too: engines can tell layers apart."""
-    found: dict[Part, int] = {}
-    for rows in (table.rows.get("prefill", ()), table.rows.get("decode", ())):
-        fresh: dict[Part, int] = {}
-        for row in rows:
-            if "weight" in row.quantizable and row.work.family in ("gemm", "grouped_gemm"):
-                part = Part(row.layer_class, module_of(row))
-                fresh[part] = fresh.get(part, 0) + row.work.weights * row.calls
-        for part, elements in fresh.items():
-            found.setdefault(part, elements)
     classes = {cls.name: cls for cls in table.classes}
+    found: dict[tuple[str, str, Family], dict[str, int]] = {}
+    for rows in table.rows.values():
+        for row in rows:
+            family = row.work.family
+            if "weight" in row.quantizable and family in _PRODUCTS and row.layer_class in classes:
+                sizes = found.setdefault((row.layer_class, module_of(row.site, family), family), {})
+                sizes[row.site] = row.work.weights * row.calls
     out = [
-        Held(part.layer_class, part.module, (), classes[part.layer_class].count, elements)
-        for part, elements in found.items()
-        if part.layer_class in classes
+        Held(name, module, (), classes[name].count, sum(sizes.values()), family)
+        for (name, module, family), sizes in found.items()
     ]
     order = list(classes)
     out.sort(key=lambda one: order.index(one.layer_class))
-    caches = [Held(c.name, KV, (), c.count, c.kv_elements) for c in table.classes if c.kv_elements]
-    return (*out, *caches)
+    caches = [Held(c.name, KV, (), c.count, c.kv_elements, "attention") for c in table.classes]
+    return (*out, *(one for one in caches if one.elements))
 
 
 def split(table: CostTable, exceptions: Exceptions) -> CostTable:

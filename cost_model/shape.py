@@ -47,7 +47,11 @@ class EngineShape:
 
     def scheme(self, row: Row) -> tuple[str, str]:
         """(weights, activations) that a row is meant to take. Its class is one of `parts.split`'s."""
-        given = taken(self.formats, row.layer_class, module_of(row)) if self.formats else None
+        given = (
+            taken(self.formats, row.layer_class, module_of(row.site, row.work.family))
+            if self.formats
+            else None
+        )
         return (self.weights, self.activations) if given is None else scheme(given)
 
     def kv_format(self, layer_class: str) -> str:

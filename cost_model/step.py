@@ -198,6 +198,12 @@ class StepModel:
         """Kernels that a step launches, over all stages."""
         return float(self._launches.sum())
 
+    @property
+    def asynchronous(self) -> bool:
+        """Whether the next step is decided while one runs: where the engine does so, but on no CPU and not
+        with pipeline stages, which have loops of their own (vLLM 0.14's release notes say so of vLLM)."""
+        return self.profile.overlaps_host and self.gpu.vendor != "cpu" and self.shape.pp == 1
+
     def seconds(self, load: StepLoad) -> Array:
         """One engine step, s, in the common shape of the load's fields; 0 for an empty step."""
         return self._fold(load, slowest=True)
@@ -212,6 +218,18 @@ class StepModel:
         seconds = max(device + (prefill_factor - 1) (device - device without the prompts), launches) + host
         """
         return self._pieces(load.arrays())
+
+    def kernel_seconds(self, load: StepLoad) -> list[tuple[Kernel, Array]]:
+        """Every kernel with the seconds of all its calls over the layers of all stages, [N]."""
+        times, _ = self._times(load.arrays())
+        counts = dict(zip((cls.name for cls in self.table.classes), self._counts(), strict=True))
+        return [
+            (kernel, times.seconds[index] * (kernel.calls * counts[kernel.layer_class]))
+            for kernel, index in zip(self.kernels, self._index, strict=True)
+        ]
+
+    def _counts(self) -> list[int]:
+        return [sum(stage.counts[i] for stage in self._stages) for i in range(len(self.table.classes))]
 
     def breakdown(self, load: StepLoad, stage: int = 0) -> list[StepPart]:
         """Where the time of a single load goes on one stage, in the table's order.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
 
 from planc.cost_model import overlay
-from planc.cost_model.local import stages, unquantized, weight_format
+from planc.cost_model.local import activation_format, stages, unquantized, weight_format
 from planc.cost_model.lower import chosen
+from planc.cost_model.parts import module_of, split
 from planc.cost_model.shape import EngineShape
-from planc.cost_model.table import CostTable
+from planc.cost_model.table import CostTable, Row
 from planc.errors import CheckFailed
 from planc.planner import priors
 from planc.planner.candidates import Candidate
@@ -59,6 +61,7 @@ def replica(search: Search, item: Deployed, gpus: list[str], share: float) -> Re
         weights=shape.weights,
         activations=shape.activations,
         kv=shape.kv,
+        formats=dict(shape.formats),
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.budget,
         max_model_len=search.max_model_len,
@@ -112,18 +115,18 @@ def layers(table: CostTable, fleet: Fleet) -> list[LayerPlan]:
     formats and sharding of the others follow from their own replica entries."""
     item = fleet.items[0]
     shape = item.candidate.shape
+    table = split(table, shape.formats)
     offers = chosen(table, item.candidate.profile, None)
     found = []
     for cls in table.classes:
         rows = [row for rows in table.rows.values() for row in rows if row.layer_class == cls.name]
-        narrow = sorted(
-            {weight_format(row, shape) for row in rows if row.work.weights} - {unquantized(shape)}
-        )
+        usual, others = _formats(rows, shape)
         mine = [offer for offer in offers if offer.layer_class == cls.name]
         fused = {site: offer.name for offer in reversed(mine) for site in offer.sites}
         kernels = {row.site: row.op.split("::")[-1] for row in rows if row.work.family != "view"} | fused
         decisions = LayerDecisions(
-            format=narrow[0] if narrow else unquantized(shape),
+            format=usual,
+            formats=others,
             sharding={
                 row.site: row.shard.kind
                 for row in rows
@@ -136,6 +139,23 @@ def layers(table: CostTable, fleet: Fleet) -> list[LayerPlan]:
             LayerPlan.model_validate({"class": cls.name, "count": cls.count, "decisions": decisions})
         )
     return found
+
+
+def _formats(rows: list[Row], shape: EngineShape) -> tuple[str, dict[str, str]]:
+    """The weight format of most of a class's quantized matrices, and "weights/activations" of the modules
+    whose own differs."""
+    elements: Counter[tuple[str, str]] = Counter()
+    modules: dict[str, tuple[str, str]] = {}
+    for row in rows:
+        if row.work.weights and "weight" in row.quantizable:
+            found = weight_format(row, shape), activation_format(row, shape)
+            elements[found] += row.work.weights * row.calls
+            modules[module_of(row.site, row.work.family)] = found
+    if not shape.formats:
+        narrow = sorted({weights for weights, _ in elements} - {unquantized(shape)})
+        return (narrow[0] if narrow else unquantized(shape)), {}
+    most = max(elements, key=lambda one: (elements[one], one), default=(unquantized(shape), ""))
+    return most[0], {name: "/".join(found) for name, found in sorted(modules.items()) if found != most}
 
 
 # -- coverage and fingerprints -----------------------------------------------------------

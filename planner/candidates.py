@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.formats import fmt
+from planc.cost_model.parts import Exceptions
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.table import CostTable
+from planc.planner.formats import Accuracy, Formats, allowed
 from planc.planner.inventory import Group
+from planc.planner.mixtures import mixtures
 from planc.planner.plan import Role
 from planc.planner.request import Constraints, Slo
 from planc.planner.traffic import Traffic
@@ -68,13 +71,23 @@ class Candidate:
             s.weights,
             s.activations,
             s.kv,
+            s.formats,
         )
+
+    @property
+    def family(self) -> str:
+        """Its formats: engines of one family answer alike."""
+        s = self.shape
+        return " ".join([f"{s.weights}/{s.kv}", *(f"{part}={taken}" for part, taken in s.formats)])
 
     def label(self) -> str:
         """A short name for messages."""
         s = self.shape
         degrees = "".join(f" {n}={getattr(s, n)}" for n in ("pp", "dp", "ep", "cp") if getattr(s, n) > 1)
-        return f"{s.gpu} tp={s.tp}{degrees} weights={s.weights} activations={s.activations} kv={s.kv}"
+        formats = f"weights={s.weights} activations={s.activations} kv={s.kv}"
+        return " ".join(
+            [f"{s.gpu} tp={s.tp}{degrees} {formats}", *(f"{p}={taken}" for p, taken in s.formats)]
+        )
 
 
 def candidates(
@@ -84,13 +97,15 @@ def candidates(
     slos: tuple[Slo, ...],
     load: Traffic,
     role: Role = "aggregated",
+    accuracy: Accuracy | None = None,
 ) -> tuple[list[Candidate], Counter[str]]:
     """Legal candidates for a pool of this role in canonical order, and how many were left out for each
-    reason."""
+    reason. `accuracy`: what formats cost this model, published averages if left out."""
     load = load.of(role)
+    accuracy = accuracy or Accuracy(table)
     pruned: Counter[str] = Counter()
     found = []
-    for candidate in _all(table, groups, limits, pruned):
+    for candidate in _all(accuracy, groups, limits, pruned):
         reasons = refusals(candidate.shape, table, candidate.group.gpu, candidate.profile)
         if reasons:
             pruned[f"illegal: {reasons[0].field}"] += 1
@@ -104,27 +119,45 @@ def candidates(
 
 
 def _all(
-    table: CostTable, groups: tuple[Group, ...], limits: Constraints, pruned: Counter[str]
+    accuracy: Accuracy, groups: tuple[Group, ...], limits: Constraints, pruned: Counter[str]
 ) -> Iterator[Candidate]:
-    allowed = {catalogue.gpu(name).name for name in limits.gpus} if limits.gpus else None
+    table = accuracy.table
+    gpus = {catalogue.gpu(name).name for name in limits.gpus} if limits.gpus else None
     for group in groups:
-        if allowed is not None and group.gpu.name not in allowed:
+        if gpus is not None and group.gpu.name not in gpus:
             pruned["gpu not allowed"] += 1
             continue
         for engine in limits.engines or DEFAULT_ENGINES[table.model.kind]:
             profile = catalogue.engine(engine)
-            kinds = formats(table, group, profile, limits)
+            cuts = [
+                EngineShape(engine, group.gpu.name, *degrees)
+                for degrees in _degrees(table, group, limits, pruned)
+            ]
+            kinds = _kinds(accuracy, group, profile, cuts, limits)
             if not kinds:
                 pruned["no allowed format runs here"] += 1
-            for degrees in _degrees(table, group, limits, pruned):
-                for (weights, activations, kv), drop in kinds:
-                    tp, pp, dp, ep, cp = degrees
-                    yield Candidate(
-                        group,
-                        profile,
-                        EngineShape(engine, group.gpu.name, tp, pp, dp, ep, cp, weights, activations, kv),
-                        drop,
-                    )
+            for cut in cuts:
+                for (weights, activations, kv), exceptions, drop in kinds:
+                    shape = replace(cut, weights=weights, activations=activations, kv=kv, formats=exceptions)
+                    yield Candidate(group, profile, shape, drop)
+
+
+def _kinds(
+    accuracy: Accuracy,
+    group: Group,
+    profile: EngineProfile,
+    cuts: Sequence[EngineShape],
+    limits: Constraints,
+) -> list[tuple[Formats, Exceptions, float]]:
+    """What engines on a group's GPUs may store: one format throughout with the exceptions that the request
+    states, and under an accuracy budget also mixtures."""
+    schemes, caches = allowed(accuracy.table, group, profile, limits)
+    stated = tuple(sorted((limits.formats or {}).items()))
+    found: list[tuple[Formats, Exceptions]] = [((w, a, kv), stated) for w, a in schemes for kv in caches]
+    budget = limits.max_accuracy_drop
+    if budget is not None and not stated and len(found) > 1:
+        found += mixtures(accuracy, group, profile, cuts, schemes, caches, budget)
+    return [(kinds, exceptions, accuracy.of(kinds, exceptions)) for kinds, exceptions in found]
 
 
 def _degrees(
@@ -159,64 +192,6 @@ def _powers(most: int) -> tuple[int, ...]:
     return tuple(1 << i for i in range(most.bit_length()) if 1 << i <= most)
 
 
-Formats = tuple[str, str, str]
-
-
-def formats(
-    table: CostTable, group: Group, profile: EngineProfile, limits: Constraints
-) -> list[tuple[Formats, float]]:
-    """((weights, activations, kv), accuracy drop) that run on the group's GPU and may be used.
-
-    Without a list: the checkpoint's own weight format and the plain cache; with max_accuracy_drop
-    also every narrower format (the budget is checked later, so that it can be counted).
-    """
-    native = table.model.native_format
-    pairs = profile.pairs(group.gpu)
-    runs_native = any(weights == native for weights, _ in pairs)
-    widest = "fp32" if native == "fp32" else "bf16"
-    base = native if runs_native else widest
-    open_budget = limits.max_accuracy_drop is not None
-
-    def weights_ok(name: str) -> bool:
-        if limits.weights is not None:
-            return name in limits.weights
-        return name == base or (open_budget and fmt(name).bits < fmt(base).bits)
-
-    def kv_ok(name: str) -> bool:
-        if limits.kv is not None:
-            return name in limits.kv
-        plain = "fp32" if "fp32" in (base,) else "bf16"
-        return name == plain or (open_budget and fmt(name).bits < 16)
-
-    found = []
-    for weights, activations in pairs:
-        if not weights_ok(weights):
-            continue
-        if limits.activations is not None and activations not in limits.activations:
-            continue
-        for kv in profile.kv_formats(group.gpu):
-            if table.kv_elements_per_token() == 0 and kv != profile.kv_formats(group.gpu)[0]:
-                continue
-            if table.kv_elements_per_token() == 0 or kv_ok(kv):
-                found.append(((weights, activations, kv), accuracy_drop(native, weights, activations, kv)))
-    return found
-
-
-def accuracy_drop(native: str, weights: str, activations: str, kv: str) -> float:
-    """Relative loss of the average task score against the published checkpoint: published averages
-    per format, added up (`assumed` in the catalogue). The native format and wider ones lose nothing."""
-    drop = 0.0
-    narrower = weights != native and fmt(weights).bits < fmt(native).bits
-    if narrower:
-        drop += fmt(weights).accuracy_drop.value
-    if activations not in (weights, native) and fmt(activations).bits < 16 and weights != native:
-        drop += fmt(activations).accuracy_drop.value
-    cache = fmt(kv)
-    if cache.bits < 16 and cache.kv_accuracy_drop is not None:
-        drop += cache.kv_accuracy_drop.value
-    return drop
-
-
 def _too_slow(table: CostTable, candidate: Candidate, slos: tuple[Slo, ...], load: Traffic) -> bool:
     """A bound without any model: a step reads the active weights once, at full bandwidth (not the input
     embedding, of which it reads a row)."""
@@ -225,7 +200,7 @@ def _too_slow(table: CostTable, candidate: Candidate, slos: tuple[Slo, ...], loa
     shape = candidate.shape
     model = table.model
     read = model.active_parameters - (0 if model.tied_embeddings else model.vocab * model.hidden)
-    least = read * min(fmt(shape.weights).bytes, 2.0)
+    least = read * min(*(fmt(weights).bytes for weights, _ in shape.schemes()), 2.0)
     seconds = least / (shape.tp * shape.dp * candidate.group.gpu.memory_bytes_s)
     return any(
         (slo.metric == "tpot" and seconds > slo.limit)

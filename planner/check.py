@@ -17,7 +17,7 @@ from planc.cost_model.formats import fmt
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable
-from planc.planner.candidates import accuracy_drop
+from planc.planner.formats import accuracy
 from planc.planner.plan import Plan, Replica
 from planc.planner.request import Request, make_request
 from planc.planner.traffic import Traffic, traffic
@@ -98,12 +98,14 @@ def _limits(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
     if allowed.max_replicas is not None and len(replicas) > allowed.max_replicas:
         yield f"{len(replicas)} replicas exceed max_replicas = {allowed.max_replicas}"
     yield from _shares(plan, request)
+    losses = accuracy(request, table)
     for number, replica in enumerate(replicas):
         for name in ("weights", "activations", "kv", "tp", "pp", "dp", "ep", "cp"):
             listed = getattr(allowed, name)
             if listed is not None and getattr(replica, name) not in listed:
                 yield f"replica {number}: {name}={getattr(replica, name)} is not among {listed}"
-        drop = accuracy_drop(table.model.native_format, replica.weights, replica.activations, replica.kv)
+        shape = shape_of(replica)
+        drop = losses.of((shape.weights, shape.activations, shape.kv), shape.formats)
         if allowed.max_accuracy_drop is not None and drop > allowed.max_accuracy_drop + 1e-12:
             yield f"replica {number}: formats lose {drop:.4g}, more than {allowed.max_accuracy_drop}"
         if sum(replica.pipeline_layers) != table.model.layers and replica.pp > 1:
@@ -111,7 +113,7 @@ def _limits(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
         if table.model.kind == "causal_lm" and replica.max_num_seqs > replica.max_num_batched_tokens:
             yield f"replica {number}: max_num_batched_tokens is below max_num_seqs"
         profile = catalogue.engine(replica.engine)
-        for refusal in refusals(shape_of(replica), table, catalogue.gpu(replica.gpu), profile):
+        for refusal in refusals(shape, table, catalogue.gpu(replica.gpu), profile):
             yield f"replica {number}: {refusal.reason}"
 
 
@@ -146,6 +148,7 @@ def shape_of(replica: Replica) -> EngineShape:
         replica.weights,
         replica.activations,
         replica.kv,
+        tuple(sorted(replica.formats.items())),
     )
 
 
@@ -156,7 +159,7 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
     """Parts sum up and stay within the engine's share; the cache's blocks weigh what the model's heads
     say; the weights are no lighter than all parameters in the narrowest format, spread over all ranks."""
     for number, replica in enumerate(plan.replicas()):
-        m = replica.memory
+        m, shape = replica.memory, shape_of(replica)
         total = m.weights_gib + m.kv_cache_gib + m.activations_gib + m.graphs_gib + m.overhead_gib
         if abs(total - m.total_gib) > 1e-3 * m.capacity_gib:
             yield f"replica {number}: memory parts sum to {total:.2f} GiB, not {m.total_gib:.2f}"
@@ -168,7 +171,7 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
         if abs(m.capacity_gib - gpu.memory_gib) > 1e-6:
             yield f"replica {number}: {replica.gpu} has {gpu.memory_gib} GiB"
         ranks = replica.tp * replica.pp * replica.dp
-        least = table.model.parameters * min(fmt(replica.weights).bytes, 2.0) / ranks / GIB
+        least = table.model.parameters * min(*(fmt(w).bytes for w, _ in shape.schemes()), 2.0) / ranks / GIB
         if m.weights_gib < least * 0.98:
             yield f"replica {number}: weights of {m.weights_gib:.2f} GiB are below {least:.2f} GiB"
         tokens = replica.kv_blocks * replica.block_size
@@ -181,6 +184,7 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
             # the map is that of the fullest stage, which need not be the one of most layers
             few, most = (whole * layers for layers in (min(replica.pipeline_layers), longest))
             uneven = len({(c.kv_elements, c.kv_units) for c in table.classes if c.layers}) > 1
+            uneven = uneven or len(shape.kv_formats()) > 1
             if (
                 not uneven
                 and m.kv_cache_gib > 0

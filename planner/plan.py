@@ -29,6 +29,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _empty(value: dict[str, str]) -> bool:
+    return not value
+
+
 class Predicted(_Part):
     """A number, its band, and where it comes from. `percentiles` keys are "p50", "p99", ..."""
 
@@ -73,7 +77,9 @@ class Memory(_Part):
 
 
 class Replica(_Part):
-    """One engine instance. `gpus` are "node/index", rank by rank (tp fastest, then pp, then dp)."""
+    """One engine instance. `gpus` are "node/index", rank by rank (tp fastest, then pp, then dp). `formats`:
+    parts of the model that take another than `weights`, `activations` or `kv`, as
+    `planc.cost_model.parts` writes them ("decoder:self_attn": "bf16/bf16"); left out where none does."""
 
     engine: str
     gpu: str
@@ -86,6 +92,7 @@ class Replica(_Part):
     weights: str
     activations: str
     kv: str
+    formats: dict[str, str] = Field(default_factory=dict, exclude_if=_empty)
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
@@ -112,9 +119,11 @@ class Pool(_Part):
 
 
 class LayerDecisions(_Part):
-    """What was decided for one layer class. `sharding` maps a site to "column", "row", ..."""
+    """What was decided for one layer class. `format` is that of most of its matrices, `formats` that of the
+    modules which have another; `sharding` maps a site to "column", "row", ..."""
 
     format: str
+    formats: dict[str, str] = Field(default_factory=dict, exclude_if=_empty)
     sharding: dict[str, str]
     fusions: list[str]
     kernel: dict[str, str]

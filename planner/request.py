@@ -16,6 +16,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
 from planc.cost_model import catalogue, formats
+from planc.cost_model.parts import parse, scheme
 from planc.errors import FileMissing, FileUnreadable, InvalidField
 from planc.planner.mistakes import translated
 from planc.planner.overrides import apply_overrides
@@ -73,6 +74,9 @@ class Constraints(Part):
     max_accuracy_drop          relative loss of the average task score, e.g. 0.01
     serving                    "aggregated", "disaggregated": which may be used; left out: both
     spare_replicas             replicas of each pool that may fail while the rest still carries the load
+    formats                    parts that take a format of their own in every engine, whatever the rest takes:
+                               {"decoder:self_attn": bf16, "decoder[0-3]:mlp": fp8/fp8, "sliding:kv": fp8}
+    sensitivities              file of measured sensitivities that an accuracy budget is shared out by
     max_spot_share             most of any traffic class that machines marked `spot` may carry
     """
 
@@ -99,6 +103,8 @@ class Constraints(Part):
     serving: Annotated[
         list[Literal["aggregated", "disaggregated"]] | None, BeforeValidator(_listed), Field(min_length=1)
     ] = None
+    formats: dict[str, str] | None = None
+    sensitivities: str | None = None
     spare_replicas: int | None = Field(default=None, ge=0, le=64)
     max_spot_share: float | None = Field(default=None, ge=0, le=1)
 
@@ -152,10 +158,12 @@ class Request(Part):
         return digest.hexdigest()[:16]
 
     def files(self) -> tuple[str, ...]:
-        """Data files the workload names."""
+        """Data files the request names."""
         lengths = [x for c in self.workload.classes for x in (c.isl, c.osl) if x is not None]
         named = [x.histogram for x in lengths if x.histogram is not None]
-        return tuple(named + ([self.workload.trace.file] if self.workload.trace else []))
+        measured = self.constraints.sensitivities
+        traces = [self.workload.trace.file] if self.workload.trace else []
+        return tuple(named + traces + ([measured] if measured else []))
 
     def changed(self, **changes: Any) -> Request:
         """A copy with some fields replaced (already validated parts), same base folder."""
@@ -264,6 +272,17 @@ def _check_names(request: Request, where: str) -> None:
                     reason=f"{name} is no {role} format",
                     mend=f"Use one of {', '.join(usable)}.",
                 )
+    for part, taken in (limits.formats or {}).items():
+        if parse(part) is None:
+            raise InvalidField(
+                where=where,
+                field="constraints.formats",
+                value=part,
+                reason="no part of a model",
+                mend="Parts are written class:module or class[layers]:module, e.g. decoder:self_attn.",
+            )
+        for name in scheme(taken):
+            formats.fmt(name, field=f"constraints.formats.{part}")
     for name in limits.engines or ():
         catalogue.engine(name, field="constraints.engines")
     for name in limits.gpus or ():
