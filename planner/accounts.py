@@ -16,6 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from planc.cost_model.features import ArrayLike
 from planc.cost_model.table import CostTable
 from planc.planner.breakdown import step_model, steps
 from planc.planner.plan import Plan, Pool, Replica
@@ -78,10 +81,10 @@ def gpu_time(plan: Plan, table: CostTable, request: Request, load: Traffic) -> d
                 if phase not in _phases(pool):
                     continue
                 if phase == "decode":
-                    per_token = world / (float(step.decode_seqs) * replica.dp)
+                    per_token = world / (scalar(step.decode_seqs) * replica.dp)
                 else:
                     tokens = load.new_tokens / (load.osl_mean or load.isl_mean)
-                    per_token = world * tokens / (float(step.prefill_tokens) * replica.dp)
+                    per_token = world * tokens / (scalar(step.prefill_tokens) * replica.dp)
                 for part in model.breakdown(step):
                     name = f"{phase}: {kind(part.op, part.site)}"
                     found[name] = found.get(name, 0.0) + 1e3 * part.seconds * per_token * share
@@ -89,6 +92,10 @@ def gpu_time(plan: Plan, table: CostTable, request: Request, load: Traffic) -> d
     whole = 1e3 * gpus / plan.predicted["output_tok_s"].value
     found[IDLE] = whole - sum(found.values())
     return found
+
+
+def scalar(value: ArrayLike) -> float:
+    return float(np.asarray(value))
 
 
 def _phases(pool: Pool) -> tuple[str, ...]:

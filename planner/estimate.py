@@ -30,6 +30,8 @@ _COUNTS = (
     "replicas",
 )
 _NAMES = ("weights", "activations", "kv", "engine", "gpu")
+#: what can be set, by the names of a plan's replica
+SETTINGS = (*_COUNTS, *_NAMES, "gpu_memory_utilization")
 
 _NEARLY = 0.97  # share of the highest load that an overloaded configuration is shown at
 
@@ -188,11 +190,10 @@ def parsed(
 
     Raises UnknownField or InvalidField.
     """
-    known = (*_COUNTS, *_NAMES, "gpu_memory_utilization")
     found: dict[str, Any] = {}
     for name, value in settings.items():
-        if name not in known:
-            mend = f"Known: {', '.join((*known, *also))}."
+        if name not in SETTINGS:
+            mend = f"Known: {', '.join((*SETTINGS, *also))}."
             raise UnknownField(where=where, field=name, mend=mend)
         if name in _COUNTS:
             try:

@@ -232,13 +232,12 @@ def _caches(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> It
 
 
 def _fusions(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> Iterator[Decision]:
-    """All fusions of the engine's kernels at once, then one by one, among the plan's own layouts."""
-    layouts = frozenset(item.candidate.layout for item in base.fleet.items)
+    """All fusions of the engine's kernels at once, then one by one."""
     taken = {offer.name for i in base.fleet.items for offer in chosen(table, i.candidate.profile, None)}
     if not taken:
         return
-    gone = Variation(start.request, fusions=frozenset(), layouts=layouts)
+    gone = Variation(start.request, fusions=frozenset())
     yield Decision(f"{len(taken)} fusions", "every op a kernel of its own", [gone])
     for name in sorted(taken) if len(taken) > 1 else ():
-        rest = Variation(start.request, fusions=frozenset(taken - {name}), layouts=layouts)
+        rest = Variation(start.request, fusions=frozenset(taken - {name}))
         yield Decision(f"fusion {name}", "without it", [rest])

@@ -20,7 +20,8 @@ from planc.errors import InvalidField
 from planc.planner.inventory import groups
 from planc.planner.offers import Fleet
 from planc.planner.request import Request
-from planc.planner.search import Models, Search
+from planc.planner.search import Search
+from planc.planner.stream import Models
 
 if TYPE_CHECKING:
     from planc.planner.plan import Plan

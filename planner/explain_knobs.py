@@ -1,0 +1,251 @@
+"""The constraints of a request that can be turned: each with its value, its unit of change, and how the
+request looks with another value or without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from planc.cost_model import catalogue
+from planc.cost_model.formats import formats
+from planc.planner.plan import Plan
+from planc.planner.relax import rounded_up, with_load
+from planc.planner.request import Nodes
+from planc.planner.slo import Slo
+from planc.planner.variations import Outcome, Resolver, Variation
+
+#: an inventory without limit, as a multiple of the stated one
+MANY_NODES = 8
+#: an objective that nothing misses, ms
+_NEVER = 1e9
+#: relative accuracy that a budget of its own would allow where the request states none
+_BUDGET = 0.01
+
+#: fields of `Constraints` that are numbers: one unit in the looser direction, and its name
+NUMBERS: dict[str, tuple[float, str]] = {
+    "max_gpus": (1, "GPUs"),
+    "max_replicas": (1, "replicas"),
+    "max_power_kw": (1.0, "kW"),
+    "max_accuracy_drop": (0.001, "of the score"),
+    "gpu_memory_utilization": (0.01, "of the memory"),
+    "spare_replicas": (-1, "replicas"),
+    "max_spot_share": (0.01, "of the traffic"),
+}
+#: fields that list what may be used
+LISTS = (
+    *("weights", "activations", "kv", "engines", "gpus", "serving"),
+    *("tp", "pp", "dp", "ep", "cp", "max_num_seqs", "max_num_batched_tokens"),
+)
+#: lists of formats, and what they are formats of
+ROLES = {"weights": "weight", "activations": "activation", "kv": "kv"}
+
+
+@dataclass(frozen=True, slots=True)
+class Knob:
+    """A constraint that can be turned.
+
+    name, unit   as in the request; the unit of `stated`
+    stated       its value; None where it is a list, which can only be left open
+    step         one unit in the looser direction, signed; an integer where only whole values count
+    at           the variation with another value
+    without      the variation without the constraint; None where that has no meaning
+    reached      what a plan makes of it, in the same unit; None where that is not one number
+    far          a value so loose that nothing looser gains; None: what the plan of `without` makes of it
+    least        smallest value that can be asked for
+    """
+
+    name: str
+    unit: str = ""
+    stated: float | None = None
+    step: float = 0.0
+    at: Callable[[float], Variation] | None = None
+    without: Variation | None = None
+    reached: Callable[[Outcome], float] | None = None
+    far: float | None = None
+    least: float = 1e-9
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.step, int)
+
+
+def knobs(resolver: Resolver, base: Outcome) -> Iterator[Knob]:
+    """Demand, objectives, inventory, memory, constraints: in this order."""
+    start = resolver.start
+    yield from _demand(start, base)
+    for slo in start.request.slos():
+        yield _objective(start, slo)
+    for position in range(len(start.request.inventory.nodes)):
+        yield _node_count(start, position)
+    for gpu in dict.fromkeys(nodes.gpu for nodes in start.request.inventory.nodes):
+        yield _gpu_count(start, gpu)
+    for gpu in dict.fromkeys(replica.gpu for replica in base.plan.replicas()):
+        yield _memory(start, gpu)
+    yield from _numbers(start)
+    yield from _lists(start, resolver.table.model.native_format)
+
+
+def _demand(start: Variation, base: Outcome) -> Iterator[Knob]:
+    demand = base.search.demand
+    if demand is None:
+        return
+    request, closed = start.request, base.search.traffic.concurrency is not None
+
+    def at(load: float) -> Variation:
+        return start.changed(workload=with_load(request.workload, load, closed))
+
+    half = max(1.0, demand // 2) if closed else demand / 2
+    yield Knob(
+        "workload.concurrency" if closed else "workload.request_rate",
+        "users" if closed else "requests/s",
+        demand,
+        -max(1, round(demand / 100)) if closed else -demand / 100,
+        at,
+        at(half) if request.objective != "max_goodput" else None,
+        lambda found: _capacity(found.plan),
+        half,
+    )
+
+
+def _capacity(plan: Plan) -> float:
+    """What a plan could carry within the objectives."""
+    name = "capacity_users" if "capacity_users" in plan.predicted else "capacity_requests_s"
+    return plan.predicted[name].value
+
+
+def _objective(start: Variation, slo: Slo) -> Knob:
+    """A latency objective, of the request or of one traffic class."""
+    request, key = start.request, slo.key.rpartition(": ")[2]
+
+    def at(limit: float) -> Variation:
+        if not slo.traffic_class:
+            return start.changed(slo={**request.slo, key: limit})
+        classes = [
+            c.model_copy(update={"slo": {**c.slo, key: limit}}) if c.name == slo.traffic_class else c
+            for c in request.workload.classes
+        ]
+        return start.changed(workload=request.workload.model_copy(update={"classes": classes}))
+
+    def reached(found: Outcome) -> float:
+        plan = found.plan
+        numbers = plan.predicted_by_class.get(slo.traffic_class, plan.predicted)
+        value = numbers[f"{slo.metric}_ms"]
+        if slo.quantile is None:
+            return value.value
+        return value.percentiles.get(f"p{slo.quantile * 100:.10g}", math.inf)
+
+    return Knob(f"slo.{slo.key}", "ms", 1e3 * slo.limit, 1.0, at, at(_NEVER), reached)
+
+
+def _node_count(start: Variation, position: int) -> Knob:
+    old = start.request.inventory.nodes
+    mine = old[position]
+
+    def at(count: float) -> Variation:
+        changed = mine.model_copy(update={"count": round(count)})
+        return _with_nodes(start, [*old[:position], *([changed] if count >= 1 else []), *old[position + 1 :]])
+
+    def reached(found: Outcome) -> float:
+        return _used(found, {position}) / mine.gpus_per_node
+
+    return Knob(
+        f"inventory.nodes[{position}].count",
+        f"nodes of {mine.gpus_per_node} {mine.gpu}",
+        mine.count,
+        1,
+        at,
+        at(mine.count * MANY_NODES) if start.request.objective != "max_goodput" else None,
+        reached,
+        least=0 if len(old) > 1 else 1,
+    )
+
+
+def _gpu_count(start: Variation, gpu: str) -> Knob:
+    """Single GPUs of a type beside those that there are, each in a node of its own."""
+    old = start.request.inventory.nodes
+    mine = [nodes for nodes in old if nodes.gpu == gpu]
+    whole = sum(nodes.count * nodes.gpus_per_node for nodes in mine)
+
+    def at(count: float) -> Variation:
+        lone = {"gpus_per_node": 1, "count": round(count) - whole, "name": None}
+        return _with_nodes(start, [*old, mine[0].model_copy(update=lone)])
+
+    def reached(found: Outcome) -> float:
+        return _used(found, {i for i, nodes in enumerate(old) if nodes.gpu == gpu})
+
+    name = f"inventory: single {gpu}"
+    return Knob(name, "GPUs", whole, 1, at, reached=reached, least=whole + 1)
+
+
+def _with_nodes(start: Variation, nodes: list[Nodes]) -> Variation:
+    return start.changed(inventory=start.request.inventory.model_copy(update={"nodes": nodes}))
+
+
+def _used(found: Outcome, groups: set[int]) -> float:
+    """GPUs that a fleet takes from some node groups."""
+    return float(
+        sum(
+            item.count * item.candidate.shape.world
+            for item in found.fleet.items
+            if item.candidate.group.index in groups
+        )
+    )
+
+
+def _memory(start: Variation, gpu: str) -> Knob:
+    """Of each GPU of a type, for the engines as for the cache."""
+    size = catalogue.gpu(gpu).memory_gib
+
+    def at(gib: float) -> Variation:
+        return Variation(start.request, {gpu: gib - size})
+
+    def reached(found: Outcome) -> float:
+        return max(r.memory.total_gib for r in found.plan.replicas() if r.gpu == gpu)
+
+    return Knob(f"memory of each {gpu}", "GiB", size, 1.0, at, reached=reached)
+
+
+def _numbers(start: Variation) -> Iterator[Knob]:
+    for name, (step, unit) in NUMBERS.items():
+        stated = getattr(start.request.constraints, name, None)
+        if stated is None:
+            continue
+
+        def at(value: float, name: str = name, whole: bool = isinstance(step, int)) -> Variation:
+            return start.constrained(**{name: round(value) if whole else value})
+
+        yield Knob(
+            f"constraints.{name}",
+            unit,
+            stated,
+            step,
+            at,
+            start.constrained(**{name: None}),
+            _REACHED.get(name),
+            far=None if name in _REACHED else 0.0 if step < 0 else 1.0,
+        )
+
+
+_REACHED: dict[str, Callable[[Outcome], float]] = {
+    "max_gpus": lambda found: float(found.fleet.gpus),
+    "max_replicas": lambda found: float(sum(item.count for item in found.fleet.items)),
+    "max_power_kw": lambda found: rounded_up(found.fleet.watts / 1e3),
+    "max_accuracy_drop": lambda found: max(item.candidate.drop for item in found.fleet.items),
+}
+
+
+def _lists(start: Variation, native: str) -> Iterator[Knob]:
+    limits = start.request.constraints
+    for name in LISTS:
+        if getattr(limits, name) is not None:
+            anything = every_format(name) if name in ROLES else None
+            yield Knob(f"constraints.{name}", without=start.constrained(**{name: anything}))
+    if limits.weights is None and limits.max_accuracy_drop is None:
+        kept = f"constraints.weights (left out: {native} is kept)"
+        yield Knob(kept, without=start.constrained(max_accuracy_drop=_BUDGET))
+
+
+def every_format(name: str) -> list[str]:
+    """All formats of weights, activations or the cache. (A list left out allows the checkpoint's own.)"""
+    return [known for known, entry in formats().items() if ROLES[name] in entry.roles]
