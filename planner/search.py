@@ -227,9 +227,9 @@ class Search:
         if solution is None:
             return None
         if objective == "max_goodput":
-            if self.demand is not None:
-                solution = replace(solution, value=self.demand, bound=self.demand)
-            return self.deployed(offers, columns, solution, self.demand, "requests_s")
+            if limits.demand is not None:
+                solution = replace(solution, value=limits.demand, bound=limits.demand)
+            return self.deployed(offers, columns, solution, limits.demand, "requests_s")
         return self.deployed(offers, columns, solution, self.demand, "usd_per_hour")
 
     def master_limits(self, demand: float | None) -> solve.Limits:

@@ -76,8 +76,6 @@ class Stream:
         self.considered = len(self.found) + sum(self.pruned.values())
         self.failing: Counter[str] = Counter()
         engines = self._engines() if bench else []
-        if role == "decode":
-            engines = decoding(table, engines, traffic)
         self.bench = Bench(engines, traffic, role)
         self._unevaluated = Counter(self.pruned)
         if offer:
