@@ -44,6 +44,7 @@ from planc.planner.traffic import Part, Traffic
 Array = NDArray[np.float64]
 #: an engine's `serving.first_token` as a number: decode steps until the client has it, before the hand-over
 FIRST = {"prefill": -1.0, "decode": 0.0, "again": 1.0}
+_SETTLE = 12
 
 
 class StepTimes(Protocol):
@@ -274,19 +275,29 @@ def steady(
 def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale: float) -> Steady:
     """Requests without decode steps: encoders, plain modules, one-token answers.
 
-    `batch` / `seats` is the share of the highest stable rate. Prompts that arrive together share a
-    step: a request's own step grows from M to F with the share of time that steps run.
+    `batch` / `seats` is the share of the highest stable rate. A step takes what has come, up to its budget:
+    n = x + exp(-x) prompts, x those that come in a step's time, so steps run n-th as often as prompts come
+    and last between M and F. What waits longer than the running step does so in an M/G/1 queue of prompts
+    with service F / (prompts per budget); for one prompt per step both parts are Pollaczek and Khinchine's.
     """
     known = priors()
     _, mixed, full = (part * scale for part in times.at(np.ones_like(batch)))
-    budget = np.maximum(times.budget, 1.0)
-    service = traffic.new_tokens / budget * full
+    chunks = traffic.new_tokens / np.maximum(times.budget, 1.0)
+    service = chunks * full
     rate = batch / np.maximum(seats, 1.0) * known.stable / service
     busy = np.minimum(rate * service, known.stable)
-    chunks = np.maximum(traffic.new_tokens / budget, 1.0)
-    own = (np.ceil(chunks - 1e-9) - 1 + times.pp) * (mixed + (full - mixed) * busy)
-    queue = busy / (1 - busy) * service * (_arrivals(traffic) + traffic.isl_cv2) / 2
-    residual = 0.5 * busy * own
+    most = np.maximum(1 / chunks, 1.0)
+    each = np.where(most > 1, np.maximum(full - mixed, 0.0) / np.maximum(most - 1, 1e-9), 0.0)
+    together, step = np.ones_like(rate), mixed
+    for _ in range(_SETTLE):
+        come = rate * step * np.maximum(chunks, 1.0)
+        together = np.minimum(come + np.exp(-come), most)
+        step = np.minimum(mixed + (together - 1) * each, np.maximum(full, mixed))
+    running = np.minimum(rate * step * np.maximum(chunks, 1.0) / together, 1.0)
+    own = (np.maximum(chunks, 1.0) - 1 + times.pp) * step
+    alone = _arrivals(traffic) + traffic.isl_cv2
+    residual = running * step * np.maximum(chunks, 1.0) * (1 + traffic.isl_cv2 / together) / 2
+    queue = busy**2 / (1 - busy) * service * alone / 2
     ttft = own + queue + residual + times.request_s
     zero = np.zeros_like(ttft)
     return Steady(
@@ -296,15 +307,15 @@ def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array
         ttft=ttft,
         tpot=zero,
         users=rate * ttft,
-        busy=busy,
+        busy=running,
         full=rate * own / np.maximum(seats, 1.0),
         _decode=zero,
         _mixed=zero,
         _mixed_share=zero,
         _seat_wait=zero,
         _seat_chance=zero,
-        _queue_wait=queue,
-        _residual=residual,
+        _queue_wait=queue + residual,
+        _residual=zero,
         _own=own,
         _tpot_sd=zero,
     )
@@ -317,7 +328,8 @@ def _decode_only(
 
     A request waits for a seat, then its cache arrives, then it joins the next step. Where the client already
     has its first token (`first_token` < 0), that hand-over is part of TPOT, else of TTFT; `ttft` is what this
-    pool adds to the TTFT of the other one.
+    pool adds to the TTFT of the other one. An engine that computes the first token again is sent the request
+    when the other one is done.
     """
     met = np.minimum(batch + 1.0, np.maximum(seats, 1.0))
     decode = times.at(met / times.pp)[0] * scale
@@ -332,7 +344,7 @@ def _decode_only(
     chance, wait = _seat_queue(taken, np.maximum(seats, 1.0), stay)
     handover = chance * wait + transfer + residual
     impossible = taken > seats + 1e-9
-    late = handover + again * tpot + times.lag_steps * tpot + times.request_s
+    late = handover + again * (tpot + times.request_s) + times.lag_steps * tpot
     ttft = np.where(impossible, np.inf, np.where(early, 0.0, late))
     over = times.at(
         np.minimum(met + np.sqrt(2 * np.maximum(batch, 0) / 3), np.maximum(seats, 1.0)) / times.pp

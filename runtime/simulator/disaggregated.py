@@ -2,8 +2,8 @@
 
 A prompt's blocks stay taken where it was prefilled until its cache has arrived, and a transfer begins when
 the decoding replica has a seat and blocks for it: what decodes too slowly holds up what prefills. Each
-replica sends one cache and receives one at a time, at the link's full speed. The client has its first
-token from the prefill side.
+replica sends one cache and receives one at a time, at the link's full speed. Engines differ in where the
+client has its first token from (`Serving.first_token`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from planc.runtime.simulator.cluster import Clients, Cluster, Front, fronted, on_its_way, sending, together
 from planc.runtime.simulator.load import Load
 from planc.runtime.simulator.records import Records
-from planc.runtime.simulator.replica import Finished, Journal, Replica, Sent, Server
+from planc.runtime.simulator.replica import Finished, FirstToken, Journal, Replica, Sent, Server
 
 #: seconds that so many tokens' cache takes from one replica to another: (source, target, tokens)
 Transfer = Callable[[int, int, int], float]
@@ -48,10 +48,11 @@ class Disaggregated(Cluster):
         decode: Front,
         journal: Journal,
         transfer_s: Transfer,
+        first_token: FirstToken = "prefill",
     ) -> None:
         super().__init__([*prefill.replicas, *decode.replicas], clients)
         self.prefill, self.decode, self.journal, self.transfer_s = prefill, decode, journal, transfer_s
-        self.first = len(prefill.replicas)
+        self.first, self.first_token = len(prefill.replicas), first_token
         self.served_by = np.full(journal.requests, -1, dtype=np.int32)
         self.decoded_by = np.full(journal.requests, -1, dtype=np.int32)
         self._open: dict[int, Sent] = {}
@@ -113,17 +114,23 @@ class Disaggregated(Cluster):
             queue.popleft()
             replica.cache.take(blocks)
             self._coming[target] += 1
-            begin = max(hand.made, replica.now, self._sending[hand.source], self._receiving[target])
+            told = hand.made + self._way(replica)
+            begin = max(told, replica.now, self._sending[hand.source], self._receiving[target])
             end = begin + self.transfer_s(hand.source, target, hand.sent.prompt)
             self._sending[hand.source] = self._receiving[target] = end
             self.later(end, partial(self._arrived, hand, target, blocks))
+
+    def _way(self, replica: Replica) -> float:
+        """Seconds until a decoding engine hears of a prefilled request: none where both were told of it at
+        once; an engine that computes the first token again is sent the request when the other is done."""
+        return replica.rules.request_ms / 1e3 if self.first_token == "again" else 0.0
 
     def _arrived(self, hand: Handover, target: int, blocks: int, at: float) -> None:
         source, replica = self.replicas[hand.source], self.replicas[self.first + target]
         source.cache.give(hand.held)
         replica.cache.give(blocks)
         self._coming[target] -= 1
-        replica.resume(hand.sent._replace(at=at), hand.made)
+        replica.resume(hand.sent._replace(at=at), hand.made, self.first_token)
         self.freed(hand.source, at)
         self.touched(self.first + target)
 
@@ -135,9 +142,11 @@ def simulate_disaggregated(
     *,
     transfer_s: Callable[[int], float],
     router: str = "least_loaded",
+    first_token: FirstToken = "prefill",
     seed: int = 0,
 ) -> Records:
-    """Serves a load on two pools; `transfer_s` prices the hand-over of so many tokens' cache."""
+    """Serves a load on two pools; `transfer_s` prices the hand-over of so many tokens' cache. `first_token`
+    is as in an engine's profile."""
     prompt, output = load.lengths(seed)
     journal = Journal(load.requests)
     prefill = [Replica(server, journal, prefix_block=load.prefix_block) for server in prefill_servers]
@@ -148,6 +157,7 @@ def simulate_disaggregated(
         fronted(router, decode, [1.0] * len(decode), seed, 0),
         journal,
         lambda source, target, tokens: transfer_s(tokens),
+        first_token,
     )
     run.run()
     return together(run.replicas, journal, prompt, output, load.concurrency or 0)

@@ -217,7 +217,9 @@ def replay(
         run = Aggregated(replicas, clients, front(whole, 0), trace.requests)
     else:
         move = _transfer(prefill, decode, groups)
-        run = Disaggregated(clients, front(prefill, 0), front(decode, len(prefill)), journal, move)
+        first_token = catalogue.engine(decode[0].plan.engine).serving.first_token
+        fronts = front(prefill, 0), front(decode, len(prefill))
+        run = Disaggregated(clients, *fronts, journal, move, first_token)
     run.run()
     count = len(admission.rows)
     if not count:

@@ -6,7 +6,7 @@ import math
 from array import array
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from planc.runtime.simulator.records import Gaps, Records, Timeline
 from planc.runtime.simulator.rules import Rules
 
 _NAN = math.nan
+
+FirstToken = Literal["prefill", "decode", "again"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class Replica:
         self._inbox: list[Sent] = []  # a heap by time
         self._stalled: list[tuple[float, int]] = []  # (last token at, members) that missed steps since
         self._silent: dict[int, float] = {}  # last token of preempted sequences
+        self._opening: dict[int, int] = {}  # steps until clients have the first token of what was handed over
         self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
         self._pace = 0.0  # seconds of the last decode step, prompts beside it not counted
         self._patient = rules.max_adapters is None and rules.recv_interval == 1
@@ -144,16 +147,19 @@ class Replica:
     def offer(self, sent: Sent) -> None:
         heappush(self._inbox, sent)
 
-    def resume(self, sent: Sent, since: float) -> None:
+    def resume(self, sent: Sent, since: float, first_token: FirstToken = "prefill") -> None:
         """Takes a request that another engine has prefilled: its cache arrives at `sent.at`, its first
-        token was made at `since`."""
+        token was made at `since`. When the client has that one is as in `Serving.first_token`."""
         if not self.busy:
             self.now = max(self.now, sent.at)
-        made = self.scheduler.add(
-            sent.id, sent.prompt, sent.output, priority=sent.priority, adapter=sent.adapter
-        )
-        made.generated, made.computed, made.swapped = 1, sent.prompt, True
-        self._silent[sent.id] = since
+        redone = int(first_token == "again")  # the last token of the prompt is fed once more
+        prompt, output = max(sent.prompt - redone, 1), sent.output + redone
+        made = self.scheduler.add(sent.id, prompt, output, priority=sent.priority, adapter=sent.adapter)
+        made.generated, made.computed, made.swapped = 1, prompt, True
+        if first_token == "prefill":
+            self._silent[sent.id] = since
+        else:
+            self._opening[sent.id] = redone
 
     def idle(self, until: float) -> None:
         """Lets time pass with nothing to run, whatever waits."""
@@ -180,6 +186,7 @@ class Replica:
         else:
             seconds, drain = self._one(batch)
         self.now = start + seconds
+            last = seconds
         self.steps += steps
         self.events += 1
         self.timeline.add(start, seconds, (1.0, seated, queued, taken))
@@ -190,6 +197,10 @@ class Replica:
             self._stalled.extend((self._silent.pop(s.id, start), 1) for s in batch.resumed)
         return self._book(batch, finished, start, drain)
 
+            lag = self._first_lag()
+            for s in batch.resumed:
+                if s.id in self._opening:
+                    self.journal.first[s.id] = start + self._opening.pop(s.id) * seconds + lag
     # -- time ----------------------------------------------------------------------------
 
     def _listen(self, until: float) -> bool:
@@ -225,13 +236,13 @@ class Replica:
             if stop <= self.now:  # it waits to be looked at
                 steps = min(steps, self.rules.recv_interval - self.steps % self.rules.recv_interval)
             else:
-                steps = _steps_to(stop - self.now, line, steps)
+                steps = min(_steps_to(stop - self.now, line, steps) + self.rules.asynchronous, steps)
         last = line.seconds + line.slope * (steps - 1)
         self._gaps(decodes, line.seconds, last, steps)
         self._pace = last
         if self._hidden:
             self._reveal(steps, line, line)
-        return steps, steps * (line.seconds + last) / 2
+        return steps, steps * (line.seconds + last) / 2, last
 
     def _line(self, decodes: int, context: float) -> Line:
         """Time of a decode step and how it grows from step to step."""
