@@ -1,0 +1,102 @@
+"""Answers for `vs_aiconfigurator.py`, inside the environment that has aiconfigurator.
+
+Writes one JSON line {"version"}, then reads one question a line from standard input and writes one answer:
+
+    {"do": "estimate", "each": [keyword arguments of cli_estimate, ...]}
+        -> [{"ttft_ms", "tpot_ms", "tokens_s", "prefill_s", "decode_s", "queues"} or {"error"}, ...]
+           tokens/s of the configuration; requests/s of one prefill and one decode worker where it has them;
+           `queues` is its own warning that the batch is larger than its cache
+    {"do": "default", "task": keyword arguments of cli_default}
+        -> {"seconds", "tokens_s", "ways": {"agg": row, "disagg": row}}
+           tokens/s of the whole inventory, and the best row of each way of serving
+    {"do": "shapes", "task": ...}
+        -> {"agg", "prefill", "decode": [[tp, pp, dp, moe_tp, moe_ep], ...], "same_tp"}
+           the shapes that its own search enumerates; whether both halves must have the same tp
+
+Its list of installed databases, which every call reads anew from hundreds of files, is kept; nothing else is
+changed. Imports nothing of planc.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+import time
+import warnings
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+
+def estimate(arguments: dict[str, Any]) -> dict[str, Any]:
+    from aiconfigurator.cli.api import cli_estimate
+
+    try:
+        found = cli_estimate(**arguments)
+    except Exception as error:  # whatever it raises is the answer
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"}
+    return {
+        "ttft_ms": float(found.ttft),
+        "tpot_ms": float(found.tpot),
+        "tokens_s": float(found.raw["tokens/s"]),
+        "prefill_s": float(found.raw.get("(p)seq/s/worker", 0.0)),
+        "decode_s": float(found.raw.get("(d)seq/s/worker", 0.0)),
+        "queues": bool(found.kv_cache_warning),
+    }
+
+
+def default(task: dict[str, Any]) -> dict[str, Any]:
+    from aiconfigurator.cli.api import cli_default
+
+    started = time.perf_counter()
+    try:
+        found = cli_default(**task)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    seconds = time.perf_counter() - started
+    ways = {}
+    for name, rows in found.best_configs.items():
+        if len(rows):
+            row = {k: v for k, v in rows.iloc[0].to_dict().items() if not k.startswith("_")}
+            ways[name] = {k: v for k, v in row.items() if isinstance(v, (int, float, str))}
+    best = max((row["tokens/s/gpu_cluster"] for row in ways.values()), default=0.0)
+    return {"seconds": seconds, "tokens_s": best * task["total_gpus"], "ways": ways}
+
+
+def shapes(task: dict[str, Any]) -> dict[str, Any]:
+    from aiconfigurator.cli.main import build_default_tasks
+
+    found: dict[str, Any] = {"agg": [], "prefill": [], "decode": [], "same_tp": False}
+    for name, part in build_default_tasks(**task).items():
+        for role in ("agg",) if name == "agg" else ("prefill", "decode"):
+            plain = {tuple(shape[:5]) for shape in part.iter_parallel(role) if shape[5] == 1}
+            found[role] = sorted(plain)
+        if name == "disagg":
+            found["same_tp"] = part.prefill_backend_name == "sglang"
+    return found
+
+
+def main() -> None:
+    yaml.SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    out, sys.stdout = sys.stdout, sys.stderr
+    from aiconfigurator_core.sdk import perf_database
+
+    perf_database.get_supported_databases = functools.cache(perf_database.get_supported_databases)
+    print(json.dumps({"version": version("aiconfigurator")}), file=out, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer: Any
+        if asked["do"] == "estimate":
+            answer = [estimate(arguments) for arguments in asked["each"]]
+        else:
+            answer = {"default": default, "shapes": shapes}[asked["do"]](asked["task"])
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()
