@@ -186,7 +186,6 @@ class Replica:
         else:
             seconds, drain = self._one(batch)
         self.now = start + seconds
-            last = seconds
         self.steps += steps
         self.events += 1
         self.timeline.add(start, seconds, (1.0, seated, queued, taken))
@@ -236,13 +235,13 @@ class Replica:
             if stop <= self.now:  # it waits to be looked at
                 steps = min(steps, self.rules.recv_interval - self.steps % self.rules.recv_interval)
             else:
-                steps = min(_steps_to(stop - self.now, line, steps) + self.rules.asynchronous, steps)
+                steps = _steps_to(stop - self.now, line, steps)
         last = line.seconds + line.slope * (steps - 1)
         self._gaps(decodes, line.seconds, last, steps)
         self._pace = last
         if self._hidden:
             self._reveal(steps, line, line)
-        return steps, steps * (line.seconds + last) / 2, last
+        return steps, steps * (line.seconds + last) / 2
 
     def _line(self, decodes: int, context: float) -> Line:
         """Time of a decode step and how it grows from step to step."""
