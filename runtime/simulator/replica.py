@@ -194,12 +194,12 @@ class Replica:
         finished = scheduler.commit(batch, steps)
         if batch.resumed:
             self._stalled.extend((self._silent.pop(s.id, start), 1) for s in batch.resumed)
-        return self._book(batch, finished, start, drain)
-
             lag = self._first_lag()
             for s in batch.resumed:
                 if s.id in self._opening:
                     self.journal.first[s.id] = start + self._opening.pop(s.id) * seconds + lag
+        return self._book(batch, finished, start, drain)
+
     # -- time ----------------------------------------------------------------------------
 
     def _listen(self, until: float) -> bool:
