@@ -1,30 +1,31 @@
-"""The difference of two plans, by meaning: what serves the model, how, and what that will do.
+"""The difference of two plans, by meaning: what serves the model, how, what that will do, and why.
 
-Pools are aligned by role, replicas by likeness (identical ones are one kind with a count), layer
-classes and metrics by name. Search statistics and hashes are not differences. `diff(b, a)` is the
-mirror of `diff(a, b)`, and a plan has no difference from itself.
+Pools and replicas are aligned by likeness (`diff_align`), layer classes and metrics by name, and with a cost
+table each metric's change is shared out among the decisions (`diff_attribution`). Search statistics and
+hashes are not differences. `diff(b, a)` is the mirror of `diff(a, b)`, and a plan has no difference from
+itself.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from planc.planner.plan import LayerPlan, Plan, Pool, Predicted, Replica
+from planc.cost_model.table import CostTable
+from planc.errors import PlancError
+from planc.planner.counterfactual import Impossible
+from planc.planner.diff_align import Pair, aligned
+from planc.planner.diff_attribution import Attribution, attribution
+from planc.planner.plan import LayerPlan, Plan, Predicted
 
-Kind = Literal["+", "-", "~"]
-_MIRROR: Mapping[Kind, Kind] = {"+": "-", "-": "+", "~": "~"}
+Direction = Literal["+", "-", "~"]
+_MIRROR: Mapping[Direction, Direction] = {"+": "-", "-": "+", "~": "~"}
 
 #: order in which sections are shown
 SECTIONS = ("model", "request", "pools", "layers", "predicted", "solver", "coverage")
-_SETTINGS = tuple(
-    name
-    for name in Replica.model_fields
-    if name not in ("gpus", "traffic_share", "memory", "cuda_graph_sizes")
-)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -36,7 +37,7 @@ class Change:
 
     section: str
     path: str
-    kind: Kind
+    kind: Direction
     old: Any = None
     new: Any = None
 
@@ -52,18 +53,31 @@ class Change:
         """One line, first character "+", "-" or "~"."""
         name = f"{self.section}.{self.path}" if self.path else self.section
         if self.kind == "+":
-            return f"+ {name}: {_shown(self.new)}"
+            return f"+ {name}: {shown(self.new)}"
         if self.kind == "-":
-            return f"- {name}: {_shown(self.old)}"
+            return f"- {name}: {shown(self.old)}"
         share = f"  ({100 * self.ratio:+.3g} %)" if self.ratio is not None else ""
-        return f"~ {name}: {_shown(self.old)} -> {_shown(self.new)}{share}"
+        return f"~ {name}: {shown(self.old)} -> {shown(self.new)}{share}"
+
+    @property
+    def is_detail(self) -> bool:
+        """Whether it only follows another: bands and percentiles; or moved by less than 0.1 %."""
+        follows = self.path.endswith((".low", ".high", ".source")) or ".percentiles." in self.path
+        return follows or (self.ratio is not None and abs(self.ratio) < 1e-3)
 
 
 @dataclass(frozen=True, slots=True)
 class PlanDiff:
-    """All changes, in the order of SECTIONS. True when there are any."""
+    """All changes, in the order of SECTIONS. True when there are any.
+
+    pairs          kinds of replicas of both plans, aligned
+    attribution    what each decision did to each metric; None where `unattributed` says why not
+    """
 
     changes: tuple[Change, ...]
+    pairs: tuple[Pair, ...] = ()
+    attribution: Attribution | None = None
+    unattributed: str = ""
 
     def __bool__(self) -> bool:
         return bool(self.changes)
@@ -73,7 +87,12 @@ class PlanDiff:
 
     def mirrored(self) -> PlanDiff:
         """What `diff` gives with the plans swapped."""
-        return _ordered(change.mirrored() for change in self.changes)
+        return PlanDiff(
+            _ordered(change.mirrored() for change in self.changes),
+            tuple(pair.mirrored() for pair in self.pairs),
+            self.attribution.mirrored() if self.attribution is not None else None,
+            self.unattributed,
+        )
 
     def lines(self) -> list[str]:
         """Plain text, one line per change."""
@@ -94,30 +113,63 @@ class PlanDiff:
                 }
                 for c in self.changes
             ],
+            "replicas": [
+                {
+                    "name": pair.name,
+                    "old": pair.old.title() if pair.old else None,
+                    "new": pair.new.title() if pair.new else None,
+                }
+                for pair in self.pairs
+            ],
+            "attribution": self.attribution.to_json() if self.attribution is not None else None,
+            "unattributed": self.unattributed,
         }
 
 
-def diff(old: Plan, new: Plan) -> PlanDiff:
-    """What changed from one plan to the other."""
-    return _ordered(
+def diff(old: Plan, new: Plan, table: CostTable | None = None, *, without: str = "") -> PlanDiff:
+    """What changed from one plan to the other.
+
+    table     of the model that both serve: with it changes are attributed to decisions
+    without   why there is no table
+    """
+    pairs = aligned(old, new)
+    changes = _ordered(
         change
         for part in (
             _values("model", "", old.model.model_dump(), new.model.model_dump()),
             _values("request", "", old.request, new.request),
-            _pools(old, new),
+            _pools(old, new, pairs),
             _layers(old.layers, new.layers),
-            _predicted(old.predicted, new.predicted),
+            _predictions(old, new),
             _solver(old, new),
             _named("coverage", "modelled", old.coverage.modelled, new.coverage.modelled),
             _named("coverage", "not modelled", old.coverage.not_modelled, new.coverage.not_modelled),
         )
         for change in part
     )
+    if not changes:
+        return PlanDiff((), pairs)
+    found, reason = _attributed(old, new, table, without)
+    return PlanDiff(changes, pairs, found, reason)
 
 
-def _ordered(changes: Iterator[Change]) -> PlanDiff:
+def _attributed(
+    old: Plan, new: Plan, table: CostTable | None, without: str
+) -> tuple[Attribution | None, str]:
+    """The attribution, or why there is none."""
+    if old.model.name != new.model.name or old.model.parameters != new.model.parameters:
+        return None, "the plans serve different models"
+    if table is None:
+        return None, without or "no cost table was given"
+    try:
+        return attribution(old, new, table), ""
+    except (Impossible, PlancError) as error:
+        return None, str(error)
+
+
+def _ordered(changes: Iterable[Change]) -> tuple[Change, ...]:
     key = lambda c: (SECTIONS.index(c.section), c.path, {"-": 0, "~": 0, "+": 0}[c.kind], _text(c))  # noqa: E731
-    return PlanDiff(tuple(sorted(changes, key=key)))
+    return tuple(sorted(changes, key=key))
 
 
 def _text(change: Change) -> str:
@@ -166,7 +218,7 @@ def _same(old: Any, new: Any) -> bool:
     return bool(old == new)
 
 
-def _named(section: str, path: str, old: list[str], new: list[str]) -> Iterator[Change]:
+def _named(section: str, path: str, old: Iterable[str], new: Iterable[str]) -> Iterator[Change]:
     """Entries of two sets of names."""
     for name in sorted({*old} - {*new}):
         yield Change(section, path, "-", name, None)
@@ -174,103 +226,29 @@ def _named(section: str, path: str, old: list[str], new: list[str]) -> Iterator[
         yield Change(section, path, "+", None, name)
 
 
-# -- pools -------------------------------------------------------------------------------
+# -- sections ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Engines:
-    """Replicas of a pool that differ in nothing but their GPUs."""
-
-    replica: Replica
-    count: int
-    share: float
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {name: getattr(self.replica, name) for name in _SETTINGS}
-
-    @property
-    def key(self) -> str:
-        return json.dumps([self.settings, self.count], sort_keys=True, default=str)
-
-    def title(self) -> str:
-        r = self.replica
-        degrees = " ".join(
-            f"{n}={getattr(r, n)}" for n in ("tp", "pp", "dp", "ep", "cp") if getattr(r, n) > 1
-        )
-        return (
-            f"{self.count} x {r.engine} on {r.tp * r.pp * r.dp * r.cp} {r.gpu}"
-            f"{' ' + degrees if degrees else ''}, {r.weights}/{r.activations}/{r.kv}"
-        )
-
-
-def _pools(old: Plan, new: Plan) -> Iterator[Change]:
-    mine, other = ({pool.role: pool for pool in plan.pools} for plan in (old, new))
-    for role in sorted({*mine, *other}):
-        if role not in other:
-            yield from (Change("pools", role, "-", kind.title(), None) for kind in _kinds(mine[role]))
-        elif role not in mine:
-            yield from (Change("pools", role, "+", None, kind.title()) for kind in _kinds(other[role]))
-        else:
-            yield from _pool(role, mine[role], other[role])
+def _pools(old: Plan, new: Plan, pairs: Iterable[Pair]) -> Iterator[Change]:
+    for pair in pairs:
+        a, b = pair.old, pair.new
+        if a is None or b is None:
+            if a is not None:
+                yield Change("pools", pair.pool, "-", a.title(), None)
+            if b is not None:
+                yield Change("pools", pair.pool, "+", None, b.title())
+            continue
+        yield from _values("pools", f"{pair.name}.classes", list(a.classes), list(b.classes))
+        yield from _values("pools", f"{pair.name}.replicas", a.count, b.count)
+        yield from _values("pools", f"{pair.name}.traffic share", a.share, b.share)
+        yield from _values("pools", pair.name, a.settings, b.settings)
+        for field in ("cuda_graph_sizes", "memory"):
+            before, after = (k.replica.model_dump()[field] for k in (a, b))
+            yield from _values("pools", f"{pair.name}.{field}", before, after)
     before, after = ({gpu for replica in plan.replicas() for gpu in replica.gpus} for plan in (old, new))
     if before != after:
-        yield Change("pools", "GPUs used", "~", len(before), len(after))
-        yield from _named("pools", "GPU", sorted(before), sorted(after))
-
-
-def _kinds(pool: Pool) -> list[_Engines]:
-    found: dict[str, list[Replica]] = {}
-    for replica in pool.replicas:
-        found.setdefault(replica.model_dump_json(exclude={"gpus", "traffic_share"}), []).append(replica)
-    return [_Engines(same[0], len(same), sum(r.traffic_share for r in same)) for same in found.values()]
-
-
-def _pool(role: str, old: Pool, new: Pool) -> Iterator[Change]:
-    before, after = _kinds(old), _kinds(new)
-    pairs = _matched(before, after)
-    several = len(pairs) > 1 or len(before) > 1 or len(after) > 1
-    for number, (a, b) in enumerate(pairs):
-        path = f"{role}[{number}]" if several else role
-        yield from _values("pools", f"{path}.replicas", a.count, b.count)
-        yield from _values("pools", f"{path}.traffic share", a.share, b.share)
-        yield from _values("pools", path, a.settings, b.settings)
-        yield from _values(
-            "pools", f"{path}.cuda_graph_sizes", a.replica.cuda_graph_sizes, b.replica.cuda_graph_sizes
-        )
-        yield from _values(
-            "pools", f"{path}.memory", a.replica.memory.model_dump(), b.replica.memory.model_dump()
-        )
-    taken = {id(a) for a, _ in pairs} | {id(b) for _, b in pairs}
-    yield from (Change("pools", role, "-", a.title(), None) for a in before if id(a) not in taken)
-    yield from (Change("pools", role, "+", None, b.title()) for b in after if id(b) not in taken)
-
-
-def _matched(before: list[_Engines], after: list[_Engines]) -> list[tuple[_Engines, _Engines]]:
-    """Pairs by likeness, best first; the order does not depend on the direction."""
-    ranked = sorted(
-        ((_likeness(a, b), tuple(sorted((a.key, b.key))), a, b) for a in before for b in after),
-        key=lambda item: (-item[0], item[1]),
-    )
-    used: set[int] = set()
-    pairs = []
-    for _, _, a, b in ranked:
-        if id(a) not in used and id(b) not in used:
-            used |= {id(a), id(b)}
-            pairs.append((a, b))
-    return pairs
-
-
-def _likeness(a: _Engines, b: _Engines) -> float:
-    """Equal settings; where it runs and how it is cut weigh most."""
-    weights = {"gpu": 8, "engine": 8, "tp": 4, "pp": 4, "dp": 4, "ep": 4, "weights": 2, "kv": 2}
-    mine, other = a.settings, b.settings
-    return sum(weights.get(name, 1) for name in _SETTINGS if mine[name] == other[name]) + 0.5 * (
-        a.count == b.count
-    )
-
-
-# -- layers, metrics, solver ---------------------------------------------------------------
+        yield from _values("pools", "GPUs used", len(before), len(after))
+        yield from _named("pools", "GPU", before, after)
 
 
 def _layers(old: list[LayerPlan], new: list[LayerPlan]) -> Iterator[Change]:
@@ -281,27 +259,29 @@ def _layers(old: list[LayerPlan], new: list[LayerPlan]) -> Iterator[Change]:
         elif name not in mine:
             yield Change("layers", name, "+", None, f"{other[name].count} layers")
         else:
-            a, b = mine[name].decisions, other[name].decisions
+            a, b = mine[name].decisions.model_dump(), other[name].decisions.model_dump()
+            yield from _named("layers", f"{name}.fusions", a.pop("fusions"), b.pop("fusions"))
             yield from _values("layers", f"{name}.count", mine[name].count, other[name].count)
-            yield from _values("layers", f"{name}.format", a.format, b.format)
-            yield from _values("layers", f"{name}.sharding", a.sharding, b.sharding)
-            yield from _values("layers", f"{name}.kernel", a.kernel, b.kernel)
-            yield from _named("layers", f"{name}.fusions", a.fusions, b.fusions)
+            yield from _values("layers", name, a, b)
 
 
-def _predicted(old: Mapping[str, Predicted], new: Mapping[str, Predicted]) -> Iterator[Change]:
+def _predictions(old: Plan, new: Plan) -> Iterator[Change]:
+    yield from _predicted("", old.predicted, new.predicted)
+    for name in sorted({*old.predicted_by_class} & {*new.predicted_by_class}):
+        yield from _predicted(f"{name}: ", old.predicted_by_class[name], new.predicted_by_class[name])
+
+
+def _predicted(prefix: str, old: Mapping[str, Predicted], new: Mapping[str, Predicted]) -> Iterator[Change]:
     for name in sorted({*old, *new}):
+        path = prefix + name
         if name not in new:
-            yield Change("predicted", name, "-", old[name].value, None)
+            yield Change("predicted", path, "-", old[name].value, None)
         elif name not in old:
-            yield Change("predicted", name, "+", None, new[name].value)
+            yield Change("predicted", path, "+", None, new[name].value)
         else:
-            a, b = old[name], new[name]
-            yield from _values("predicted", name, a.value, b.value)
-            yield from _values("predicted", f"{name}.percentiles", a.percentiles, b.percentiles)
-            for end in ("low", "high"):
-                yield from _values("predicted", f"{name}.{end}", getattr(a, end), getattr(b, end))
-            yield from _values("predicted", f"{name}.source", a.source, b.source)
+            a, b = old[name].model_dump(), new[name].model_dump()
+            yield from _values("predicted", path, a.pop("value"), b.pop("value"))
+            yield from _values("predicted", path, a, b)
 
 
 def _solver(old: Plan, new: Plan) -> Iterator[Change]:
@@ -313,13 +293,14 @@ def _solver(old: Plan, new: Plan) -> Iterator[Change]:
     yield from _values("solver", "planc_version", old.planc_version, new.planc_version)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value in one line."""
     if isinstance(value, float):
         return f"{value:.5g}"
     if isinstance(value, list) and len(value) > 8:
-        return f"[{_shown(value[0])} .. {_shown(value[-1])}, {len(value)} entries]"
+        return f"[{shown(value[0])} .. {shown(value[-1])}, {len(value)} entries]"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_shown(item) for item in value) + "]"
+        return "[" + ", ".join(shown(item) for item in value) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {shown(item)}" for key, item in value.items()) + "}"
     return str(value)

@@ -17,7 +17,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"slo": {"ttft_p99_ms": 3000, "tpot_mean_ms": 25}},
     {"constraints": {"weights": ["fp8"], "tp": [2]}},
     {"workload": {"isl": 1000, "osl": 200, "request_rate": 12}},
-    {"objective": "max_goodput", "workload": {"isl": 1000, "osl": 200, "rate": "max"}},
+    {
+        "objective": "max_goodput",
+        "workload": {"isl": 1000, "osl": 200, "rate": "max"},
+        "constraints": {"weights": ["fp8"], "serving": ["aggregated"]},
+    },
     {"inventory": {"nodes": [{"gpu": "h100_sxm", "gpus_per_node": 2, "usd_per_gpu_hour": 3.0}]}},
 ]
 

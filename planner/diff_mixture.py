@@ -1,0 +1,267 @@
+"""Configurations between two plans: each decision taken from the one or from the other.
+
+`Mixture.decisions` lists what differs, in the order of `ORDER`; `Mixture.at` is the configuration in which
+some of them are as in the new plan and the rest as in the old one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from planc.planner.counterfactual import Engines, Impossible, Place
+from planc.planner.diff_align import SETTINGS, Kind, Pair, aligned
+from planc.planner.inventory import Group, groups
+from planc.planner.plan import Plan
+from planc.planner.request import Request, make_request
+
+#: what follows from the other settings
+_DERIVED = ("kv_blocks", "block_size", "pipeline_layers")
+#: decisions that set more than the field of their name
+_FIELDS: Mapping[str, tuple[str, ...]] = {"pp": ("pp", "pipeline_layers")}
+_ENGINE = tuple(name for name in SETTINGS if name not in _DERIVED)
+#: decisions in the order in which they are tried: what is asked, what it costs, what serves, how, how many
+ORDER = ("workload", "slo", "prices", "network", "pools", "nodes", *_ENGINE, "replicas", "traffic split")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Decision:
+    """One thing that was asked for or decided differently. `old`, `new`: in words."""
+
+    name: str
+    old: str
+    new: str
+
+    def mirrored(self) -> Decision:
+        return Decision(self.name, self.new, self.old)
+
+    def text(self) -> str:
+        return f"{self.name} {self.old} -> {self.new}"
+
+
+#: (what, value in the old plan, value in the new one)
+Row = tuple[str, Any, Any]
+
+
+class Mixture:
+    """Two plans of one model and what lies between them. Raises what `make_request` does."""
+
+    def __init__(self, old: Plan, new: Plan) -> None:
+        self.plans = old, new
+        self.pairs = aligned(old, new)
+        self.requests = make_request(old.request), make_request(new.request)
+        self.demands = _offered(old, self.requests[0]), _offered(new, self.requests[1])
+        self._twins = _twins(groups(self.requests[0]), groups(self.requests[1]))
+
+    # -- what differs --------------------------------------------------------------------
+
+    @cached_property
+    def decisions(self) -> tuple[Decision, ...]:
+        return tuple(
+            Decision(name, _words(rows, 1), _words(rows, 2))
+            for name in ORDER
+            for rows in ([row for row in self._rows(name) if row[1] != row[2]],)
+            if rows
+        )
+
+    def _rows(self, name: str) -> Iterator[Row]:
+        """What a decision sets, in both plans, equal or not."""
+        both = [(pair.name, pair.old, pair.new) for pair in self.pairs if pair.old and pair.new]
+        label = (lambda where: where) if len(self.pairs) > 1 else (lambda where: "")
+        if name in ("workload", "slo"):
+            old, new = (dict(_leaves(plan.request.get(name, {}))) for plan in self.plans)
+            yield from ((key, old.get(key), new.get(key)) for key in sorted({*old, *new}))
+        elif name in ("prices", "network"):
+            used = {kind.replica.gpu for pair in self.pairs for kind in (pair.old, pair.new) if kind}
+            for a, b in self._twins:
+                if a.gpu.name in used:
+                    yield (a.gpu.name, a.usd, b.usd) if name == "prices" else (a.gpu.name, *_fabrics(a, b))
+        elif name == "pools":
+            before, after = (" and ".join(map(_pool, sorted(side))) for side in self._shares)
+            yield "", before, after
+        elif name == "replicas":
+            yield from ((label(p.name), _count(p.old), _count(p.new)) for p in self.pairs if p.kept)
+        elif name == "traffic split":
+            yield from self._split()
+        elif name == "nodes":
+            yield from ((label(where), *_places(a, b)) for where, a, b in both if self._moved(a, b))
+        else:
+            for where, old_kind, new_kind in both:
+                yield label(where), _setting(old_kind, name), _setting(new_kind, name)
+
+    # -- configurations ------------------------------------------------------------------
+
+    def at(self, new: frozenset[str]) -> tuple[list[Engines], Request, float | None]:
+        """Engines, request and load with the decisions named in `new` as in the new plan."""
+        old, other = self.requests
+        asked = {name: getattr(other if name in new else old, name) for name in ("workload", "slo")}
+        engines = self._sharing([self._mixed(pair, new) for pair in self.pairs], new)
+        return engines, old.changed(**asked), self.demands["workload" in new]
+
+    def _sharing(self, engines: Sequence[Engines], new: frozenset[str]) -> list[Engines]:
+        """Pools take what they take in the plan that says so, however many engines they have now."""
+        decided = "pools" if self._shares[0].keys() != self._shares[1].keys() else "traffic split"
+        wanted = self._shares[decided in new]
+        given: dict[Place, float] = {}
+        for item in engines:
+            given[item.place] = given.get(item.place, 0.0) + item.count * item.share
+        return [
+            replace(item, share=item.share / given[item.place] * wanted[item.place])
+            for item in engines
+            if item.count
+        ]
+
+    def _mixed(self, pair: Pair, new: frozenset[str]) -> Engines:
+        """A kind with each setting from its own side. A kind of one plan only is itself on both sides, with
+        no engines on the other."""
+        number = "replicas" if pair.kept else "pools"
+        if pair.old is None or pair.new is None:
+            side = int(pair.old is None)
+            kind = pair.new if pair.old is None else pair.old
+            assert kind is not None
+            place, replica, share = (kind.role, kind.classes), kind.replica, _each(kind)
+            count = kind.count if (number in new) == bool(side) else 0
+        else:
+            sides = pair.old, pair.new
+            fields = {
+                field: getattr(sides[name in new].replica, field)
+                for name in _ENGINE
+                for field in _FIELDS.get(name, (name,))
+            }
+            place = pair.old.role, sides["pools" in new].classes
+            replica, share = pair.old.replica.model_copy(update=fields), _each(sides["traffic split" in new])
+            count = sides[number in new].count
+            side = int(("gpu" if pair.old.replica.gpu != pair.new.replica.gpu else "nodes") in new)
+            kind = sides[side]
+        if kind.group is None:
+            raise Impossible("the plan's nodes are not among those of its request")
+        return Engines(place, replica, count, share, self._priced(kind.group, side, new))
+
+    def _priced(self, group: Group, side: int, new: frozenset[str]) -> Group:
+        """The group with price and fabric of the sides that `new` says, where both inventories have it."""
+        twin = next((t for t in self._twins if t[side].index == group.index), None)
+        if twin is None:
+            return group
+        price, fabric = twin["prices" in new], twin["network" in new].fabric
+        return replace(group, usd=price.usd, priced=price.priced, fabric=fabric)
+
+    # -- parts ---------------------------------------------------------------------------
+
+    @cached_property
+    def _shares(self) -> tuple[dict[Place, float], dict[Place, float]]:
+        """Share of the requests that each pool of either plan takes."""
+        found: tuple[dict[Place, float], dict[Place, float]] = ({}, {})
+        for pair in self.pairs:
+            for side, kind in zip(found, (pair.old, pair.new), strict=True):
+                if kind is not None:
+                    place = kind.role, kind.classes
+                    side[place] = side.get(place, 0.0) + kind.share
+        return found
+
+    def _split(self) -> Iterator[Row]:
+        """Shares of pools that both plans have, and of engines where those of a pool changed unlike."""
+        old, new = self._shares
+        if old.keys() == new.keys() and len(old) > 1:
+            yield from ((_pool(place), _percent(old[place]), _percent(new[place])) for place in sorted(old))
+        for pool in sorted({pair.pool for pair in self.pairs}):
+            each = [
+                (p.name, _each(p.old), _each(p.new)) for p in self.pairs if p.pool == pool and p.old and p.new
+            ]
+            factors = [b / a for _, a, b in each if a]
+            if factors and max(factors) > min(factors) * (1 + 1e-6):
+                yield from ((name, _percent(a), _percent(b)) for name, a, b in each)
+
+    def _moved(self, old: Kind, new: Kind) -> bool:
+        """Whether a kind went to other nodes with the same GPUs."""
+        if old.group is None or new.group is None or old.replica.gpu != new.replica.gpu:
+            return False
+        return not any((old.group.index, new.group.index) == (a.index, b.index) for a, b in self._twins)
+
+
+def _offered(plan: Plan, request: Request) -> float | None:
+    """The load that a plan's engines share: requests/s, or users of a closed loop. None where they carry the
+    most that the objectives allow: the workload says "max", or asks for more than that."""
+    if request.workload.concurrency is not None:
+        return float(request.workload.concurrency)
+    if request.workload.rate == "max":
+        return None
+    carried = plan.predicted["requests_s"].value
+    rates = [c.request_rate for c in request.workload.classes if c.request_rate is not None]
+    wanted = request.workload.request_rate or sum(rates)
+    return None if wanted > carried * (1 + 1e-6) else carried
+
+
+def _twins(old: Sequence[Group], new: Sequence[Group]) -> list[tuple[Group, Group]]:
+    """Node groups that are in both inventories: same GPU and name, else same place among that GPU's."""
+    found = []
+    for name in sorted({group.gpu.name for group in old} & {group.gpu.name for group in new}):
+        mine = [group for group in old if group.gpu.name == name]
+        other = [group for group in new if group.gpu.name == name]
+        pairs = [(a, b) for a in mine for b in other if a.names[0] == b.names[0]]
+        left = [a for a in mine if a not in (p[0] for p in pairs)]
+        right = [b for b in other if b not in (p[1] for p in pairs)]
+        pairs += zip(left, right, strict=False)
+        found += sorted(pairs, key=lambda pair: sorted((pair[0].names[0], pair[1].names[0])))
+    return found
+
+
+def _fabrics(old: Group, new: Group) -> tuple[str, str]:
+    """What differs between two fabrics."""
+    views = [dict(_leaves({f: getattr(g.fabric, f) for f in type(g.fabric).__slots__})) for g in (old, new)]
+    changed = [key for key in views[0] if views[0][key] != views[1][key]]
+    before, after = (", ".join(f"{key} {view[key]}" for key in changed) for view in views)
+    return before, after
+
+
+def _pool(place: Place) -> str:
+    role, classes = place
+    return f"{role} for {', '.join(classes)}" if classes else role
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.4g} %"
+
+
+def _places(old: Kind, new: Kind) -> tuple[str, str]:
+    assert old.group is not None
+    assert new.group is not None
+    return old.group.names[0], new.group.names[0]
+
+
+def _count(kind: Kind | None) -> int:
+    return 0 if kind is None else kind.count
+
+
+def _each(kind: Kind) -> float:
+    return kind.share / kind.count
+
+
+def _setting(kind: Kind, name: str) -> Any:
+    """What a decision sets; of a pipeline also the layers of its stages."""
+    value = getattr(kind.replica, name)
+    stages = kind.replica.pipeline_layers
+    return f"{value} ({'+'.join(map(str, stages))} layers)" if name == "pp" and len(stages) > 1 else value
+
+
+def _words(rows: Sequence[Row], side: int) -> str:
+    """One side of what differs; what is not set there is left out."""
+    given = [f"{row[0]} {_worth(row[side])}".strip() for row in rows if row[side] is not None]
+    return ", ".join(given) or "none"
+
+
+def _worth(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of a tree's leaves; a list with one entry is that entry."""
+    if isinstance(value, Mapping):
+        for key in value:
+            yield from _leaves(value[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        for i, item in enumerate(value):
+            yield from _leaves(item, path if len(value) == 1 else f"{path}[{i}]")
+    else:
+        yield path, value
