@@ -136,6 +136,22 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
     return found
 
 
+def handover_refusals(
+    shape: EngineShape, table: CostTable, profile: EngineProfile, role: str
+) -> list[Refusal]:
+    """Why an engine cannot be one of a prefill or a decode pool; [] when it can, or in any other role."""
+    if role not in ("prefill", "decode"):
+        return []
+    stages = profile.serving.handover_pp
+    if stages is None:
+        return [Refusal("serving", f"{profile.name} does not keep prefill and decode apart")]
+    if shape.pp > 1 and role not in stages:
+        return [Refusal("pp", f"{profile.name} hands no cache to or from pipeline stages in a {role} pool")]
+    if shape.pp > 1 and len({cls.kv_span for cls in table.classes if cls.kv_elements}) > 1:
+        return [Refusal("pp", f"{profile.name} hands over caches of unlike layers from one stage only")]
+    return []
+
+
 def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:
     """Formats that this model, cut in this way, cannot take. Names that are no formats are left to others."""
     if any(weights not in formats() for weights, _ in shape.schemes()):

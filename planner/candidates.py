@@ -10,7 +10,7 @@ from planc.cost_model import catalogue
 from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.formats import fmt
 from planc.cost_model.parts import Exceptions
-from planc.cost_model.shape import EngineShape, refusals
+from planc.cost_model.shape import EngineShape, handover_refusals, refusals
 from planc.cost_model.table import CostTable
 from planc.planner.formats import Accuracy, Formats, allowed
 from planc.planner.inventory import Group
@@ -107,6 +107,7 @@ def candidates(
     found = []
     for candidate in _all(accuracy, groups, limits, pruned):
         reasons = refusals(candidate.shape, table, candidate.group.gpu, candidate.profile)
+        reasons = reasons or handover_refusals(candidate.shape, table, candidate.profile, role)
         if reasons:
             pruned[f"illegal: {reasons[0].field}"] += 1
         elif limits.max_accuracy_drop is not None and candidate.drop > limits.max_accuracy_drop + 1e-12:
