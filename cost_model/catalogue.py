@@ -131,8 +131,8 @@ class Serving(Entry):
     first_token        of a request whose prompt another engine computed: the client has it from that engine
                        ("prefill"), when decoding begins ("decode"), or after one more step that computes
                        it again ("again")
-    handover_pp        roles whose engines may have pipeline stages where prompts and decoding are apart; None:
-                       the engine does not keep them apart
+    handover_pp        roles whose engines may have pipeline stages where prompts and decoding are apart;
+                       None: the engine does not keep them apart
     request_ms         a request's way to the scheduler: network, tokenizer, admission; None as in the
                        planner's priors
     """
