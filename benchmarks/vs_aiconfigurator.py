@@ -17,8 +17,9 @@ ours        and other formats, where the task allows them
 
 One engine's throughput and times are always those of `cli_estimate` 0.12.0; shapes are those that
 aiconfigurator's own search enumerates; its memory checks, its loss of prefill and decode workers to imbalance
-(0.9, 0.92) and its factor on TTFT (1.8) hold for both. Every chosen engine is priced a second time and the
-fleet added up without the solver. Seconds: theirs is `cli_default`, ours is pricing, and all else.
+(0.9, 0.92) and its TTFT under load (1.8 times a prefill worker's own, in `cli_estimate` too) hold for both.
+Every chosen engine is priced a second time and the fleet added up without the solver. Seconds: theirs is
+`cli_default`, ours is pricing, and all else.
 """
 
 from __future__ import annotations

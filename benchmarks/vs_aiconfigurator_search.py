@@ -19,8 +19,8 @@ from planc.planner.solve import Column, Flow, Limits, solve
 
 WORKER = Path(__file__).with_name("vs_aiconfigurator_worker.py")
 NODE = 8
-#: of its disaggregated search: TTFT under load, throughput of prefill and of decode workers
-QUEUEING, PREFILL_SHARE, DECODE_SHARE = 1.8, 0.9, 0.92
+#: of its disaggregated search: what imbalance leaves of the throughput of prefill and of decode workers
+PREFILL_SHARE, DECODE_SHARE = 0.9, 0.92
 MOST_SEQS = 512
 PREFILL_TOKENS = 16384
 _POINTS = 8
@@ -323,7 +323,7 @@ class Menu:
         if "error" in answer:
             return 0.0
         if role == "prefill":
-            meets = answer["ttft_ms"] * QUEUEING < self.task.ttft_ms
+            meets = answer["ttft_ms"] < self.task.ttft_ms
             return float(answer["prefill_s"]) * PREFILL_SHARE * self.task.osl if meets else 0.0
         meets = answer["tpot_ms"] < self.task.tpot_ms
         return float(answer["decode_s"]) * DECODE_SHARE * self.task.osl if meets else 0.0
