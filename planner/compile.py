@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from planc.cost_model.table import CostTable
-from planc.errors import CheckFailed
+from planc.errors import CheckFailed, Infeasible
 from planc.planner import assemble
 from planc.planner.alternatives import rejected
 from planc.planner.check import check
@@ -14,6 +14,7 @@ from planc.planner.observe import observe
 from planc.planner.offers import Fleet
 from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
 from planc.planner.predict import by_class, predicted
+from planc.planner.referee import Judgement, Referee, accepted
 from planc.planner.request import Request
 from planc.planner.search import Progress, Search
 
@@ -24,11 +25,13 @@ def plan(
     *,
     time_limit: float | None = None,
     progress: Progress | None = None,
+    referee: Referee | None = None,
 ) -> Plan:
     """The best plan for the request, sealed.
 
     time_limit   seconds for the integer program; a plan that is then not proved best says so
     progress     called with a word on what is being done
+    referee      plays the workload against proposals; None: what formulas say is taken
 
     For the objective `pareto` the balanced plan of the front, whose `front` holds the others.
     Raises Infeasible (with the smallest single relaxations that were found to help), InvalidField.
@@ -44,9 +47,15 @@ def plan(
         from planc.planner.relax import infeasible
 
         raise infeasible(search, time_limit)
+    judgement = None
+    if referee is not None and table.model.kind == "causal_lm":
+        judged = accepted(search, fleet, referee, time_limit)
+        if judged is None:
+            raise _never_accepted(search)
+        search, fleet, judgement = judged
     if progress:
         progress("checking the plan")
-    found = assembled(search, fleet, time.perf_counter() - start)
+    found = assembled(search, fleet, time.perf_counter() - start, judgement)
     wrong = check(found, table, request)
     if wrong:
         raise CheckFailed(what="the plan", reason=wrong[0], mend="Please report the request.")
@@ -54,8 +63,19 @@ def plan(
     return found
 
 
-def assembled(search: Search, fleet: Fleet, seconds: float) -> Plan:
-    """The plan document of a fleet."""
+def _never_accepted(search: Search) -> Infeasible:
+    kept = f"{search.demand:g}" if search.demand else "any load"
+    return Infeasible(
+        reason=f"by formulas the inventory carries {kept}, but no fleet kept the objectives when its "
+        "workload was simulated",
+        relaxations="\nLoosen the tightest objective a little, or compile with --no-simulate to see the "
+        "plan by formulas.",
+        changes=[],
+    )
+
+
+def assembled(search: Search, fleet: Fleet, seconds: float, judgement: Judgement | None = None) -> Plan:
+    """The plan document of a fleet; `judgement` is what a referee found of it."""
     table = search.table
     pools = assemble.pools(search, fleet)
     numbers = predicted(fleet.items, search.traffic, search.slos)
@@ -81,6 +101,7 @@ def assembled(search: Search, fleet: Fleet, seconds: float) -> Plan:
         ),
         predicted=dict(sorted(numbers.items())),
         predicted_by_class=by_class(fleet.items, search.traffic, search.slos),
+        simulated=dict(judgement.latencies) if judgement else {},
         pools=pools,
         layers=assemble.layers(table, fleet),
         rejected=rejected(search, fleet),

@@ -161,6 +161,8 @@ class ModelSummary(_Part):
 
 
 class Plan(_Part):
+    """`simulated`: latencies of the workload played against the plan, metric -> mean, p50, p90, p95, p99."""
+
     schema_version: int = SCHEMA_VERSION
     planc_version: str = __version__
     fingerprint: Fingerprint
@@ -169,6 +171,7 @@ class Plan(_Part):
     solver: Solver
     predicted: dict[str, Predicted]
     predicted_by_class: dict[str, dict[str, Predicted]] = Field(default_factory=dict)
+    simulated: dict[str, dict[str, float]] = Field(default_factory=dict)
     pools: list[Pool]
     layers: list[LayerPlan]
     rejected: list[Rejected]

@@ -78,20 +78,24 @@ class Search:
 
     def with_slos(self, request: Request) -> Search:
         """The same search under other objectives: candidates and step times are kept."""
-        return self._again(request, self.cuts)
+        other = copy.copy(self)
+        other.request, other.slos = request, request.slos()
+        other.streams = [self.main.under(request, other.slos, self.cuts)]
+        other.main = other.streams[0]
+        other._more_streams()
+        return other._counted()
 
     def with_cuts(self, cuts: Cuts) -> Search:
         """The same search where simulations left less to some engines."""
-        return self._again(self.request, cuts)
-
-    def _again(self, request: Request, cuts: Cuts) -> Search:
         other = copy.copy(self)
-        other.request, other.slos, other.cuts = request, request.slos(), cuts
-        other.main = self.main.under(request, other.slos, cuts)
-        other.streams = [other.main]
-        other._more_streams()
-        other.pruned = sum((stream.pruned for stream in other.streams), Counter())
-        return other
+        other.cuts = cuts
+        other.streams = [s.under(self.request, s.slos, cuts, s.flow, s.split) for s in self.streams]
+        return other._counted()
+
+    def _counted(self) -> Search:
+        self.main = self.streams[0]
+        self.pruned = sum((stream.pruned for stream in self.streams), Counter())
+        return self
 
     def _stream(self, load: Traffic, slos: tuple[Slo, ...], **how: Any) -> Stream:
         return Stream(
@@ -116,7 +120,7 @@ class Search:
 
     def _add(self, flow: solve.Flow, base: Stream, slos: tuple[Slo, ...]) -> None:
         self.flows.append(flow)
-        self.streams.append(base.under(self.request, slos, self.cuts, len(self.flows) - 1))
+        self.streams.append(base.under(self.request, slos, self.cuts, len(self.flows) - 1, flow.split))
 
     # -- streams ---------------------------------------------------------------------------
 

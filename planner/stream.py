@@ -34,7 +34,7 @@ from planc.planner.traffic import Traffic
 _PROMISING = 10
 
 Models = dict[tuple[object, ...], StepModel]
-#: what a simulation allowed, as a share of the capacity by formulas: (candidate, role, classes) -> share
+#: what a simulation allowed, as a share of the capacity by formulas: (candidate, flow) -> share
 Cuts = dict[tuple[object, ...], float]
 
 
@@ -42,7 +42,7 @@ class Stream:
     """Requests of some traffic classes, one role, and the engines that may serve them.
 
     traffic, slos   of these requests
-    flow            index of the stream among the master problem's flows
+    flow, split     of the master problem: index of the stream's flow, and which half it belongs with
     layouts         consider these only (see `Candidate.layout`)
     bench           False: only list the candidates, evaluate nothing
     offer           False: find step times only; `under` then makes streams with objectives of it
@@ -68,6 +68,9 @@ class Stream:
         self.request, self.table, self.groups = request, table, groups
         self.traffic, self.slos, self.role, self.flow = traffic, slos, role, flow
         self.models, self.cuts, self.max_model_len = models, cuts, max_model_len
+        self.split = 0
+        self._by_formulas: tuple[Array, Counter[str]] | None = None
+        self._precise: dict[tuple[int, Limits], float] = {}
         self.found, self.pruned = candidates(
             table, groups, request.constraints, slos if bench else (), traffic, role, accuracy(request, table)
         )
@@ -85,12 +88,18 @@ class Stream:
     def classes(self) -> tuple[str, ...]:
         return self.traffic.names
 
-    def under(self, request: Request, slos: tuple[Slo, ...], cuts: Cuts, flow: int | None = None) -> Stream:
+    def under(
+        self, request: Request, slos: tuple[Slo, ...], cuts: Cuts, flow: int | None = None, split: int = 0
+    ) -> Stream:
         """The same stream under other objectives or cuts: candidates and step times are kept."""
         other = object.__new__(Stream)
         other.__dict__ = {k: v for k, v in self.__dict__.items() if k != "promising"}
         other.request, other.slos, other.cuts = request, slos, cuts
         other.flow = self.flow if flow is None else flow
+        other.split = split
+        if slos != self.slos:
+            other._by_formulas = None
+            other._precise = {}
         other._offer()
         return other
 
@@ -125,7 +134,9 @@ class Stream:
     def _offer(self) -> None:
         """The best limits of each candidate that can meet the objectives: highest capacity, then the
         smallest batch cap, then the smallest budget."""
-        self.capacity, self.failing = self.bench.capacities(self.slos)
+        if self._by_formulas is None:
+            self._by_formulas = self.bench.capacities(self.slos)
+        self.capacity, self.failing = self._by_formulas
         allowed = [self.allowed(engine) for engine in self.bench.engines]
         if self.cuts and allowed:
             self.capacity = self.capacity * np.array(allowed)[self.bench.owner]
@@ -144,7 +155,7 @@ class Stream:
 
     def key(self, engine: Engine) -> tuple[object, ...]:
         """Names an engine of this stream in `Cuts`."""
-        return (*engine.candidate.key(), self.role, *self.classes)
+        return (*engine.candidate.key(), self.flow)
 
     def allowed(self, engine: Engine) -> float:
         """Share of an engine's capacity that simulations left to it."""
@@ -169,8 +180,10 @@ class Stream:
 
     def precise(self, offer: Offer) -> Offer:
         """The offer with its capacity by the step model itself."""
-        found = self.evaluator(offer.engine, offer.limits).capacity(self.slos)
-        return replace(offer, capacity=found * self.allowed(offer.engine))
+        key = id(offer.engine), offer.limits
+        if key not in self._precise:
+            self._precise[key] = self.evaluator(offer.engine, offer.limits).capacity(self.slos)
+        return replace(offer, capacity=self._precise[key] * self.allowed(offer.engine))
 
     def evaluator(self, engine: Engine, limits: Limits) -> Precise:
         """One of its engines, by the step model itself."""

@@ -141,20 +141,23 @@ def simulate_disaggregated(
     load: Load,
     *,
     transfer_s: Callable[[int], float],
+    weights: tuple[Sequence[float], Sequence[float]] | None = None,
     router: str = "least_loaded",
     first_token: FirstToken = "prefill",
     seed: int = 0,
 ) -> Records:
-    """Serves a load on two pools; `transfer_s` prices the hand-over of so many tokens' cache. `first_token`
-    is as in an engine's profile."""
+    """Serves a load on two pools; `transfer_s` prices the hand-over of so many tokens' cache; `weights` are
+    the servers' shares of the traffic, equal ones where there are none; `first_token` is as in an engine's
+    profile."""
     prompt, output = load.lengths(seed)
     journal = Journal(load.requests)
     prefill = [Replica(server, journal, prefix_block=load.prefix_block) for server in prefill_servers]
     decode = [Replica(server, journal) for server in decode_servers]
+    shares = weights or ([1.0] * len(prefill), [1.0] * len(decode))
     run = Disaggregated(
         sending(load, journal, prompt.tolist(), output.tolist()),
-        fronted(router, prefill, [1.0] * len(prefill), seed, load.prefix_block),
-        fronted(router, decode, [1.0] * len(decode), seed, 0),
+        fronted(router, prefill, shares[0], seed, load.prefix_block),
+        fronted(router, decode, shares[1], seed, 0),
         journal,
         lambda source, target, tokens: transfer_s(tokens),
         first_token,

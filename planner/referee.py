@@ -1,0 +1,107 @@
+"""Propose, judge, cut: the formulas propose a fleet, a referee plays the workload against it, and what does
+not hold comes back as a cut, until a fleet is accepted.
+
+A cut leaves an engine a share of the capacity that formulas gave it, in the stream where it failed: 3 % less
+than the load at which it failed, and up to 25 % less where it missed an objective by far. That is more than
+was proved, so the bound of the loop is found apart, with each failed engine allowed all that is below the
+load at which it failed: no fleet is better that formulas and verdicts do not rule out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from planc.planner.offers import Deployed, Fleet
+from planc.planner.search import Search
+from planc.planner.solve import Solution
+from planc.planner.stream import Cuts
+
+_ROUNDS = 12
+#: by how much a cut lowers a capacity: at least, for each excess over a limit, and down to what share
+_STEP, _SLOPE, _LEAST = 0.03, 0.25, 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What some engines of a fleet do under the workload.
+
+    items     which of the fleet's
+    values    objective -> what was found (seconds)
+    within    all objectives hold
+    excess    the largest value as a multiple of its limit, of those that do not hold; 1 where all do
+    failing   those whose load is too high; the others only share requests with them
+    """
+
+    items: tuple[Deployed, ...]
+    values: Mapping[str, float]
+    within: bool
+    excess: float = 1.0
+    failing: tuple[Deployed, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Verdicts on all engines of a fleet. `latencies`: metric -> mean, p50, p90 ... (ms) of all requests."""
+
+    verdicts: tuple[Verdict, ...]
+    latencies: Mapping[str, Mapping[str, float]]
+
+    @property
+    def accepted(self) -> bool:
+        return all(verdict.within for verdict in self.verdicts)
+
+
+class Referee(Protocol):
+    def judge(self, search: Search, fleet: Fleet) -> Judgement: ...
+
+
+def accepted(
+    search: Search, fleet: Fleet, referee: Referee, time_limit: float | None = None
+) -> tuple[Search, Fleet, Judgement] | None:
+    """The first proposal that the referee accepts, with what it found; None when cuts left no fleet.
+
+    After `_ROUNDS` proposals the last one is returned as it is: `Judgement.accepted` says so.
+    """
+    start, proved = search, dict(search.cuts)
+    for number in range(_ROUNDS):
+        search.say("simulating the plan" if not number else f"simulating proposal {number + 1}")
+        found = referee.judge(search, fleet)
+        if found.accepted or number == _ROUNDS - 1:
+            break
+        proved |= {key: min(load, proved.get(key, 1.0)) for key, load in _cuts(found.verdicts, 0.0).items()}
+        search = search.with_cuts({**search.cuts, **_cuts(found.verdicts, _STEP)})
+        following = search.fleet(time_limit)
+        if following is None:
+            return None
+        fleet = following
+    if proved != start.cuts:
+        fleet = replace(fleet, solution=_bounded(fleet.solution, start.with_cuts(proved).fleet(time_limit)))
+    return search, fleet, found
+
+
+def _bounded(solution: Solution, best: Fleet | None) -> Solution:
+    """A solution with the loop's bound: that of the best fleet which is not ruled out."""
+    bound = best.solution.bound if best is not None else solution.value
+    same = abs(solution.value - bound) <= 1e-9 * abs(bound)
+    return replace(solution, bound=bound, status=solution.status if same else "feasible")
+
+
+def _cuts(verdicts: Sequence[Verdict], step: float) -> Cuts:
+    """Shares of capacity left to engines that failed; with a step of 0 all below the load of the failure."""
+    found: Cuts = {}
+    for verdict in verdicts:
+        if verdict.within:
+            continue
+        for item in verdict.failing:
+            stream = item.stream
+            assert stream is not None, "the search's own engines have streams"
+            offer = next(o for o in stream.offers if o.engine is item.engine)
+            allowed = stream.allowed(item.engine)
+            formula = max(offer.precise().capacity, item.load) / allowed
+            lower = 1 - max(step, _SLOPE * (1 - 1 / verdict.excess)) if step else 1 - 1e-6
+            share = min(lower * item.load / formula, allowed * (1 - step))
+            key = stream.key(item.engine)
+            found[key] = min(found.get(key, 1.0), share if share >= _LEAST else 0.0)
+    return found

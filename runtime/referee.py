@@ -1,0 +1,252 @@
+"""The simulator as referee: do the engines of a fleet keep their objectives when its workload is played?
+
+Engines that do all the work on a request are simulated one of each kind, with its share of the traffic;
+prefill and decode pools together, with the caches handed over between them. Latencies are those of a system
+that has been running for a while: requests that meet it filling up or running empty do not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planc.cost_model import catalogue
+from planc.planner import assemble
+from planc.planner.disaggregated import transfer_seconds
+from planc.planner.offers import Deployed, Fleet
+from planc.planner.plan import Pool
+from planc.planner.referee import Judgement, Verdict
+from planc.planner.search import Search
+from planc.planner.slo import Slo
+from planc.planner.traffic import Traffic
+from planc.runtime.simulator import Load, Records, Rules, Server, closed_loop, open_loop, simulate
+from planc.runtime.simulator.deployment import sites
+from planc.runtime.simulator.disaggregated import simulate_disaggregated
+from planc.runtime.simulator.load import gamma
+
+Floats = NDArray[np.float64]
+
+#: requests of a simulation, and at least so many generations of the requests that are in the system at once
+_REQUESTS, _GENERATIONS = 2000, 8
+#: lengths are spread by this much around the workload's: equal ones would march in step
+_SPREAD = 0.1
+_PERCENTILES = (50, 90, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """Requests that met a settled system: seconds, and the traffic class of each."""
+
+    ttft: Floats
+    tpot: Floats
+    e2e: Floats
+    itl: Records
+    label: NDArray[np.intp]
+    names: tuple[str, ...]
+
+    def value(self, slo: Slo) -> float:
+        """What the requests that an objective is about found."""
+        mine = np.ones(self.label.size, dtype=bool)
+        if slo.traffic_class:
+            mine = self.label == self.names.index(slo.traffic_class)
+        if slo.metric == "itl":
+            gaps = self.itl.gaps
+            return gaps.mean if slo.quantile is None else gaps.quantile(slo.quantile)
+        values = getattr(self, slo.metric)[mine]
+        values = values[np.isfinite(values)]
+        if not values.size:
+            return 0.0
+        return float(values.mean() if slo.quantile is None else np.quantile(values, slo.quantile))
+
+
+@dataclass(slots=True)
+class Simulation:
+    """A `planc.planner.referee.Referee`. The same seed gives the same verdicts.
+
+    tolerance   share by which a simulated value may exceed its limit
+    """
+
+    seed: int = 0
+    tolerance: float = 0.02
+
+    def judge(self, search: Search, fleet: Fleet) -> Judgement:
+        """Plays the workload against every kind of engine."""
+        found: list[tuple[Verdict, Played, float]] = []
+        whole = sum(item.count * item.load for item in fleet.items if item.role != "decode")
+        for items in _together(fleet.items):
+            assert items[0].stream is not None
+            slos = _objectives(search, items)
+            played = self._play(search, items)
+            values = {slo.key: played.value(slo) for slo in slos}
+            broken = [slo for slo in slos if values[slo.key] > slo.limit * (1 + self.tolerance)]
+            excess = max((values[slo.key] / slo.limit for slo in broken), default=1.0)
+            verdict = Verdict(tuple(items), values, not broken, excess, _failing(items, broken))
+            mine = sum(item.count * item.load for item in items if item.role != "decode")
+            found.append((verdict, played, mine / whole))
+        return Judgement(tuple(v for v, _, _ in found), _latencies([(p, share) for _, p, share in found]))
+
+    def _play(self, search: Search, items: Sequence[Deployed]) -> Played:
+        stream = items[0].stream
+        assert stream is not None
+        flow = stream.traffic
+        if items[0].role == "aggregated":
+            one = items[0]
+            server = _servers(search, one)[0]
+            ranks = one.candidate.shape.dp
+            load, label = _load(flow, one.load / ranks, server, self.seed)
+            return _settled(simulate(server, load, seed=self.seed), label, flow)
+        first = [item for item in items if item.role == "prefill"]
+        second = [item for item in items if item.role == "decode"]
+        prefill, first_weights = _pool(search, first)
+        decode, second_weights = _pool(search, second)
+        rate = sum(item.count * item.load for item in first)
+        load, label = _load(flow, rate, prefill[0], self.seed)
+        source, target = first[0].candidate, second[0].candidate
+
+        def transfer(tokens: int) -> float:
+            return transfer_seconds(
+                search.table, source.shape, target.shape, tokens, source.group, target.group
+            )
+
+        records = simulate_disaggregated(
+            prefill,
+            decode,
+            load,
+            transfer_s=transfer,
+            weights=(first_weights, second_weights),
+            first_token=source.profile.serving.first_token,
+            seed=self.seed,
+        )
+        return _settled(records, label, flow)
+
+
+def _together(items: Sequence[Deployed]) -> list[list[Deployed]]:
+    """Engines that are simulated together: each aggregated kind alone, the two halves of a split as one."""
+    found: dict[tuple[object, ...], list[Deployed]] = {}
+    for number, item in enumerate(items):
+        key: tuple[object, ...] = (number,)
+        if item.role in ("prefill", "decode") and item.stream is not None:
+            key = ("split", item.stream.split)
+        found.setdefault(key, []).append(item)
+    return list(found.values())
+
+
+def _objectives(search: Search, items: Sequence[Deployed]) -> list[Slo]:
+    """Objectives of the requests that these engines serve."""
+    stream = items[0].stream
+    assert stream is not None
+    return [s for s in search.slos if not s.traffic_class or s.traffic_class in stream.classes]
+
+
+def _failing(items: Sequence[Deployed], broken: Sequence[Slo]) -> tuple[Deployed, ...]:
+    """Whose load is too high: of two pools, the one that the broken objectives are about."""
+    if items[0].role == "aggregated":
+        return tuple(items) if broken else ()
+    roles = {"ttft": ("prefill",), "tpot": ("decode",), "itl": ("decode",), "e2e": ("prefill", "decode")}
+    blamed = {role for slo in broken for role in roles[slo.metric]}
+    return tuple(item for item in items if item.role in blamed)
+
+
+def _servers(search: Search, item: Deployed) -> list[Server]:
+    """The schedulers of one engine."""
+    assert item.stream is not None
+    flow = item.stream.traffic
+    home = item.candidate.group.island_gpus(0)[:1]
+    replica = assemble.replica(search, item, home * item.candidate.shape.world, 1.0)
+    context = flow.isl_mean + flow.osl_mean
+    pool = Pool(role="aggregated", replicas=[replica])
+    profile = catalogue.engine(replica.engine)
+    rules = Rules.of(
+        profile,
+        replica.max_num_seqs,
+        replica.max_num_batched_tokens * replica.pp,  # a step is a cycle of pp micro-batches
+        prefix_caching=flow.hit_rate > 0,
+    )
+    return [
+        Server(site.clock, rules, site.kv_blocks, replica.block_size)
+        for site in sites([pool], search.table, search.groups, context)
+    ]
+
+
+def _pool(search: Search, items: Sequence[Deployed]) -> tuple[list[Server], list[float]]:
+    """All schedulers of some engines, and their shares of the traffic."""
+    servers: list[Server] = []
+    weights: list[float] = []
+    for item in items:
+        mine = _servers(search, item)
+        servers += mine * item.count
+        weights += [item.load / len(mine)] * (len(mine) * item.count)
+    return servers, weights
+
+
+def _load(flow: Traffic, amount: float, server: Server, seed: int) -> tuple[Load, NDArray[np.intp]]:
+    """Requests at a rate (or of so many users of a closed loop), and the traffic class of each."""
+    draw = np.random.default_rng(seed)
+    users = amount
+    if flow.concurrency is None:
+        step = server.clock.line(server.rules.max_num_seqs, flow.decode_context).seconds
+        users = min(amount * flow.osl_mean * step, server.rules.max_num_seqs) + 1
+    count = max(_REQUESTS, math.ceil(_GENERATIONS * users))
+    which = draw.choice(flow.weight.size, count, p=flow.weight)
+    factors = draw.uniform(1 - _SPREAD, 1 + _SPREAD, (2, count))
+    prompt, output = (
+        np.maximum(np.rint(tokens[which] * factor), 1).astype(np.int64)
+        for tokens, factor in zip((flow.isl, flow.osl), factors, strict=True)
+    )
+    label = np.zeros(count, dtype=np.intp) if flow.label is None else flow.label[which]
+    if flow.concurrency is not None:
+        clients = max(round(amount), 1)
+        answer = flow.osl_mean * server.clock.line(clients, flow.decode_context).seconds
+        load = closed_loop(clients, count, prompt, output, burst=False, ramp_s=answer)
+        return replace(load, **_prefix(flow, prompt, server.block_size)), label
+    arrivals = gamma(amount, count, math.sqrt(flow.arrival_cv2), seed)
+    return open_loop(arrivals, prompt, output, **_prefix(flow, prompt, server.block_size)), label
+
+
+def _prefix(flow: Traffic, prompt: NDArray[np.int64], block: int) -> Mapping[str, Any]:
+    """One prefix that all requests share, so long that the stated share of prompt tokens is found."""
+    if not flow.hit_rate:
+        return {}
+    return {
+        "prefix": [tuple(range(int(tokens * flow.hit_rate) // block)) for tokens in prompt.tolist()],
+        "prefix_block": block,
+    }
+
+
+def _settled(records: Records, label: NDArray[np.intp], flow: Traffic) -> Played:
+    """Without the requests that came while the system filled, or were answered after the last had come."""
+    begun = float(np.quantile(records.e2e_s, 0.99)) + float(records.arrival_s.min())
+    over = float(records.arrival_s.max())
+    mine = (records.arrival_s >= begun) & (records.finish_s <= over)
+    if mine.sum() < label.size / 4:
+        mine = records.arrival_s >= np.quantile(records.arrival_s, 0.25)
+    return Played(
+        records.ttft_s[mine], records.tpot_s[mine], records.e2e_s[mine], records, label[mine], flow.names
+    )
+
+
+def _latencies(parts: Sequence[tuple[Played, float]]) -> dict[str, dict[str, float]]:
+    """Mean and percentiles over the requests of all engines, weighted by their shares of the traffic (ms)."""
+    found = {}
+    for metric in ("ttft", "tpot", "e2e"):
+        values = np.concatenate([getattr(played, metric) for played, _ in parts])
+        weight = np.concatenate([np.full(played.label.size, s / played.label.size) for played, s in parts])
+        known = np.isfinite(values)
+        if not known.any():
+            continue
+        values, weight = values[known], weight[known] / weight[known].sum()
+        order = np.argsort(values, kind="stable")
+        reached = np.cumsum(weight[order])
+        found[f"{metric}_ms"] = {
+            "mean": 1e3 * float(np.dot(values, weight)),
+            **{
+                f"p{p}": 1e3 * float(values[order][min(np.searchsorted(reached, p / 100), values.size - 1)])
+                for p in _PERCENTILES
+            },
+        }
+    return found
