@@ -34,6 +34,8 @@ def check(plan: Plan, table: CostTable, request: Request | None = None) -> list[
     request   the request with its folder, needed where it names files (histograms, traces); else the
               one inside the plan is used and such workloads are not evaluated again
     """
+    from planc.planner.check_disaggregated import check_disaggregated
+
     found = request or make_request(plan.request)
     return [
         *_placement(plan, found),
@@ -41,6 +43,7 @@ def check(plan: Plan, table: CostTable, request: Request | None = None) -> list[
         *_memory(plan, table),
         *_objectives(plan, found),
         *(_operating_points(plan, found, table) if request or not found.files() else ()),
+        *(check_disaggregated(plan, found, table) if request or not found.files() else ()),
     ]
 
 
