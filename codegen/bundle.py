@@ -4,7 +4,8 @@
     model/config.json       the model's own configuration, where it has one
     kernels/                one Triton file per kernel, manifest.json
     engines/<engine>/       configuration and launch scripts
-    report.html, README.md  for people
+    front.json, front/      the other plans of a Pareto front, where one was asked for
+    report.html, README.md  for people; report.json is what the report is drawn from besides the plan
 
 All files are first written beside the target and then put in place by one rename, so a reader (or a
 kill) never meets half a bundle.
@@ -28,7 +29,8 @@ from planc.codegen.engines import WRITERS, engines_of, writer
 from planc.codegen.readme import readme
 from planc.codegen.triton import render as triton
 from planc.errors import InvalidBundle
-from planc.planner.plan import Plan
+from planc.planner import front
+from planc.planner.plan import Plan, canonical_json
 
 
 def files(plan: Plan, config: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -37,10 +39,17 @@ def files(plan: Plan, config: Mapping[str, Any] | None = None) -> dict[str, str]
     out = {
         "plan.json": plan.canonical(),
         "README.md": readme(plan, kernels),
-        "report.html": report.html(plan),
+        "report.html": report.html(plan, kernels),
         "kernels/manifest.json": triton.manifest(plan, kernels),
         **{f"kernels/{kernel.file}": kernel.source for kernel in kernels},
     }
+    if plan._evidence is not None:
+        out["report.json"] = plan._evidence.canonical()
+    if plan._front is not None:
+        out["front.json"] = canonical_json(front.document(plan._front))
+        for number, point in enumerate(plan._front.points):
+            if number != plan._front.chosen:
+                out[front.file(plan._front, number)] = point.plan.canonical()
     if config is not None:
         out["model/config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     for engine in engines_of(plan):

@@ -146,7 +146,6 @@ def _seen(search: Search) -> Iterator[Seen]:
         for e, most, n in zip(bench.engines, free, counts, strict=True)
     ]
     state = bench.at_load(np.array(share)[:, None])
-    meets = state.meets(search.slos)[:, 0]
     tokens = search.traffic.osl_mean or search.traffic.isl_mean
     found = []
     for i, (engine, count) in enumerate(zip(bench.engines, counts, strict=True)):
@@ -163,7 +162,9 @@ def _seen(search: Search) -> Iterator[Seen]:
         }
         if search.traffic.decode_steps:
             values["tpot_ms"] = 1e3 * float(state.tpot[i, 0])
-        found.append(Seen(label=f"{count} x {candidate.label()}", values=values, meets=bool(meets[i])))
+        offer = offered.get(id(engine))
+        meets = offer is not None and share[i] <= offer.capacity * (1 + 1e-9)
+        found.append(Seen(label=f"{count} x {candidate.label()}", values=values, meets=meets))
     price = "usd_per_hour" if demand is not None else "usd_per_million_tokens"
     yield from sorted(found, key=lambda one: (one.values[price], one.label))[:_SEEN]
 

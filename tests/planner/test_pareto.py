@@ -1,0 +1,116 @@
+"""Fronts: undominated, complete against brute force where that is possible, each point a plan of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planc.codegen import bundle
+from planc.errors import Infeasible, InvalidBundle
+from planc.planner.check import check
+from planc.planner.compile import plan
+from planc.planner.front import Axis, Front, Point, balanced, undominated
+from planc.planner.pareto import front
+from planc.planner.plan import Plan, load_plan
+from planc.planner.request import make_request
+from tests.codegen.plans import plan as by_hand
+from tests.planner.cases import request, table
+
+AXES = (Axis.of("usd_per_hour"), Axis.of("tpot_mean_ms"), Axis.of("output_tok_s"))
+PLAN = by_hand()
+
+
+@pytest.fixture(scope="module")
+def found() -> Front:
+    return front(request(constraints={"weights": ["fp8"], "max_num_batched_tokens": [2048]}), table())
+
+
+def points(*values: tuple[float, float, float]) -> list[Point]:
+    return [Point(PLAN, value) for value in values]
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 5).map(float)] * 3), min_size=1, max_size=20))
+def test_filter_is_exact(values: list[tuple[float, float, float]]) -> None:
+    """What is kept is beaten by none; what is left out is equalled or beaten by one that is kept."""
+
+    def no_worse(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a[0] <= b[0] and a[1] <= b[1] and a[2] >= b[2]
+
+    kept = [point.values for point in undominated(points(*values), AXES)]
+    assert len(set(kept)) == len(kept)
+    for value in values:
+        assert any(no_worse(one, value) for one in kept)
+    for one in kept:
+        assert not any(no_worse(value, one) and value != one for value in values)
+
+
+def test_balance_does_not_depend_on_the_ends() -> None:
+    middle = points((1, 40, 1), (2, 10, 1), (8, 5, 1))
+    assert balanced(middle, AXES) == 1
+    assert balanced([*middle, *points((900, 4.9, 1))], AXES) == 1
+
+
+def test_front_of_a_request(found: Front) -> None:
+    """One price per size of fleet, falling latencies, and the cheapest plan is min_cost's."""
+    assert found.complete
+    assert len(found.points) >= 2
+    assert undominated(found.points, found.axes) == list(found.points)
+    cheapest = plan(request(constraints={"weights": ["fp8"], "max_num_batched_tokens": [2048]}), table())
+    assert found.points[0].values[0] == cheapest.predicted["usd_per_hour"].value
+
+
+def test_points_are_plans_of_their_own_requests(found: Front) -> None:
+    for point in found.points:
+        assert point.plan.sealed().fingerprint.plan == point.plan.fingerprint.plan
+        assert check(point.plan, table()) == []
+    last = found.points[-1].plan
+    again = plan(make_request(last.request), table())
+    assert again.canonical() == last.canonical()
+
+
+def test_same_request_same_front(found: Front) -> None:
+    again = front(request(constraints={"weights": ["fp8"], "max_num_batched_tokens": [2048]}), table())
+    assert [p.plan.canonical() for p in again.points] == [p.plan.canonical() for p in found.points]
+    assert again.chosen == found.chosen
+
+
+def test_out_of_time_returns_what_there_is() -> None:
+    short = front(request(constraints={"weights": ["fp8"]}), table(), time_limit=1e-3)
+    assert not short.complete
+    assert len(short.points) == 1
+
+
+def test_without_a_stated_load() -> None:
+    limits = {"weights": ["fp8"], "max_num_batched_tokens": [2048], "tp": [1, 2], "pp": [1]}
+    asked = request(workload={"isl": 1000, "osl": 200, "rate": "max"}, slo={}, constraints=limits)
+    made = front(asked, table())
+    assert made.axes[0].key == "usd_per_million_tokens"
+    assert len(made.points) > 2
+
+
+def test_infeasible_is_told() -> None:
+    with pytest.raises(Infeasible):
+        front(request(slo={"tpot_mean_ms": 0.01}), table())
+
+
+def test_compile_and_the_bundle(tmp_path: Path) -> None:
+    limits = {"weights": ["fp8"], "max_num_batched_tokens": [2048]}
+    made: Plan = plan(request(objective="pareto", constraints=limits), table())
+    assert made in made.front
+    bundle.write(made, tmp_path / "b")
+    raw = json.loads((tmp_path / "b" / "front.json").read_text())
+    assert raw["points"][raw["chosen"]]["plan"] == "plan.json"
+    assert all((tmp_path / "b" / point["plan"]).is_file() for point in raw["points"])
+    back = load_plan(tmp_path / "b")
+    assert back.front == made.front
+    assert back._evidence is not None
+    bundle.write(back, tmp_path / "c")
+    for file in ("plan.json", "front.json", "report.json", "report.html"):
+        assert (tmp_path / "c" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    (tmp_path / "b" / "front.json").write_text("{")
+    with pytest.raises(InvalidBundle, match="front"):
+        load_plan(tmp_path / "b")
