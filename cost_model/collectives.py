@@ -111,6 +111,7 @@ def _constants() -> Any:
     return read("links.yaml")
 
 
+@cache
 def _link(name: str, bytes_s: float, arch: str, custom_up_to: float) -> Link:
     raw = _constants()["links"][name]
     lanes = raw | raw.get("by_arch", {}).get(arch, {})

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planc.errors import FileMissing, InvalidField
+from planc.errors import FileMissing, InvalidField, PlancError
 from planc.planner.plan import Plan, load_plan
 from planc.planner.request import Request, load_request
 
@@ -80,8 +80,12 @@ def compile(
     trust_remote_code: bool = False,
     progress: Callable[[str], None] | None = None,
     profile: ProfileDocument | str | Path | None = None,
+    simulate: bool = True,
 ) -> Plan:
     """Compiles a request to a plan, with the numbers of a measured profile where one is given.
+
+    simulate   plays the workload against what formulas propose; a plan whose engines then miss an objective
+               is given up for the next best
 
     Raises the errors of `planc.errors`: bad input (exit code 2) or Infeasible (3), which carries
     the smallest single relaxations that would make the request feasible.
@@ -92,7 +96,12 @@ def compile(
         request = load_request(request)
     table = cost_table(request, trust_remote_code=trust_remote_code, progress=progress)
     with with_profile(profile, _gpus(request)):
-        found = plan(request, table, time_limit=time_limit, progress=progress)
+        referee = None
+        if simulate:
+            from planc.runtime.referee import Simulation
+
+            referee = Simulation()
+        found = plan(request, table, time_limit=time_limit, progress=progress, referee=referee)
     found._model = request.model_path()
     return found
 
@@ -243,13 +252,43 @@ def validate(
         return run(points, model_tables(model_folders(models)), **choices)
 
 
-def diff(old: Plan | str | Path, new: Plan | str | Path) -> PlanDiff:
-    """What changed from one plan to the other, by meaning."""
-    from planc.planner.diff import diff as compare
+def diff(
+    old: Plan | str | Path,
+    new: Plan | str | Path,
+    *,
+    attribute: bool = True,
+    trust_remote_code: bool = False,
+    profile: ProfileDocument | str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> PlanDiff:
+    """What changed from one plan to the other, by meaning, and what each decision did to each metric.
 
-    return compare(
-        old if isinstance(old, Plan) else load_plan(old), new if isinstance(new, Plan) else load_plan(new)
-    )
+    attribute   False: only what changed. Attribution evaluates configurations between the two plans, for
+                which the model is needed: that inside a bundle, else where the request had it. Without it,
+                or where the plans serve different models, `unattributed` says why there is none.
+    """
+    from planc.ir.trace import kind_of
+    from planc.planner.diff import diff as compare
+    from planc.planner.diff import same_model
+    from planc.planner.request import make_request
+
+    old, new = (plan if isinstance(plan, Plan) else load_plan(plan) for plan in (old, new))
+    if not attribute or old == new or not same_model(old, new):
+        return compare(old, new, without="it was not asked for")
+    source = new if new._model is not None else old
+    if kind_of(source._model or source.model.source) == "factory" and not trust_remote_code:
+        return compare(
+            old, new, without=f"{source.model.source} is code, which is run when it is trusted only"
+        )
+    if progress:
+        progress("evaluating what lies between the plans")
+    try:
+        table = _plan_table(source, trust_remote_code=trust_remote_code)
+        gpus = [gpu for plan in (old, new) for gpu in _gpus(make_request(plan.request))]
+    except PlancError as error:
+        return compare(old, new, without=str(error))
+    with with_profile(profile, gpus):
+        return compare(old, new, table)
 
 
 def write_bundle(plan: Plan, folder: str | Path) -> None:

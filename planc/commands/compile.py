@@ -26,6 +26,11 @@ from planc.commands.common import (
 @click.option(
     "--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds the solver may take."
 )
+@click.option(
+    "--simulate/--no-simulate",
+    default=True,
+    help="Play the workload against each proposed plan until one keeps the objectives (default).",
+)
 @click.option("--check-kernels", is_flag=True, help="Also compile the kernels ahead of time and check them.")
 @profile_option
 @trust_option
@@ -36,6 +41,7 @@ def compile_command(
     settings: tuple[str, ...],
     engine: str | None,
     time_limit: float | None,
+    simulate: bool,
     check_kernels: bool,
     trust_remote_code: bool,
     as_json: bool,
@@ -48,7 +54,13 @@ def compile_command(
     overrides = [*settings, *([f"constraints.engines=[{engine}]"] if engine else [])]
     request = api.load_request(request_file, overrides)
     with progress() as say:
-        plan = api.compile(request, time_limit=time_limit, trust_remote_code=trust_remote_code, progress=say)
+        plan = api.compile(
+            request,
+            time_limit=time_limit,
+            trust_remote_code=trust_remote_code,
+            progress=say,
+            simulate=simulate,
+        )
         say("writing the bundle")
         api.write_bundle(plan, output)
         if check_kernels:
