@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from planc.planner.layer_cluster import Cluster
+from planc.planner.layer_cluster import Cluster, Machine
 
 #: steps that T is divided into; rates are rounded up to them, which only loosens the bound
 _STEPS = 2000
@@ -49,7 +49,8 @@ class Prices:
 
 def upper_bound(cluster: Cluster, deadline: float, precision: float = 1e-3) -> float:
     """Tokens/s that no placement exceeds, found by halving to a relative precision."""
-    low, high = 0.0, simple_bound(cluster)
+    coordinator = min(float(cluster.between[-1].sum()), float(cluster.between[:, -1].sum()))
+    low, high = 0.0, min(simple_bound(cluster.machines, cluster.layers), coordinator)
     pool: Pool = set()
     while high - low > precision * high and time.monotonic() < deadline:
         middle = max((low + high) / 2, 0.95 * high)
@@ -60,17 +61,16 @@ def upper_bound(cluster: Cluster, deadline: float, precision: float = 1e-3) -> f
     return high
 
 
-def simple_bound(cluster: Cluster) -> float:
+def simple_bound(machines: Sequence[Machine], layers: int) -> float:
     """The largest T with sum over machines of max over k of k min(rate(k), T) >= N T."""
-    low, high = 0.0, 2.0 * sum(max(machine.tokens_s, default=0.0) for machine in cluster.machines)
-    high = min(high, float(cluster.between[-1, :-1].sum()), float(cluster.between[:-1, -1].sum()))
+    low, high = 0.0, 2.0 * sum(max(machine.tokens_s, default=0.0) for machine in machines)
     for _ in range(60):
         middle = (low + high) / 2
         held = sum(
             max((k * min(rate, middle) for k, rate in enumerate(machine.tokens_s, 1)), default=0.0)
-            for machine in cluster.machines
+            for machine in machines
         )
-        low, high = (middle, high) if held * (1 + 1e-12) >= cluster.layers * middle else (low, middle)
+        low, high = (middle, high) if held * (1 + 1e-12) >= layers * middle else (low, middle)
     return high
 
 
@@ -106,7 +106,7 @@ def layers_covered(
     pool = set() if pool is None else pool
     steps = np.array([min(_STEPS, math.ceil(kind[k - 1] / tokens_s * _STEPS)) for kind, k in slots])
     place = {slot: at for at, slot in enumerate(slots)}
-    columns = {
+    columns: set[Config] = {
         ((at, int(count)),)
         for least in (1, 1 + shared)
         for at, count in enumerate(np.maximum(-(-_STEPS // steps), least))

@@ -110,7 +110,7 @@ class Cluster:
 
     def flow(self, ranges: Sequence[Range], partial: bool = False) -> Flow:
         """The maximum flow of a placement, exact to about 1e-6 tokens/s (push-relabel on whole units)."""
-        from ortools.graph.python import max_flow
+        from ortools.graph.python import max_flow  # type: ignore[import-untyped]
 
         size, solver = len(self.machines), max_flow.SimpleMaxFlow()
         hub, out = size, size + 1  # the coordinator sends from `hub`; tokens return to node 2 size + 1
