@@ -40,7 +40,7 @@ def plan(
     if request.objective == "pareto":
         from planc.planner.pareto import front
 
-        return front(request, table, time_limit=time_limit, progress=progress).balanced
+        return front(request, table, time_limit=time_limit, progress=progress, referee=referee).balanced
     search = Search(request, table, progress=progress)
     fleet = search.fleet(time_limit)
     if fleet is None:
@@ -51,7 +51,7 @@ def plan(
     if referee is not None and table.model.kind == "causal_lm":
         judged = accepted(search, fleet, referee, time_limit)
         if judged is None:
-            raise _never_accepted(search)
+            raise never_accepted(search)
         search, fleet, judgement = judged
     if progress:
         progress("checking the plan")
@@ -63,7 +63,8 @@ def plan(
     return found
 
 
-def _never_accepted(search: Search) -> Infeasible:
+def never_accepted(search: Search) -> Infeasible:
+    """What to raise when a referee refused every fleet."""
     kept = f"{search.demand:g}" if search.demand else "any load"
     return Infeasible(
         reason=f"by formulas the inventory carries {kept}, but no fleet kept the objectives when its "

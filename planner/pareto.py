@@ -3,23 +3,25 @@
 Epsilon-constraint method (Haimes, Lasdon, Wismer 1971): one objective is solved to proof while a latency's
 limit is lowered step by step, until nothing meets it. Ladders of single limits come first, then the ends
 (least latency, least energy) at every size of fleet met so far, then limits in pairs. Every plan is the
-optimum of a problem that its own `request` states; those that another beats are left out.
+optimum of a problem that its own `request` states; those that another beats are left out, and what is left
+is played by the referee as any plan is.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from planc.cost_model.table import CostTable
 from planc.errors import CheckFailed
 from planc.planner.check import check
-from planc.planner.compile import assembled
+from planc.planner.compile import assembled, never_accepted
 from planc.planner.front import Axis, Front, Point, balanced, undominated
 from planc.planner.observe import observe
 from planc.planner.offers import Fleet
+from planc.planner.referee import Judgement, Referee, accepted
 from planc.planner.request import Objective, Request
 from planc.planner.search import Progress, Search
 from planc.planner.slo import Metric
@@ -32,11 +34,17 @@ _MOST = 32  # problems solved for one front
 
 
 def front(
-    request: Request, table: CostTable, *, time_limit: float | None = None, progress: Progress | None = None
+    request: Request,
+    table: CostTable,
+    *,
+    time_limit: float | None = None,
+    progress: Progress | None = None,
+    referee: Referee | None = None,
 ) -> Front:
     """The front of a request; its `objective` is not looked at.
 
     time_limit   seconds for all of it: what was found until then is filtered and returned
+    referee      as in `compile.plan`
 
     Raises Infeasible when no plan meets the request, InvalidField as `compile.plan` does.
     """
@@ -47,6 +55,8 @@ def front(
     if not points:
         reason = next(iter(wrong.values()))[0]
         raise CheckFailed(what="the front", reason=reason, mend="Please report the request.")
+    if referee is not None and table.model.kind == "causal_lm":
+        points = undominated(sweep.played(points, referee), sweep.axes)
     chosen = balanced(points, sweep.axes)
     best = points[chosen].plan
     best._evidence = observe(*sweep.found[best.fingerprint.plan], best)
@@ -119,6 +129,33 @@ class _Sweep:
                 if asked.slo.get(key) == self.request.slo.get(key):  # the other latency than the ladder's
                     list(self.ladder(asked, key, _PAIRED))
 
+    def played(self, points: Sequence[Point], referee: Referee) -> list[Point]:
+        """The points whose objectives hold when the workload is simulated, their plans changed where that
+        takes it. At least one is played, however late it is."""
+        found: list[Point] = []
+        for point in points:
+            left = self.left()
+            if found and left is not None and left <= 0:
+                self.late = True
+                break
+            search, fleet = self.found[point.plan.fingerprint.plan]
+            judged = accepted(search, fleet, referee, left)
+            if judged is not None and judged[2].accepted:
+                found.append(self.point(*judged))
+        if not found:
+            raise never_accepted(self.search)
+        return found
+
+    def point(self, search: Search, fleet: Fleet, judgement: Judgement | None = None) -> Point:
+        """A fleet as a plan, which remembers where it comes from."""
+        plan = assembled(search, fleet, 0.0, judgement)
+        self.found[plan.fingerprint.plan] = search, fleet
+        return Point(plan, tuple(axis.value(plan) for axis in self.axes))
+
+    def left(self) -> float | None:
+        """Seconds left; None without a limit."""
+        return None if self.time_limit is None else self.time_limit - (time.perf_counter() - self.start)
+
     def ladder(self, request: Request, key: str, rungs: int) -> Iterator[Request]:
         """Problems with an ever lower limit of one latency, as long as they have a plan."""
         axis, point = Axis.of(key), self.solve(request)
@@ -149,20 +186,17 @@ class _Sweep:
             return self.asked[key]
         if len(self.asked) >= _MOST:
             return None
-        left = None if self.time_limit is None else self.time_limit - (time.perf_counter() - self.start)
+        left = self.left()
         if left is not None and left <= 0 and self.asked:
             self.late = True
             return None
         self.say(f"front: problem {len(self.asked) + 1}")
-        began = time.perf_counter()
         search = self.search.with_slos(request)
         fleet = search.fleet(None if left is None else max(left, 1e-3))
         point = None
         if fleet is not None:
-            plan = assembled(search, fleet, time.perf_counter() - began)
-            point = Point(plan, tuple(axis.value(plan) for axis in self.axes))
+            point = self.point(search, fleet)
             self.points.append(point)
-            self.found[plan.fingerprint.plan] = search, fleet
         self.asked[key] = point
         return point
 

@@ -42,7 +42,8 @@ def distributions(plan: Plan, evidence: Evidence | None) -> list[Distribution]:
 def _distribution(plan: Plan, curve: Curve) -> Distribution:
     slos = _objectives(plan, curve.metric)
     inside = [limit for _, _, limit in slos if limit < 4 * max(curve.ms)]
-    x = Scale.over([0.0, *curve.ms, *inside], zero=True, room=0.05)
+    played = plan.simulated.get(f"{curve.metric}_ms", {}).values()
+    x = Scale.over([0.0, *curve.ms, *inside, *played], zero=True, room=0.05)
     path = [(x.at(ms), 100.0 * q) for q, ms in zip(curve.levels, curve.ms, strict=True)]
     lines = [Line(tuple(path), "blue", title=f"{NAMES[curve.metric]}, {curve.of}")]
     for key, _, limit in slos:
@@ -55,6 +56,11 @@ def _distribution(plan: Plan, curve: Curve) -> Distribution:
             ms = curve.ms[curve.levels.index(level)]
             marks.append(Mark(x.at(ms), 100 * level, f"p{100 * level:g}: {number(ms)} ms", "blue", size=4.5))
     told = ", ".join(mark.title for mark in marks)
+    simulated = plan.simulated.get(f"{curve.metric}_ms", {})
+    for name, ms in simulated.items():
+        if name != "mean":
+            title = f"simulated {name}: {number(ms)} ms"
+            marks.append(Mark(x.at(ms), float(name[1:]), title, "orange", "diamond", 5.0))
     plot = Plot(
         about=f"Share of requests by {NAMES[curve.metric].lower()}: {told}",
         x_title="ms",

@@ -49,6 +49,7 @@ def compile_command(
     """Compile REQUEST (YAML) to a plan and write its bundle."""
     from planc import api
     from planc.codegen.engines import WRITERS, engines_of
+    from planc.planner.front import document
 
     start = time.perf_counter()
     overrides = [*settings, *([f"constraints.engines=[{engine}]"] if engine else [])]
@@ -74,11 +75,13 @@ def compile_command(
                 "bundle": output,
                 "seconds": round(seconds, 3),
                 "plan": plan.model_dump(mode="json", by_alias=True),
+                **({"front": document(plan._front)} if plan._front is not None else {}),
             }
         )
         return
     console = out()
     show.summary(plan, console)
+    show.front(plan, console)
     for engine in engines_of(plan):
         if engine not in WRITERS and plan.model.kind == "causal_lm":
             console.print(

@@ -85,6 +85,29 @@ def predictions(predicted: dict[str, Predicted], console: Console, kind: str = "
     console.print(grid(("predicted", "value", "band", "percentiles", "unit", "from"), rows))
 
 
+def front(plan: Plan, console: Console) -> None:
+    """The Pareto front that a plan was chosen from, cheapest first; nothing where there is none."""
+    from planc.codegen.report.tradeoff import table
+    from planc.planner.front import RULE
+
+    found = plan._front
+    if found is None:
+        return
+    told = table(found)
+    rows = [
+        ("*" if chosen else "", *cells, fleet.replace("×", "x"), "plan.json" if chosen else f"front/{i:03d}")
+        for i, (cells, fleet, chosen) in enumerate(told.rows)
+    ]
+    shown = grid(("", *told.columns, "fleet", "in the bundle"), rows)
+    for column in shown.columns[-2:]:
+        column.justify = "left"
+    console.print()
+    console.print(shown)
+    cut = "" if found.complete else ", stopped by the time limit"
+    console.print(f"{len(rows)} undominated plans from {found.problems} problems{cut}", style="dim")
+    console.print(f"* {RULE}", style="dim")
+
+
 def load_test(found: Mapping[str, Any], console: Console) -> None:
     """A simulated load test: what it was told, its latencies as reported and in the steady state."""
     rows = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,16 @@ from hypothesis import strategies as st
 
 from planc.codegen import bundle
 from planc.errors import Infeasible, InvalidBundle
+from planc.planner import pareto
 from planc.planner.check import check
 from planc.planner.compile import plan
 from planc.planner.front import Axis, Front, Point, balanced, undominated
+from planc.planner.offers import Fleet
 from planc.planner.pareto import front
 from planc.planner.plan import Plan, load_plan
+from planc.planner.referee import Judgement, Verdict
 from planc.planner.request import make_request
+from planc.planner.search import Search
 from tests.codegen.plans import plan as by_hand
 from tests.planner.cases import request, table
 
@@ -24,9 +29,28 @@ AXES = (Axis.of("usd_per_hour"), Axis.of("tpot_mean_ms"), Axis.of("output_tok_s"
 PLAN = by_hand()
 
 
+#: little to decide, so that a front takes a second
+FEW = {
+    "weights": ["fp8"],
+    "kv": ["bf16"],
+    "pp": [1],
+    "max_num_batched_tokens": [2048],
+    "max_num_seqs": [32, 128],
+    "serving": ["aggregated"],
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _short() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pareto, "_STEPS", 4)
+        patch.setattr(pareto, "_MOST", 14)
+        yield
+
+
 @pytest.fixture(scope="module")
 def found() -> Front:
-    return front(request(constraints={"weights": ["fp8"], "max_num_batched_tokens": [2048]}), table())
+    return front(request(constraints=FEW), table())
 
 
 def points(*values: tuple[float, float, float]) -> list[Point]:
@@ -59,7 +83,7 @@ def test_front_of_a_request(found: Front) -> None:
     assert found.complete
     assert len(found.points) >= 2
     assert undominated(found.points, found.axes) == list(found.points)
-    cheapest = plan(request(constraints={"weights": ["fp8"], "max_num_batched_tokens": [2048]}), table())
+    cheapest = plan(request(constraints=FEW), table())
     assert found.points[0].values[0] == cheapest.predicted["usd_per_hour"].value
 
 
@@ -73,23 +97,44 @@ def test_points_are_plans_of_their_own_requests(found: Front) -> None:
 
 
 def test_same_request_same_front(found: Front) -> None:
-    again = front(request(constraints={"weights": ["fp8"], "max_num_batched_tokens": [2048]}), table())
+    again = front(request(constraints=FEW), table())
     assert [p.plan.canonical() for p in again.points] == [p.plan.canonical() for p in found.points]
     assert again.chosen == found.chosen
 
 
 def test_out_of_time_returns_what_there_is() -> None:
-    short = front(request(constraints={"weights": ["fp8"]}), table(), time_limit=1e-3)
+    short = front(request(constraints=FEW), table(), time_limit=1e-3)
     assert not short.complete
     assert len(short.points) == 1
 
 
 def test_without_a_stated_load() -> None:
-    limits = {"weights": ["fp8"], "max_num_batched_tokens": [2048], "tp": [1, 2], "pp": [1]}
-    asked = request(workload={"isl": 1000, "osl": 200, "rate": "max"}, slo={}, constraints=limits)
+    asked = request(workload={"isl": 1000, "osl": 200, "rate": "max"}, slo={}, constraints=FEW)
     made = front(asked, table())
     assert made.axes[0].key == "usd_per_million_tokens"
     assert len(made.points) > 2
+
+
+class Stern:
+    """A referee that accepts only fleets of at most so many GPUs, and cuts nothing that would help."""
+
+    def __init__(self, gpus: int) -> None:
+        self.gpus = gpus
+
+    def judge(self, search: Search, fleet: Fleet) -> Judgement:
+        within = fleet.gpus <= self.gpus
+        failing = () if within else fleet.items
+        verdict = Verdict(fleet.items, {}, within, 1.0 if within else 9.0, failing)
+        return Judgement((verdict,), {"tpot_ms": {"mean": 1.0}})
+
+
+def test_points_are_played(found: Front) -> None:
+    least = sum(len(replica.gpus) for replica in found.points[0].plan.replicas())
+    played = front(request(constraints=FEW), table(), referee=Stern(least))
+    assert 1 <= len(played.points) <= len(found.points)
+    assert all(point.plan.simulated for point in played.points)
+    with pytest.raises(Infeasible, match="simulated"):
+        front(request(constraints=FEW), table(), referee=Stern(0))
 
 
 def test_infeasible_is_told() -> None:
@@ -98,8 +143,7 @@ def test_infeasible_is_told() -> None:
 
 
 def test_compile_and_the_bundle(tmp_path: Path) -> None:
-    limits = {"weights": ["fp8"], "max_num_batched_tokens": [2048]}
-    made: Plan = plan(request(objective="pareto", constraints=limits), table())
+    made: Plan = plan(request(objective="pareto", constraints=FEW), table())
     assert made in made.front
     bundle.write(made, tmp_path / "b")
     raw = json.loads((tmp_path / "b" / "front.json").read_text())

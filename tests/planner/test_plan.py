@@ -167,7 +167,6 @@ def test_max_gpus_and_max_replicas_bind() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"objective": "pareto"}, "objective"),
         ({"objective": "min_latency", "workload": {"isl": 9, "osl": 9, "rate": "max"}}, "objective"),
         ({"workload": {"isl": 200_000, "osl": 9, "rate": "max"}}, "workload"),
         ({"constraints": {"max_model_len": 100}}, "max_model_len"),
