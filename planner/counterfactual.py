@@ -1,6 +1,6 @@
 """What engines that no search chose would do: a configuration as given, by the analytic evaluator.
 
-`Evaluator.metrics` prices pools of engines under a request's workload with the step model and the steady
+`Evaluator.outcome` prices pools of engines under a request's workload with the step model and the steady
 state, as the planner does for its own plans, whether or not the inventory holds them. A configuration that
 cannot be raises `Impossible` with the reason.
 """
@@ -52,6 +52,18 @@ class Engines:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a configuration does: every figure of a plan's `predicted`, to nine digits as in a saved plan.
+    Percentiles are "ttft_ms.p99", figures of one traffic class "chat: ttft_ms".
+
+    meets   whether it keeps the request's objectives
+    """
+
+    metrics: Mapping[str, float]
+    meets: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Ready:
     """Engines that can be evaluated, with the traffic that they take `share` of; `memory`: bytes taken."""
 
@@ -98,11 +110,11 @@ class Evaluator:
     def __init__(self, table: CostTable) -> None:
         self.table = table
         self._models: dict[object, StepModel] = {}
-        self._traffic: dict[str, Traffic] = {}
+        self._traffic: dict[tuple[str, ...], Traffic] = {}
+        self._carried: dict[object, float] = {}
 
-    def metrics(self, engines: Sequence[Engines], request: Request, demand: float | None) -> dict[str, float]:
-        """Every figure of a plan's `predicted`, to nine digits as in a saved plan: percentiles are
-        "ttft_ms.p99", figures of one traffic class "chat: ttft_ms".
+    def outcome(self, engines: Sequence[Engines], request: Request, demand: float | None) -> Outcome:
+        """Evaluates a configuration.
 
         demand   requests/s, or users of a closed loop, of all engines together; None: the most that the
                  request's objectives allow, the engines of a pool equally full
@@ -110,12 +122,16 @@ class Evaluator:
         Raises Impossible.
         """
         load, slos = self._load(request), request.slos()
-        ready = self._ready([item for item in engines if item.count], load, slos)
+        if load.concurrency is not None and any(item.place[0] in _HALVES for item in engines if item.count):
+            raise Impossible("prefill and decode pools are not evaluated in a closed loop")
+        ready = self._ready([item for item in engines if item.count], request)
         capacities = self._capacities(ready)
-        items = []
+        items: list[Deployed] = []
+        meets = True
         for one, capacity, carried in zip(ready, capacities, _loads(ready, capacities, demand), strict=True):
             if carried > capacity * (1 + _SLACK):
-                _carries(one, carried)
+                self._bears(one, carried)
+                meets = False
             state = one.precise.at(carried)
             items.append(
                 _Loaded(
@@ -132,24 +148,24 @@ class Evaluator:
         found["memory_gib"] = max(one.memory for one in ready) / GIB
         if not all(math.isfinite(value) for value in found.values()):
             raise Impossible("it has no steady state")
-        return {name: float(f"{value:.9g}") for name, value in found.items()}
+        return Outcome({name: float(f"{value:.9g}") for name, value in found.items()}, meets)
 
-    def _load(self, request: Request) -> Traffic:
-        key = request.workload.model_dump_json()
+    def _load(self, request: Request, *classes: str) -> Traffic:
+        """The requests of some traffic classes, of all where none is named."""
+        key = request.workload.model_dump_json(), *classes
         if key not in self._traffic:
-            self._traffic[key] = traffic(request, self.table.model.kind)
+            every = self._load(request) if classes else traffic(request, self.table.model.kind)
+            self._traffic[key] = every.only(*classes) if classes else every
         return self._traffic[key]
 
     # -- engines -------------------------------------------------------------------------
 
-    def _ready(self, present: Sequence[Engines], load: Traffic, slos: Sequence[Slo]) -> list[_Ready]:
-        shares = _shares(present, load)
+    def _ready(self, present: Sequence[Engines], request: Request) -> list[_Ready]:
         found = []
-        for item, share in zip(present, shares, strict=True):
-            classes = item.place[1]
-            served = load.only(*classes) if classes else load
-            mine = tuple(slo for slo in slos if slo.traffic_class in ("", *served.names))
-            found.append(self._one(item, share, served, mine))
+        for item, share in zip(present, _shares(present, self._load(request)), strict=True):
+            served = self._load(request, *item.place[1])
+            slos = tuple(slo for slo in request.slos() if slo.traffic_class in ("", *served.names))
+            found.append(self._one(item, share, served, slos))
         return [replace(one, engine=self._reached(one, found)) for one in found]
 
     def _one(self, item: Engines, share: float, served: Traffic, slos: tuple[Slo, ...]) -> _Ready:
@@ -200,8 +216,20 @@ class Evaluator:
         ways: list[list[float]] = []
         for way in range(max(len(self._ways(one)) for one in ready)):
             objectives = [self._ways(one)[min(way, len(self._ways(one)) - 1)] for one in ready]
-            ways.append([o.precise.capacity(slos) for o, slos in zip(ready, objectives, strict=True)])
+            ways.append([self._capacity(o, slos) for o, slos in zip(ready, objectives, strict=True)])
         return max(ways, key=lambda way: _most(ready, way))
+
+    def _capacity(self, one: _Ready, slos: tuple[Slo, ...]) -> float:
+        """The most that one engine carries within some objectives."""
+        key = id(one.engine.model), one.engine.transfer_s, one.limits, id(one.served), one.role, slos
+        if key not in self._carried:
+            self._carried[key] = one.precise.capacity(slos)
+        return self._carried[key]
+
+    def _bears(self, one: _Ready, load: float) -> None:
+        most = self._capacity(one, ())
+        if load > most * (1 + _SLACK):
+            raise Impossible(f"{one.engine.candidate.label()} carries {most:.4g}, not {load:.4g}")
 
     def _ways(self, one: _Ready) -> list[tuple[Slo, ...]]:
         if one.role not in _HALVES:
@@ -263,12 +291,6 @@ def _pool(place: Place, ready: Sequence[_Ready], capacities: Sequence[float]) ->
     """(share of the requests, capacity) of one pool."""
     mine = [(o, c) for o, c in zip(ready, capacities, strict=True) if o.item.place == place]
     return sum(o.all_share for o, _ in mine), sum(o.item.count * c for o, c in mine)
-
-
-def _carries(one: _Ready, load: float) -> None:
-    most = one.precise.capacity(())
-    if load > most * (1 + _SLACK):
-        raise Impossible(f"{one.engine.candidate.label()} carries {most:.4g}, not {load:.4g}")
 
 
 def flat(

@@ -153,11 +153,17 @@ def diff(old: Plan, new: Plan, table: CostTable | None = None, *, without: str =
     return PlanDiff(changes, pairs, found, reason)
 
 
+def same_model(old: Plan, new: Plan) -> bool:
+    """Whether both plans serve one model, however it was traced."""
+    key = lambda plan: (plan.model.name, plan.model.architecture, plan.model.parameters)  # noqa: E731
+    return bool(key(old) == key(new))
+
+
 def _attributed(
     old: Plan, new: Plan, table: CostTable | None, without: str
 ) -> tuple[Attribution | None, str]:
     """The attribution, or why there is none."""
-    if old.model.name != new.model.name or old.model.parameters != new.model.parameters:
+    if not same_model(old, new):
         return None, "the plans serve different models"
     if table is None:
         return None, without or "no cost table was given"

@@ -2,10 +2,11 @@
 
 Two walks lead from one plan to the other, one decision at a time, and every configuration on the way is
 evaluated: one walk starts at the old plan, one at the new. Each takes, of the decisions that are left, the
-first in canonical order that leads to a configuration that can be: it fits, its shape is not refused, it
-carries its load. So a smaller fleet waits for less traffic, and more traffic for a larger fleet. Where no
-single decision can be taken, the fewest that can be together are. A decision's part is the mean of its two
-steps, which makes `attribution(b, a)` the mirror of `attribution(a, b)`.
+first in canonical order that leads to a configuration which keeps the objectives; so a smaller fleet waits
+for less traffic, and more traffic for a larger fleet. Where there is none, the first that can be: it fits,
+its shape is not refused, it carries its load. Where none of those, the fewest decisions that can be taken
+together are. A decision's part is the mean of its two steps, which makes `attribution(b, a)` the mirror of
+`attribution(a, b)`.
 
 What the evaluator does not see (another profile or version, a simulated figure) is the difference between
 a plan's own numbers and the evaluator's for it, and gets a part of its own.
@@ -18,12 +19,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, islice
 from typing import Any
 
 from planc.cost_model.table import CostTable
-from planc.planner.counterfactual import Evaluator, Impossible, flat
+from planc.planner.counterfactual import Evaluator, Impossible, Outcome, flat
 from planc.planner.diff_mixture import Decision, Mixture
 from planc.planner.plan import Plan
 
@@ -59,7 +60,7 @@ class Part:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "decisions": [{"name": d.name, "old": d.old, "new": d.new} for d in self.decisions],
+            "decisions": [asdict(decision) for decision in self.decisions],
             "reasons": list(self.reasons),
             "changes": dict(self.changes),
         }
@@ -159,16 +160,18 @@ class _Between:
         self.all: Set = frozenset(self.names)
         self.stated = tuple(_stated(plan) for plan in mixture.plans)
         self._mixture, self._evaluator = mixture, evaluator
-        self._known: dict[Set, Metrics | Impossible] = {}
+        self._known: dict[Set, Outcome | Impossible] = {}
 
     def metrics(self, state: Set) -> Metrics:
-        """Figures of one configuration; a plan's own where the evaluator agrees. Raises Impossible."""
+        return self.outcome(state).metrics
+
+    def outcome(self, state: Set) -> Outcome:
+        """What one configuration does; a plan's own figures where the evaluator agrees. Raises Impossible."""
         if state not in self._known:
             try:
-                found = self._evaluator.metrics(*self._mixture.at(state))
+                found = self._evaluator.outcome(*self._mixture.at(state))
                 if self.all and state in (frozenset(), self.all):
-                    own = self.stated[bool(state)]
-                    found |= {n: own[n] for n in found if n in own and _close(own[n], found[n])}
+                    found = _snapped(found, self.stated[bool(state)])
                 self._known[state] = found
             except Impossible as error:
                 self._known[state] = error
@@ -189,17 +192,30 @@ class _Between:
             state ^= taken
 
     def _next(self, state: Set, left: Sequence[str]) -> tuple[Set, str]:
-        """The first decision, or fewest decisions, that can be taken now, and why no single one can."""
+        """What is taken now, and where that is more than one decision why its first cannot be by itself."""
         refused: dict[str, str] = {}
-        sets = (c for size in range(1, _TOGETHER + 1) for c in combinations(left, size))
-        for tried in islice(sets, _TRIES):
+        poor: list[str] = []
+        for name in left:
             try:
-                self.metrics(state ^ frozenset(tried))
+                if self.outcome(state ^ {name}).meets:
+                    return frozenset((name,)), ""
+                poor.append(name)
             except Impossible as error:
-                refused.setdefault(tried[0], str(error))
-            else:
-                return frozenset(tried), "" if len(tried) == 1 else f"{tried[0]} alone: {refused[tried[0]]}"
+                refused[name] = str(error)
+        if poor:
+            return frozenset(poor[:1]), ""
+        sets = (c for size in range(2, _TOGETHER + 1) for c in combinations(left, size))
+        for tried in islice(sets, _TRIES):
+            if self._can_be(state ^ frozenset(tried)):
+                return frozenset(tried), f"{tried[0]} alone: {refused[tried[0]]}"
         return frozenset(left), f"{left[0]} alone: {refused[left[0]]}"
+
+    def _can_be(self, state: Set) -> bool:
+        try:
+            self.outcome(state)
+        except Impossible:
+            return False
+        return True
 
     def listed(self, names: Set) -> tuple[str, ...]:
         return tuple(name for name in self.names if name in names)
@@ -241,5 +257,7 @@ def _stated(plan: Plan) -> Metrics:
     return {name: float(f"{value:.9g}") for name, value in found.items()}
 
 
-def _close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=_SAME)
+def _snapped(found: Outcome, own: Metrics) -> Outcome:
+    """An outcome with a plan's own figures wherever it reproduces them."""
+    close = {n: v for n, v in own.items() if math.isclose(v, found.metrics.get(n, v), rel_tol=_SAME)}
+    return Outcome({n: close.get(n, v) for n, v in found.metrics.items()}, found.meets)

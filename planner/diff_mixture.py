@@ -28,18 +28,24 @@ ORDER = ("workload", "slo", "prices", "network", "pools", "nodes", *_ENGINE, "re
 
 @dataclass(frozen=True, slots=True, order=True)
 class Decision:
-    """One thing that was asked for or decided differently. `old`, `new`: in words."""
+    """One thing that was asked for or decided differently.
+
+    old, new   in words         part   what of it, where only one part of it differs, e.g. a pool
+    """
 
     name: str
     old: str
     new: str
+    part: str = ""
 
     def mirrored(self) -> Decision:
-        return Decision(self.name, self.new, self.old)
+        return Decision(self.name, self.new, self.old, self.part)
 
     def text(self) -> str:
-        return f"{self.name} {self.old} -> {self.new}"
+        return f"{self.name}{' ' if self.part else ''}{self.part}: {self.old} -> {self.new}"
 
+
+_SHORT = 1e-4  # share of the offered load that a plan may lack by rounding
 
 #: (what, value in the old plan, value in the new one)
 Row = tuple[str, Any, Any]
@@ -59,12 +65,8 @@ class Mixture:
 
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
-        return tuple(
-            Decision(name, _words(rows, 1), _words(rows, 2))
-            for name in ORDER
-            for rows in ([row for row in self._rows(name) if row[1] != row[2]],)
-            if rows
-        )
+        changed = {name: [row for row in self._rows(name) if row[1] != row[2]] for name in ORDER}
+        return tuple(_worded(name, rows) for name, rows in changed.items() if rows)
 
     def _rows(self, name: str) -> Iterator[Row]:
         """What a decision sets, in both plans, equal or not."""
@@ -97,8 +99,13 @@ class Mixture:
         """Engines, request and load with the decisions named in `new` as in the new plan."""
         old, other = self.requests
         asked = {name: getattr(other if name in new else old, name) for name in ("workload", "slo")}
+        request, demand = old.changed(**asked), self.demands["workload" in new]
+        if demand is None and not request.slos():
+            limited = zip(self.demands, self.requests, strict=True)
+            if all(load is not None or own.slos() for load, own in limited):
+                raise Impossible("no objective limits the load")
         engines = self._sharing([self._mixed(pair, new) for pair in self.pairs], new)
-        return engines, old.changed(**asked), self.demands["workload" in new]
+        return engines, request, demand
 
     def _sharing(self, engines: Sequence[Engines], new: frozenset[str]) -> list[Engines]:
         """Pools take what they take in the plan that says so, however many engines they have now."""
@@ -190,7 +197,7 @@ def _offered(plan: Plan, request: Request) -> float | None:
     carried = plan.predicted["requests_s"].value
     rates = [c.request_rate for c in request.workload.classes if c.request_rate is not None]
     wanted = request.workload.request_rate or sum(rates)
-    return None if wanted > carried * (1 + 1e-6) else carried
+    return None if wanted > carried * (1 + _SHORT) else carried
 
 
 def _twins(old: Sequence[Group], new: Sequence[Group]) -> list[tuple[Group, Group]]:
@@ -245,13 +252,18 @@ def _setting(kind: Kind, name: str) -> Any:
     return f"{value} ({'+'.join(map(str, stages))} layers)" if name == "pp" and len(stages) > 1 else value
 
 
-def _words(rows: Sequence[Row], side: int) -> str:
-    """One side of what differs; what is not set there is left out."""
-    given = [f"{row[0]} {_worth(row[side])}".strip() for row in rows if row[side] is not None]
-    return ", ".join(given) or "none"
+def _worded(name: str, rows: Sequence[Row]) -> Decision:
+    if len(rows) == 1:
+        part, old, new = rows[0]
+        return Decision(name, _worth(old), _worth(new), part)
+    sides = ([f"{row[0]} {_worth(row[side])}" for row in rows if row[side] is not None] for side in (1, 2))
+    old, new = (", ".join(given) or "none" for given in sides)
+    return Decision(name, old, new)
 
 
 def _worth(value: Any) -> str:
+    if value is None:
+        return "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
