@@ -10,6 +10,7 @@ from torch.fx import Node
 from planc.cost_model.table import LayerClass, ModelFacts, Row
 from planc.ir.graph import Graph
 from planc.ir.ops.aten import is_parameter
+from planc.passes.native_format import block_scales, native_format
 from planc.passes.recognise import coverage
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -47,48 +48,10 @@ def facts(graph: Graph, classes: tuple[LayerClass, ...], rows: tuple[Row, ...]) 
     )
 
 
-def native_format(config: Mapping[str, Any]) -> str:
-    """The format of the published checkpoint, from `quantization_config` or the dtype; "" where unknown.
-
-    Formats are named as in planc's catalogue: bf16, fp8, mxfp4, nvfp4, w4a16, w8a16, int8.
-    """
-    text = text_config(config)
-    quantized = text.get("quantization_config") or config.get("quantization_config")
-    if isinstance(quantized, Mapping):
-        return _quantized(quantized)
-    dtype = text.get("dtype") or text.get("torch_dtype") or config.get("dtype") or config.get("torch_dtype")
-    return _DTYPES.get(str(dtype).removeprefix("torch."), "")
-
-
-def block_scales(config: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint's fp8 weights have a scale per block (DeepSeek-V3's 128 x 128): such products
-    run in other kernels, and need their inputs scaled per 128 elements."""
-    text = text_config(config)
-    quantized = text.get("quantization_config") or config.get("quantization_config")
-    return isinstance(quantized, Mapping) and bool(quantized.get("weight_block_size"))
-
-
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a configuration."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
-
-
-def _quantized(settings: Mapping[str, Any]) -> str:
-    method = str(settings.get("quant_method", ""))
-    if method == "compressed-tensors":
-        groups = settings.get("config_groups")
-        first: Mapping[str, Any] = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
-        weights = first.get("weights") or {}
-        kind, bits = weights.get("type", "int"), int(weights.get("num_bits", 8))
-        if kind == "float":
-            return "nvfp4" if bits == 4 else "fp8"
-        return "int8" if bits == 8 and first.get("input_activations") else f"w{bits}a16"
-    if method in ("gptq", "awq"):
-        return f"w{int(settings.get('bits', 4))}a16"
-    if method == "modelopt":
-        return "nvfp4" if "FP4" in str(settings.get("quant_algo", "")).upper() else "fp8"
-    return method
 
 
 def _idle(row: Row) -> int:

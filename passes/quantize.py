@@ -2,6 +2,7 @@
 
     graph = Quantize("fp8", activations="fp8", kv="fp8").apply(graph)
     graph = Quantize({"moe": "mxfp4", "dense": "fp8"}).apply(graph)      per layer class
+    graph = Quantize({"decoder": "fp8", "decoder:self_attn": "bf16"}).apply(graph)      and per part
     stored = prepare(graph, weights)                                     the source model's weights, stored
 
     before   y = linear(x, q_proj.weight)
@@ -14,7 +15,7 @@ unquantized products only, and both commute with scales that belong to rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, ClassVar
@@ -24,8 +25,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from planc.cost_model.formats import fmt
+from planc.cost_model.parts import KV, Exceptions, banded, module_of_weight, parse, scheme, taken
 from planc.errors import InvalidField, UnknownName
 from planc.ir.graph import CacheSpec, Graph
+from planc.ir.layers import relative
 from planc.ir.opdef import Call, declaration, fake
 from planc.ir.ops import quantized_formats as qf
 from planc.ir.ops.quantized import LINEAR, ROUNDINGS
@@ -79,9 +82,12 @@ def _stored_shapes(
 class Quantize:
     """Number formats for weights, activations and the KV cache.
 
-    formats       weight format of every layer class, or of those named; "bf16" (or fp16, fp32): as it is
-    activations   what activations are rounded to where they meet a quantized weight
-    kv            format of the paged caches (phase graphs): "fp8", or as they are
+    formats       weight format of every layer class, or of those named; "bf16" (or fp16, fp32): as it is.
+                  Parts (`planc.cost_model.parts`) may be named too, with the scheme they take: what names
+                  a module wins over what names a class, what names layers over what does not
+    activations   what activations are rounded to where they meet a quantized weight, but in parts that
+                  say so themselves
+    kv            format of the paged caches (phase graphs) that `formats` does not name: "fp8", or as it is
     group_size    elements of k that share a scale in w4a16
 
     Raises UnknownName (a format or a layer class) and InvalidField (a format in the wrong role).
@@ -95,57 +101,99 @@ class Quantize:
 
     def apply(self, graph: Graph) -> Graph:
         """The graph with quantized products and caches; its weights come from `prepare`."""
-        for role, given in (
-            ("weight", self._named()),
-            ("activation", (self.activations,)),
-            ("kv", (self.kv,)),
-        ):
-            for name in given:
-                _check_role(name, role)
-        chosen = self._by_node(graph)
+        self._check()
+        places = self._places(graph)
         rewriter = Rewriter(graph)
         stored: _Stored = {}
         for node in rewriter.calls(frozenset({aten.linear.default, planc.experts.default})):
-            weight_format = chosen.get(node.name, "")
-            if weight_format not in qf.WEIGHT_FORMATS:
+            weights, activations = self._scheme(node, places)
+            if weights not in qf.WEIGHT_FORMATS:
                 continue
             quantize = _linear if node.target is aten.linear.default else _experts
-            quantize(rewriter, node, self._storing(weight_format), stored)
-        caches = _cache_types(rewriter, graph, self.kv) if self.kv in CACHE_TYPES else graph.caches
+            quantize(rewriter, node, self._storing(weights, activations), stored)
+        caches = _cache_types(rewriter, graph, lambda node: self._cache(places.get(node.name)))
         return rewriter.finish(self.name, caches=caches)
 
-    def _named(self) -> tuple[str, ...]:
-        return (self.formats,) if isinstance(self.formats, str) else tuple(self.formats.values())
+    @property
+    def _parts(self) -> Exceptions:
+        """Parts with the scheme they take."""
+        named = {} if isinstance(self.formats, str) else self.formats
+        return tuple((name, taken_) for name, taken_ in named.items() if ":" in name)
 
-    def _by_node(self, graph: Graph) -> dict[str, str]:
-        """Call -> the weight format of its layer class.
+    @property
+    def _classes(self) -> Exceptions:
+        """Layer classes (or bands of their layers) with their weight format, written as parts without a
+        module."""
+        named = {} if isinstance(self.formats, str) else self.formats
+        return tuple((f"{name}:", taken_) for name, taken_ in named.items() if ":" not in name)
+
+    def _check(self) -> None:
+        cached = [taken_ for part, taken_ in self._parts if part.endswith(f":{KV}")]
+        schemes = [scheme(taken_) for part, taken_ in self._parts if not part.endswith(f":{KV}")]
+        classes = [self.formats] if isinstance(self.formats, str) else [name for _, name in self._classes]
+        given: dict[str, list[str]] = {
+            "weight": [*classes, *(weights for weights, _ in schemes)],
+            "activation": [self.activations, *(activations for _, activations in schemes)],
+            "kv": [self.kv, *cached],
+        }
+        for role, names in given.items():
+            for name in names:
+                _check_role(name, role)
+
+    def _places(self, graph: Graph) -> dict[str, tuple[str, str]]:
+        """Call -> its layer class and the path of its layer.
 
         Fusion sets the first layer of a class apart (its norm has no addition to take along) and prefill
         the last one, so "decoder" speaks for "decoder.1" too unless that is named itself.
         """
         groups = fold(graph)
-        of = self.formats
-        if isinstance(of, str):
-            return {node.name: of for group in groups for member in group.members for node in member}
         known = {name for group in groups for name in (group.name, _kind(group.name))} | _ENDS
-        for name in of:
-            if name not in known and _kind(name) not in known:
+        named = {}
+        for text, _ in (*self._parts, *self._classes):
+            part = parse(text)
+            named[text] = part.layer_class if part else text.rstrip(":")
+            if part is None or (part.layer_class not in known and _kind(part.layer_class) not in known):
                 raise UnknownName(
                     field="formats",
-                    value=name,
+                    value=named[text],
                     kind="layer class",
                     mend=f"This model has {', '.join(sorted(known))}.",
                 )
+        own = set(named.values())
         return {
-            node.name: of.get(group.name, of.get(_kind(group.name), ""))
+            node.name: (group.name if group.name in own else _kind(group.name), path)
             for group in groups
-            for member in group.members
+            for path, member in zip(group.paths, group.members, strict=True)
             for node in member
         }
 
-    def _storing(self, weight_format: str) -> _Storing:
-        rounding = self.activations if self.activations in ROUNDINGS else ""
-        return _Storing(weight_format, rounding, self.group_size if weight_format == "w4a16" else 0)
+    def _scheme(self, node: Node, places: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+        """(weights, activations) of a product."""
+        if isinstance(self.formats, str):
+            return self.formats, self.activations
+        if node.name not in places:
+            return "", ""
+        layer_class, path = places[node.name]
+        weight = node.args[1] if node.target is aten.linear.default else Call(node, {}).arg("gate_up")
+        module = module_of_weight(relative(str(getattr(weight, "target", "")), path or None))
+        band = _band(layer_class, path)
+        given = taken(self._parts, band, module)
+        if given is not None:
+            return scheme(given)
+        return taken(self._classes, band, "") or "", self.activations
+
+    def _cache(self, place: tuple[str, str] | None) -> str:
+        return (taken(self._parts, _band(*place), KV) if place else None) or self.kv
+
+    def _storing(self, weights: str, activations: str) -> _Storing:
+        rounding = activations if activations in ROUNDINGS else ""
+        return _Storing(weights, rounding, self.group_size if weights == "w4a16" else 0)
+
+
+def _band(layer_class: str, path: str) -> str:
+    """A layer as parts name it: "decoder[3]" for "model.layers.3"."""
+    number = path.rpartition(".")[2]
+    return banded(layer_class, (int(number),)) if number.isdigit() else layer_class
 
 
 #: Classes of count one that any model may be said to have.
@@ -240,18 +288,20 @@ def _only_read_by(weight: object, target: object) -> bool:
     )
 
 
-def _cache_types(rewriter: Rewriter, graph: Graph, kv: str) -> tuple[CacheSpec, ...]:
+def _cache_types(rewriter: Rewriter, graph: Graph, kv_of: Callable[[Node], str]) -> tuple[CacheSpec, ...]:
     """Caches that their ops can hold in 8 bits change type; the ops round on writing, widen on reading."""
-    dtype = CACHE_TYPES[kv]
-    narrowed = set()
+    narrowed: dict[str, torch.dtype] = {}
     for node in rewriter.graph.nodes:
         declared = declaration(node)
         for name, role in declared.quantizable.items() if declared else ():
             cache = Call(node, graph.symbols).arg(name) if role == "kv" else None
-            if isinstance(cache, Node) and cache.op == "placeholder":
+            dtype = CACHE_TYPES.get(kv_of(node)) if role == "kv" else None
+            if dtype is not None and isinstance(cache, Node) and cache.op == "placeholder":
                 cache.meta["val"] = fake(cache).to(dtype)
-                narrowed.add(str(cache.target))
-    return tuple(replace(spec, dtype=dtype) if spec.name in narrowed else spec for spec in graph.caches)
+                narrowed[str(cache.target)] = dtype
+    return tuple(
+        replace(spec, dtype=narrowed[spec.name]) if spec.name in narrowed else spec for spec in graph.caches
+    )
 
 
 def _check_role(name: str, role: str) -> None:

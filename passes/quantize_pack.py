@@ -1,4 +1,4 @@
-"""Quantized checkpoints as engines load them: tensors and the `quantization_config` beside them.
+"""Quantized checkpoints as engines load them: the tensors (`quantize_config` has the words beside them).
 
 Works on the published checkpoint, tensor by tensor, so that a model of any size streams through:
 
@@ -11,6 +11,7 @@ the quantized graph multiplies with (tests hold both to each other).
 
     checkpoint   format                                  weights                  activations
     fp8          compressed-tensors float-quantized      e4m3 per row             e4m3 per token, dynamic
+    fp8_weights  compressed-tensors float-quantized      e4m3 per row             as they are
     int8         compressed-tensors pack-quantized       int8 per row             as they are
     w8a8         compressed-tensors int-quantized        int8 per row             int8 per token, dynamic
     w4a16        compressed-tensors pack-quantized       int4 in groups           as they are
@@ -20,15 +21,15 @@ the quantized graph multiplies with (tests hold both to each other).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from planc.errors import InvalidField, UnknownName
+from planc.errors import InvalidField
 from planc.ir.ops import quantized_formats as qf
+from planc.passes.quantize_config import CHECKPOINTS, checkpoint_config, known
 from planc.passes.quantize_scope import keeps_precision
 
 #: Order of the eight columns in one AWQ word (AutoAWQ, `pack_intweight` of the gemm kernels).
@@ -51,17 +52,6 @@ def left_alone(tensors: Mapping[str, Tensor]) -> list[str]:
     )
 
 
-#: A plan's (weights, activations) -> the checkpoint that engines load for it.
-CHECKPOINTS: dict[tuple[str, str], str] = {
-    ("fp8", "fp8"): "fp8",
-    ("int8", "int8"): "w8a8",
-    ("int8", "bf16"): "int8",
-    ("int8", "fp16"): "int8",
-    ("w4a16", "bf16"): "w4a16",
-    ("w4a16", "fp16"): "w4a16",
-}
-
-
 def pack_checkpoint(
     tensors: Mapping[str, Tensor], checkpoint: str, group: int = qf.INT4_GROUP
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -80,65 +70,7 @@ def pack(name: str, weight: Tensor, checkpoint: str, group: int = qf.INT4_GROUP)
 
     Raises UnknownName (no such checkpoint format) and InvalidField (the shape does not fit it).
     """
-    return _packer(checkpoint)(name.removesuffix(".weight"), weight, group)
-
-
-def checkpoint_config(checkpoint: str, ignore: Iterable[str], group: int = qf.INT4_GROUP) -> dict[str, Any]:
-    """The `quantization_config` of config.json. Raises UnknownName."""
-    _packer(checkpoint)
-    kept = sorted(ignore)
-    if checkpoint == "awq":
-        return {
-            "quant_method": "awq",
-            "bits": 4,
-            "group_size": group,
-            "zero_point": True,
-            "version": "gemm",
-            "modules_to_not_convert": kept,
-        }
-    if checkpoint == "gptq":
-        return {
-            "quant_method": "gptq",
-            "bits": 4,
-            "group_size": group,
-            "desc_act": False,
-            "sym": True,
-            "lm_head": False,
-            "dynamic": {f"-:^{re.escape(name)}$": {} for name in kept},
-        }
-    layout, bits, kind, strategy, activations = _COMPRESSED[checkpoint]
-    weights: dict[str, Any] = {
-        "num_bits": bits,
-        "type": kind,
-        "symmetric": True,
-        "strategy": strategy,
-        "dynamic": False,
-    }
-    if strategy == "group":
-        weights["group_size"] = group
-    dynamic = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "quantization_status": "compressed",
-        "ignore": kept,
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights,
-                "input_activations": dynamic if activations else None,
-            }
-        },
-    }
-
-
-#: checkpoint -> layout, bits, type, strategy, whether activations are rounded too
-_COMPRESSED: dict[str, tuple[str, int, str, str, bool]] = {
-    "fp8": ("float-quantized", 8, "float", "channel", True),
-    "w8a8": ("int-quantized", 8, "int", "channel", True),
-    "int8": ("pack-quantized", 8, "int", "channel", False),
-    "w4a16": ("pack-quantized", 4, "int", "group", False),
-}
+    return _PACKERS[known(checkpoint)](name.removesuffix(".weight"), weight, group)
 
 
 def _fp8(module: str, weight: Tensor, group: int) -> dict[str, Tensor]:
@@ -214,23 +146,13 @@ def pack_words(values: Tensor, bits: int) -> Tensor:
 
 _PACKERS: dict[str, Callable[[str, Tensor, int], dict[str, Tensor]]] = {
     "fp8": _fp8,
+    "fp8_weights": _fp8,
     "w8a8": _w8a8,
     "int8": _int8,
     "w4a16": _int4,
     "awq": _awq,
     "gptq": _gptq,
 }
-
-
-def _packer(checkpoint: str) -> Callable[[str, Tensor, int], dict[str, Tensor]]:
-    if checkpoint not in _PACKERS:
-        raise UnknownName(
-            field="checkpoint",
-            value=checkpoint,
-            kind="checkpoint format",
-            mend=f"Known: {', '.join(_PACKERS)}.",
-        )
-    return _PACKERS[checkpoint]
 
 
 def _fits(module: str, weight: Tensor, size: int, unit: int, why: str) -> None:
@@ -242,3 +164,15 @@ def _fits(module: str, weight: Tensor, size: int, unit: int, why: str) -> None:
             reason=f"{size} is no multiple of {unit}, and {why}",
             mend="Choose a smaller group, or another format for this matrix.",
         )
+
+
+__all__ = [
+    "AWQ_ORDER",
+    "CHECKPOINTS",
+    "checkpoint_config",
+    "is_target",
+    "left_alone",
+    "pack",
+    "pack_checkpoint",
+    "pack_words",
+]

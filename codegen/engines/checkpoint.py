@@ -6,36 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from planc.ir.trace.hf_config import text_part
+from planc.passes.native_format import native_format as stated
 
 _FULL = {"full_attention", "attention", "global", 1}
 
 
 def native_format(config: Mapping[str, Any] | None) -> str:
-    """Weight format of the checkpoint: "bf16" where the configuration names no quantization."""
-    if not config:
-        return "bf16"
-    text = text_part(config)
-    quantization = config.get("quantization_config") or text.get("quantization_config") or {}
-    method = str(quantization.get("quant_method", "")).lower()
-    if not method:
-        kind = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16")
-        return {"float32": "fp32", "float16": "fp16"}.get(kind.removeprefix("torch."), "bf16")
-    if method in ("awq", "gptq"):
-        return "w4a16" if int(quantization.get("bits", 4)) == 4 else "int8"
-    if method == "compressed-tensors":
-        return _compressed(quantization)
-    return {"fp8": "fp8", "mxfp4": "mxfp4", "modelopt_fp4": "nvfp4", "modelopt": "fp8"}.get(method, method)
-
-
-def _compressed(quantization: Mapping[str, Any]) -> str:
-    """The widest group decides: compressed-tensors lists weights by group of layers."""
-    groups = (quantization.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups]
-    kinds = {(int(w.get("num_bits", 16)), str(w.get("type", "int"))) for w in weights}
-    bits, kind = max(kinds, default=(16, "float"))
-    return {(4, "int"): "w4a16", (4, "float"): "nvfp4", (8, "int"): "int8", (8, "float"): "fp8"}.get(
-        (bits, kind), "bf16"
-    )
+    """Weight format of the checkpoint: "bf16" where the configuration names no format."""
+    return (stated(config) if config else "") or "bf16"
 
 
 def plain_cache(config: Mapping[str, Any] | None) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from planc.cost_model.table import CostTable
 from planc.ir.trace import trace
 from planc.ir.trace.hf import trace_config
-from planc.passes.model_facts import native_format
+from planc.passes.native_format import native_format
 from planc.passes.tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def test_the_checkpoints_format_is_read_from_the_configuration(name: str, expect
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"quant_method": "gptq", "bits": 8}, "w8a16"),
+        ({"quant_method": "gptq", "bits": 8}, "int8"),
         ({"quant_method": "awq", "bits": 4}, "w4a16"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
         (
@@ -136,6 +136,16 @@ def test_the_checkpoints_format_is_read_from_the_configuration(name: str, expect
                 "config_groups": {"g": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
             },
             "int8",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "a": {"weights": {"num_bits": 4, "type": "int"}},
+                    "b": {"weights": {"num_bits": 8, "type": "float"}},
+                },
+            },
+            "fp8",
         ),
     ],
 )
