@@ -15,10 +15,10 @@ from planc.planner.layer_cluster import Cluster, Range
 _UNIT = 10_000_000
 
 #: flow variables of clusters that are solved before anything else is tried, and of those tried at all
-TINY, SMALL = 300, 3000
+TINY, SMALL = 100, 1000
 
 #: CP-SAT's deterministic seconds
-_WORK = 20.0
+_WORK = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,9 @@ from planc.planner.layer_cluster import COORDINATOR, Cluster, Link, Machine, Ran
 
 __all__ = ["COORDINATOR", "LayerPlacement", "Link", "Machine", "place_layers"]
 
+#: relative gap that counts as none: rates are rounded
+_PROVED = 1e-4
+
 #: groups of machines behind narrow links that a placement passes one after the other
 _GROUPS = 4
 
@@ -69,7 +72,7 @@ def place_layers(
     *,
     partial: bool = False,
     time_limit: float = 60.0,
-    gap: float = 1e-4,
+    gap: float = 0.01,
 ) -> LayerPlacement:
     """The placement of most tokens/s found within the limit; ends early once within `gap` of its bound.
 
@@ -104,7 +107,7 @@ def place_layers(
     flow = cluster.flow(search.ranges, partial)
     bound = max(bound, flow.tokens_s)
     return LayerPlacement(
-        "optimal" if bound <= flow.tokens_s * (1 + gap) else "feasible",
+        "optimal" if bound <= flow.tokens_s * (1 + _PROVED) else "feasible",
         flow.tokens_s,
         bound,
         tuple((machines[at].name, *span) for at, span in enumerate(search.ranges) if span is not None),
