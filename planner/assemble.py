@@ -15,7 +15,7 @@ from planc.cost_model.parts import module_of, split
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, Row
 from planc.errors import CheckFailed
-from planc.planner import priors
+from planc.planner import priors, techniques
 from planc.planner.candidates import Candidate
 from planc.planner.inventory import Group, place
 from planc.planner.offers import Deployed, Fleet
@@ -72,6 +72,7 @@ def replica(search: Search, item: Deployed, gpus: list[str], share: float) -> Re
         pipeline_layers=pipeline_layers(search.table, shape),
         chunked_prefill=search.table.model.kind == "causal_lm",
         prefix_caching=search.traffic.hit_rate > 0,
+        speculative=techniques.stated(item.candidate.speculation),
         traffic_share=share,
         memory=memory(found),
     )
@@ -172,7 +173,6 @@ _NOT_MODELLED = (
     "a simulation of the scheduler (percentiles are closed-form approximations)",
     "preemption and recomputation when the cache overflows",
     "disaggregated prefill and decode pools",
-    "speculative decoding",
     "formats that differ between layer classes",
     "the start burst of closed-loop benchmarks",
     "cold starts, failures and autoscaling",
@@ -184,6 +184,13 @@ def coverage(search: Search) -> Coverage:
     """What the numbers hold, and what they leave out."""
     modelled, missing = list(_MODELLED), list(_NOT_MODELLED)
     facts, load = search.table.model, search.traffic
+    if search.request.constraints.speculative:
+        modelled.append(
+            "speculative decoding: verified rows by the step model, drafts as layers of the model"
+        )
+        missing.append("how acceptance rates differ between requests and fall with the position of a draft")
+    else:
+        missing.append("speculative decoding")
     if load.hit_rate > 0:
         modelled.append(f"prefix cache hits of {100 * load.hit_rate:.3g} % of the input tokens")
         missing.append("memory that the prefix cache needs to reach its hit rate")

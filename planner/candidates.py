@@ -11,12 +11,14 @@ from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.formats import fmt
 from planc.cost_model.parts import Exceptions
 from planc.cost_model.shape import EngineShape, handover_refusals, refusals
+from planc.cost_model.speculative import Speculation
 from planc.cost_model.table import CostTable
 from planc.planner.formats import Accuracy, Formats, allowed
 from planc.planner.inventory import Group
 from planc.planner.mixtures import mixtures
 from planc.planner.plan import Role
 from planc.planner.request import Constraints, Slo
+from planc.planner.techniques import speculations
 from planc.planner.traffic import Traffic
 
 #: engines considered when the request names none, by kind of model: those that planc writes files for, and
@@ -31,12 +33,14 @@ TOKEN_BUDGETS = (1024, 2048, 4096, 8192, 16384)
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One engine shape on one node group. `drop` is the relative accuracy loss of its formats."""
+    """One engine shape on one node group. `drop` is the relative accuracy loss of its formats; `speculation`,
+    if any, says how it drafts tokens."""
 
     group: Group
     profile: EngineProfile
     shape: EngineShape
     drop: float
+    speculation: Speculation | None = None
 
     @property
     def usd(self) -> float:
@@ -72,6 +76,7 @@ class Candidate:
             s.activations,
             s.kv,
             s.formats,
+            self.speculation.label if self.speculation else "",
         )
 
     @property
@@ -85,8 +90,9 @@ class Candidate:
         s = self.shape
         degrees = "".join(f" {n}={getattr(s, n)}" for n in ("pp", "dp", "ep", "cp") if getattr(s, n) > 1)
         formats = f"weights={s.weights} activations={s.activations} kv={s.kv}"
+        drafts = [f"speculative={self.speculation.label}"] if self.speculation else []
         return " ".join(
-            [f"{s.gpu} tp={s.tp}{degrees} {formats}", *(f"{p}={taken}" for p, taken in s.formats)]
+            [f"{s.gpu} tp={s.tp}{degrees} {formats}", *(f"{p}={taken}" for p, taken in s.formats), *drafts]
         )
 
 
@@ -110,13 +116,24 @@ def candidates(
         reasons = reasons or handover_refusals(candidate.shape, table, candidate.profile, role)
         if reasons:
             pruned[f"illegal: {reasons[0].field}"] += 1
-        elif limits.max_accuracy_drop is not None and candidate.drop > limits.max_accuracy_drop + 1e-12:
+            continue
+        if limits.max_accuracy_drop is not None and candidate.drop > limits.max_accuracy_drop + 1e-12:
             pruned["loses more accuracy than allowed"] += 1
-        elif _too_slow(table, candidate, slos, load):
-            pruned["bound: weights cannot be read in time"] += 1
-        else:
-            found.append(candidate)
+            continue
+        for one in _drafting(candidate, limits, role):
+            if _too_slow(table, one, slos, load):
+                pruned["bound: weights cannot be read in time"] += 1
+            else:
+                found.append(one)
     return sorted(found, key=Candidate.key), pruned
+
+
+def _drafting(candidate: Candidate, limits: Constraints, role: Role) -> Iterator[Candidate]:
+    """The engine, and the same with each way of speculation that is offered. Not with pipeline stages,
+    where the engines modelled have none, nor where nothing is decoded."""
+    yield candidate
+    if role in ("aggregated", "decode") and candidate.shape.pp == 1:
+        yield from (replace(candidate, speculation=way) for way in speculations(limits))
 
 
 def _all(
@@ -202,7 +219,8 @@ def _too_slow(table: CostTable, candidate: Candidate, slos: tuple[Slo, ...], loa
     model = table.model
     read = model.active_parameters - (0 if model.tied_embeddings else model.vocab * model.hidden)
     least = read * min(*(fmt(weights).bytes for weights, _ in shape.schemes()), 2.0)
-    seconds = least / (shape.tp * shape.dp * candidate.group.gpu.memory_bytes_s)
+    pace = candidate.speculation.pace if candidate.speculation else 1.0
+    seconds = least / (shape.tp * shape.dp * candidate.group.gpu.memory_bytes_s) / pace
     return any(
         (slo.metric == "tpot" and seconds > slo.limit)
         or (slo.metric == "e2e" and slo.quantile is None and seconds * load.decode_steps > slo.limit)

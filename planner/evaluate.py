@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planc.cost_model.memory import MemoryMap, memory_map
+from planc.cost_model.speculative import Drafting, drafting, with_draft
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
 from planc.errors import InvalidField
@@ -52,6 +53,12 @@ class Engine:
     model: StepModel
     limits: tuple[Limits, ...]
     transfer_s: float = 0.0
+
+    @property
+    def draft(self) -> Drafting | None:
+        """What speculation adds to its steps."""
+        speculation = self.candidate.speculation
+        return drafting(speculation, self.model) if speculation else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,7 @@ class Room:
 
     def memory(self, cap: int, budget: int) -> MemoryMap:
         return memory_map(
-            self.table,
+            with_draft(self.table, self.candidate.speculation),
             self.candidate.shape,
             self.candidate.group.gpu,
             self.candidate.profile,
@@ -138,9 +145,10 @@ class Room:
         found: list[Limits] = []
         traffic = self.traffic.of(self.role)
         everywhere = self.seats(max(caps), max(budgets))
+        rows = self.candidate.speculation.rows if self.candidate.speculation else 1
         for budget in sorted(budgets):
             for cap in _caps(traffic, sorted(caps), budget):
-                if traffic.decode_steps and cap > budget:
+                if traffic.decode_steps and rows * cap > budget:
                     break
                 if traffic.role == "decode" and any(item.max_num_seqs == cap for item in found):
                     continue
@@ -171,7 +179,7 @@ class Bench:
         start = 0
         for number, engine in enumerate(self.engines):
             budgets = sorted({full_step(item, traffic) for item in engine.limits})
-            parts.append(Curves.of(engine.model, traffic, budgets))
+            parts.append(Curves.of(engine.model, traffic, budgets, engine.draft))
             for item in engine.limits:
                 index.append(start + budgets.index(full_step(item, traffic)))
                 owner.append(number)
@@ -248,7 +256,7 @@ class Precise:
 
     def __init__(self, engine: Engine, limits: Limits, traffic: Traffic, role: Part = "aggregated") -> None:
         self.engine, self.limits, self.traffic = engine, limits, traffic.of(role)
-        self.times = Exact.of(engine.model, self.traffic, full_step(limits, self.traffic))
+        self.times = Exact.of(engine.model, self.traffic, full_step(limits, self.traffic), engine.draft)
         self.seats = np.array([[float(limits.seats)]])
 
     def state(self, batch: Array, scale: float = 1.0) -> Steady:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
 
 from planc.cost_model import catalogue, formats
 from planc.cost_model.parts import parse, scheme
@@ -23,7 +23,7 @@ from planc.planner.overrides import apply_overrides
 from planc.planner.slo import Metric as Metric
 from planc.planner.slo import Slo as Slo
 from planc.planner.slo import checked, objectives
-from planc.planner.workload import Part, Workload, plain
+from planc.planner.workload import Part, Workload, mistake, plain
 
 Objective = Literal["min_cost", "max_goodput", "min_latency", "min_energy", "pareto"]
 
@@ -65,6 +65,32 @@ class Inventory(Part):
 # -- objectives and constraints ----------------------------------------------------------
 
 
+class Speculative(Part):
+    """One way of speculative decoding that engines may use.
+
+    num_speculative_tokens   tokens drafted per step, or a list to choose from
+    acceptance_rate          chance that a drafted token is accepted, given that those before it were
+    draft_model              the draft's checkpoint, for draft_model, eagle and eagle3
+    draft_parameters         of a draft model, in number
+    """
+
+    method: Literal["ngram", "draft_model", "mtp", "eagle", "eagle3"]
+    num_speculative_tokens: Annotated[
+        list[Annotated[int, Field(ge=1, le=32)]], BeforeValidator(_listed), Field(min_length=1)
+    ]
+    acceptance_rate: float = Field(ge=0, le=1)
+    draft_model: str | None = Field(default=None, min_length=1)
+    draft_parameters: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Speculative:
+        if self.method in ("draft_model", "eagle", "eagle3") and self.draft_model is None:
+            raise mistake(f"{self.method} needs a draft", "Name its checkpoint as draft_model.")
+        if self.method == "draft_model" and self.draft_parameters is None:
+            raise mistake("the size of the draft model is missing", "Give draft_parameters, e.g. 0.6e9.")
+        return self
+
+
 class Constraints(Part):
     """What the plan may use. A list that is left out allows the engine's own; see each field.
 
@@ -78,6 +104,7 @@ class Constraints(Part):
                                {"decoder:self_attn": bf16, "decoder[0-3]:mlp": fp8/fp8, "sliding:kv": fp8}
     sensitivities              file of measured sensitivities that an accuracy budget is shared out by
     max_spot_share             most of any traffic class that machines marked `spot` may carry
+    speculative                ways of speculative decoding that may be used; left out: none
     """
 
     weights: Names = None
@@ -107,6 +134,7 @@ class Constraints(Part):
     sensitivities: str | None = None
     spare_replicas: int | None = Field(default=None, ge=0, le=64)
     max_spot_share: float | None = Field(default=None, ge=0, le=1)
+    speculative: list[Speculative] | None = Field(default=None, min_length=1)
 
 
 class Request(Part):

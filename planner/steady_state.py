@@ -54,6 +54,8 @@ class StepTimes(Protocol):
     request_s   a request's way to the scheduler [N, 1]
     lag_steps   steps from a token's kernels to its client [N, 1]
     first_token where the client has it from when prompts are computed elsewhere, see FIRST [N, 1]
+    per_seq     rows that a step computes for each decoding sequence, 1 without speculation [N, 1]
+    pace        tokens that each of them gains by a step, on average [N, 1]
     """
 
     @property
@@ -73,6 +75,12 @@ class StepTimes(Protocol):
 
     @property
     def first_token(self) -> Array: ...
+
+    @property
+    def per_seq(self) -> Array: ...
+
+    @property
+    def pace(self) -> Array: ...
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         """(D, M, F) in seconds of the slowest stage, with `seqs` decoding sequences in the step."""
@@ -105,6 +113,7 @@ class Steady:
     _residual: Array
     _own: Array
     _tpot_sd: Array
+    _pace: Array
 
     @property
     def e2e(self) -> Array:
@@ -159,11 +168,14 @@ class Steady:
             )
 
     def _tpot_at(self, q: float) -> Array:
-        return np.maximum(self.tpot + NormalDist().inv_cdf(q) * self._tpot_sd, self._decode)
+        return np.maximum(self.tpot + NormalDist().inv_cdf(q) * self._tpot_sd, self._decode / self._pace)
 
     def _itl_at(self, q: float) -> Array:
-        plain = self._decode + max(NormalDist().inv_cdf(q), 0.0) * self._tpot_sd
-        return np.where(self._mixed_share >= 1 - q, np.maximum(self._mixed, plain), plain)
+        late = (1 - q) * self._pace  # of the gaps between steps; tokens of one step have none between them
+        inside = np.clip(1 - late, 0.0, 1 - 1e-12)
+        plain = self._decode + np.maximum(_normal_quantile(inside), 0.0) * self._tpot_sd * self._pace
+        found = np.where(self._mixed_share >= late, np.maximum(self._mixed, plain), plain)
+        return np.where(late < 1, found, 0.0)
 
     def _e2e_at(self, q: float) -> Array:
         steps = np.maximum(self.traffic.osl - 1, 0)
@@ -203,10 +215,10 @@ def steady(
     closed = traffic.concurrency is not None
     met = np.maximum(batch, 1.0) if closed else np.minimum(batch + 1.0, np.maximum(seats, 1.0))
     decode, mixed, full = (part * scale for part in times.at(met / times.pp))
-    budget = np.maximum(times.budget - met / times.pp, 1.0)
+    budget = np.maximum(times.budget - times.per_seq * met / times.pp, 1.0)
     fresh = traffic.new_tokens
     chunks = np.maximum(fresh / budget, 1.0)
-    steps = traffic.decode_steps
+    steps = traffic.decode_steps / times.pace
     # several prompts share a step once more than one arrives per step; then their cost is the fluid one
     alone = np.minimum(1.0, steps / np.maximum(batch, 1e-12))
     extra = alone * chunks * (mixed - decode) + (1 - alone) * fresh / budget * (full - decode)
@@ -256,7 +268,7 @@ def steady(
         batch=rate * steps * tpot,
         rate=rate,
         ttft=ttft,
-        tpot=tpot,
+        tpot=tpot / times.pace,
         users=users,
         busy=busy,
         full=taken / np.maximum(seats, 1.0),
@@ -268,7 +280,8 @@ def steady(
         _queue_wait=queue,
         _residual=residual,
         _own=own,
-        _tpot_sd=tpot_sd,
+        _tpot_sd=tpot_sd / times.pace,
+        _pace=times.pace,
     )
 
 
@@ -318,6 +331,7 @@ def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array
         _residual=zero,
         _own=own,
         _tpot_sd=zero,
+        _pace=times.pace,
     )
 
 
@@ -336,7 +350,7 @@ def _decode_only(
     tpot = times.pp * decode
     early = times.first_token < 0
     again = np.maximum(times.first_token, 0.0)
-    steps = traffic.decode_steps + again
+    steps = traffic.decode_steps / times.pace + again
     rate = batch / (steps * tpot)
     residual = 0.5 * decode
     stay = transfer + residual + steps * tpot
@@ -356,7 +370,7 @@ def _decode_only(
         batch=batch,
         rate=rate,
         ttft=ttft,
-        tpot=np.where(impossible, np.inf, tpot + after),
+        tpot=np.where(impossible, np.inf, tpot / times.pace + after),
         users=rate * np.where(impossible, 0.0, chance * wait + stay),
         busy=zero,
         full=taken / np.maximum(seats, 1.0),
@@ -368,7 +382,8 @@ def _decode_only(
         _queue_wait=zero,
         _residual=np.where(early, 0.0, residual),
         _own=np.where(early, 0.0, transfer + zero),
-        _tpot_sd=np.maximum(over[0] * scale - decode, 0.0) * times.pp,
+        _tpot_sd=np.maximum(over[0] * scale - decode, 0.0) * times.pp / times.pace,
+        _pace=times.pace,
     )
 
 
@@ -406,6 +421,11 @@ def _seat_queue(load: Array, seats: Array, stay: Array) -> tuple[Array, Array]:
         chance = density / (density + beta * _normal_cdf(beta))
         wait = stay / spare
     return chance, wait
+
+
+_normal_quantile = np.vectorize(
+    lambda q: NormalDist().inv_cdf(q) if 0 < q < 1 else -math.inf, otypes=[np.float64]
+)
 
 
 def _normal_cdf(x: Array) -> Array:

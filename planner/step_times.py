@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from planc.cost_model.speculative import Drafting
 from planc.cost_model.step import StepLoad, StepModel
 from planc.planner.priors import way
 from planc.planner.steady_state import FIRST, Array
@@ -16,18 +17,20 @@ from planc.planner.traffic import Traffic
 #: decoding sequences per step at which curves are tabulated; n and n + 1 where kernels change their tiles
 _STARTS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 20, 24, 25, 32, 33, 40, 48, 56, 64, 65, 72, 80, 96, 97, 112)
 _LARGE = (128, 129, 144, 160, 176, 192, 193, 208, 224, 240, 256, 257, 288, 320, 384, 385, 448, 512, 513)
-_CURVES = ("decode", "mixed", "full", "budget", "pp", "dp", "request_s", "lag_steps", "first_token")
+_FIXED = ("budget", "pp", "dp", "request_s", "lag_steps", "first_token", "per_seq", "pace")
+_CURVES = ("decode", "mixed", "full", *_FIXED)
 GRID = np.array((*_STARTS, *_LARGE, 640, 768, 769, 896, 1024), dtype=np.float64)
 
 
-def loads(traffic: Traffic, seqs: Array, budget: Array) -> tuple[StepLoad, StepLoad, StepLoad]:
-    """The steps D, M and F of `planner.steady_state` at `seqs` decoding sequences and a token budget."""
+def loads(traffic: Traffic, seqs: Array, budget: Array, rows: int = 1) -> tuple[StepLoad, StepLoad, StepLoad]:
+    """The steps D, M and F of `planner.steady_state` at `seqs` decoding sequences, each of so many `rows`,
+    and a token budget."""
     context = traffic.decode_context
     if traffic.role == "decode":
         return (StepLoad(seqs, context),) * 3
     if traffic.decode_steps == 0:
         seqs = np.zeros_like(seqs)
-    room = np.maximum(budget - seqs, 1.0)
+    room = np.maximum(budget - rows * seqs, 1.0)
     chunk = np.minimum(traffic.new_tokens, room)
     cached = np.maximum(traffic.prefill_context - chunk / 2, 0.0)
     return (
@@ -37,9 +40,15 @@ def loads(traffic: Traffic, seqs: Array, budget: Array) -> tuple[StepLoad, StepL
     )
 
 
-def _fixed(model: StepModel) -> tuple[float, float, float, float, float]:
-    """pp, dp, request_s, lag_steps, first_token."""
-    return model.shape.pp, model.shape.dp, *way(model.profile), FIRST[model.profile.serving.first_token]
+def _fixed(model: StepModel, draft: Drafting | None) -> tuple[float, ...]:
+    """pp, dp, request_s, lag_steps, first_token, per_seq, pace."""
+    rows, pace = (draft.speculation.rows, draft.speculation.pace) if draft else (1, 1.0)
+    first = FIRST[model.profile.serving.first_token]
+    return model.shape.pp, model.shape.dp, *way(model.profile), first, rows, pace
+
+
+def _seconds(model: StepModel, draft: Drafting | None, load: StepLoad) -> Array:
+    return model.seconds(load) if draft is None else model.seconds(load) + draft.seconds(load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class Exact:
     """Every call asks the step model. Shapes: seqs [1, K], all else [1, 1]."""
 
     model: StepModel
+    draft: Drafting | None
     traffic: Traffic
     budget: Array
     pp: Array
@@ -54,18 +64,21 @@ class Exact:
     request_s: Array
     lag_steps: Array
     first_token: Array
+    per_seq: Array
+    pace: Array
 
     @staticmethod
-    def of(model: StepModel, traffic: Traffic, budget: float) -> Exact:
-        fixed = (np.array([[float(value)]]) for value in (budget, *_fixed(model)))
-        return Exact(model, traffic, *fixed)
+    def of(model: StepModel, traffic: Traffic, budget: float, draft: Drafting | None = None) -> Exact:
+        fixed = (np.array([[float(value)]]) for value in (budget, *_fixed(model, draft)))
+        return Exact(model, draft, traffic, *fixed)
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
-        plain, mixed, full = loads(self.traffic, np.maximum(seqs, 1.0), self.budget)
-        decode = self.model.seconds(plain)
+        rows = self.draft.speculation.rows if self.draft else 1
+        plain, mixed, full = loads(self.traffic, np.maximum(seqs, 1.0), self.budget, rows)
+        decode = _seconds(self.model, self.draft, plain)
         if mixed is plain:
             return decode, decode, decode
-        return decode, self.model.seconds(mixed), self.model.seconds(full)
+        return decode, _seconds(self.model, self.draft, mixed), _seconds(self.model, self.draft, full)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,20 +97,24 @@ class Curves:
     request_s: Array
     lag_steps: Array
     first_token: Array
+    per_seq: Array
+    pace: Array
 
     @staticmethod
-    def of(model: StepModel, traffic: Traffic, budgets: Sequence[int]) -> Curves:
+    def of(
+        model: StepModel, traffic: Traffic, budgets: Sequence[int], draft: Drafting | None = None
+    ) -> Curves:
         """One row per token budget of one step model."""
         budget = np.array(budgets, dtype=np.float64)[:, None]
-        plain, mixed, full = loads(traffic, GRID[None, :], budget)
-        rows = np.ones_like(budget)
-        decode = np.repeat(model.seconds(plain), len(budgets), axis=0)
+        plain, mixed, full = loads(traffic, GRID[None, :], budget, draft.speculation.rows if draft else 1)
+        ones = np.ones_like(budget)
+        decode = np.repeat(_seconds(model, draft, plain), len(budgets), axis=0)
         return Curves(
             decode,
-            decode if mixed is plain else model.seconds(mixed),
-            decode if full is plain else model.seconds(full),
+            decode if mixed is plain else _seconds(model, draft, mixed),
+            decode if full is plain else _seconds(model, draft, full),
             budget,
-            *(rows * value for value in _fixed(model)),
+            *(ones * value for value in _fixed(model, draft)),
         )
 
     @staticmethod

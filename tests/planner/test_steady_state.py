@@ -53,6 +53,14 @@ class Linear:
     def first_token(self) -> Array:
         return np.array([[self.first]])
 
+    @property
+    def per_seq(self) -> Array:
+        return np.ones((1, 1))
+
+    @property
+    def pace(self) -> Array:
+        return np.ones((1, 1))
+
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         plain = FIXED + PER_SEQ * seqs
         room = np.maximum(self.tokens - seqs, 1.0)
@@ -99,7 +107,7 @@ def test_agrees_with_a_simulated_scheduler(isl: int, osl: int, share: float, bud
     assert found.rate[0, 0] == pytest.approx(seen.rate, rel=0.08)
     assert found.tpot[0, 0] == pytest.approx(seen.tpot.mean(), rel=0.08)
     assert found.batch[0, 0] == pytest.approx(seen.batch, rel=0.12)
-    constant = priors().request_s + priors().lag_steps * found._decode[0, 0]
+    constant = priors().request_s + priors().lag_steps * found.tpot[0, 0]
     assert found.ttft[0, 0] - constant == pytest.approx(seen.ttft.mean(), rel=0.2)
     assert found.quantile("ttft", 0.95)[0, 0] - constant == pytest.approx(
         np.quantile(seen.ttft, 0.95), rel=0.25
