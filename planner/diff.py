@@ -25,7 +25,12 @@ Direction = Literal["+", "-", "~"]
 _MIRROR: Mapping[Direction, Direction] = {"+": "-", "-": "+", "~": "~"}
 
 #: order in which sections are shown
-SECTIONS = ("model", "request", "pools", "layers", "predicted", "solver", "coverage")
+SECTIONS = ("model", "request", "pools", "layers", "predicted", "solver", "coverage", "other")
+#: parts of a plan that have a section of their own, or that say nothing about what it does
+_TREATED = (
+    *("model", "request", "pools", "layers", "predicted", "predicted_by_class", "simulated", "solver"),
+    *("coverage", "planc_version", "schema_version", "fingerprint", "rejected"),
+)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -63,6 +68,7 @@ class Change:
     def is_detail(self) -> bool:
         """Whether it only follows another: bands and percentiles; or moved by less than 0.1 %."""
         follows = self.path.endswith((".low", ".high", ".source")) or ".percentiles." in self.path
+        follows |= self.path.startswith("simulated")
         return follows or (self.ratio is not None and abs(self.ratio) < 1e-3)
 
 
@@ -144,6 +150,11 @@ def diff(old: Plan, new: Plan, table: CostTable | None = None, *, without: str =
             _solver(old, new),
             _named("coverage", "modelled", old.coverage.modelled, new.coverage.modelled),
             _named("coverage", "not modelled", old.coverage.not_modelled, new.coverage.not_modelled),
+            *(
+                _values("other", name, *(plan.model_dump(mode="json")[name] for plan in (old, new)))
+                for name in Plan.model_fields
+                if name not in _TREATED
+            ),
         )
         for change in part
     )
@@ -254,7 +265,16 @@ def _pools(old: Plan, new: Plan, pairs: Iterable[Pair]) -> Iterator[Change]:
     before, after = ({gpu for replica in plan.replicas() for gpu in replica.gpus} for plan in (old, new))
     if before != after:
         yield from _values("pools", "GPUs used", len(before), len(after))
-        yield from _named("pools", "GPU", before, after)
+        if before - after:
+            yield Change("pools", "GPUs", "-", _places(before - after), None)
+        if after - before:
+            yield Change("pools", "GPUs", "+", None, _places(after - before))
+
+
+def _places(gpus: Iterable[str]) -> list[str]:
+    """ "node/index" names by node and number."""
+    split = ((gpu.rpartition("/"), gpu) for gpu in gpus)
+    return [gpu for _, gpu in sorted(((node, len(index), index), gpu) for (node, _, index), gpu in split)]
 
 
 def _layers(old: list[LayerPlan], new: list[LayerPlan]) -> Iterator[Change]:
@@ -275,6 +295,7 @@ def _predictions(old: Plan, new: Plan) -> Iterator[Change]:
     yield from _predicted("", old.predicted, new.predicted)
     for name in sorted({*old.predicted_by_class} & {*new.predicted_by_class}):
         yield from _predicted(f"{name}: ", old.predicted_by_class[name], new.predicted_by_class[name])
+    yield from _values("predicted", "simulated", old.simulated, new.simulated)
 
 
 def _predicted(prefix: str, old: Mapping[str, Predicted], new: Mapping[str, Predicted]) -> Iterator[Change]:

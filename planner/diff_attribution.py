@@ -31,6 +31,7 @@ from planc.planner.plan import Plan
 _DIGITS = 40  # binary, of a metric's largest figure
 _SAME = 1e-4  # relative difference up to which the evaluator reproduces a plan's own number
 _TOGETHER = 3  # decisions taken at once before all that are left are
+_UNSEEN = "not evaluated"
 _TRIES = 200  # sets of decisions looked at for one step
 
 Metrics = Mapping[str, float]
@@ -77,6 +78,11 @@ class Attribution:
     new: Metrics
     parts: tuple[Part, ...]
     walks: tuple[tuple[tuple[str, ...], ...], ...]
+
+    @property
+    def unseen(self) -> Part | None:
+        """What no decision explains."""
+        return next((part for part in self.parts if part.name == _UNSEEN), None)
 
     def change(self, metric: str) -> float:
         return self.new[metric] - self.old[metric]
@@ -133,7 +139,7 @@ def _unseen(old: Plan, new: Plan) -> Decision:
     sides = [(p.planc_version, p.fingerprint.profile, p.fingerprint.model) for p in (old, new)]
     changed = [i for i in range(len(names)) if sides[0][i] != sides[1][i]]
     before, after = (", ".join(f"{names[i]} {side[i]}" for i in changed) for side in sides)
-    return Decision("not evaluated", before or "as planned", after or "as planned")
+    return Decision(_UNSEEN, before, after)
 
 
 # -- walks -------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ class Decision:
         return Decision(self.name, self.new, self.old, self.part)
 
     def text(self) -> str:
-        return f"{self.name}{' ' if self.part else ''}{self.part}: {self.old} -> {self.new}"
+        name = f"{self.name} {self.part}".strip()
+        return name if self.old == self.new else f"{name}: {self.old} -> {self.new}"
 
 
 _SHORT = 1e-4  # share of the offered load that a plan may lack by rounding

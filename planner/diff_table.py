@@ -79,10 +79,11 @@ def sheet(found: Attribution, asked: Sequence[str] = ()) -> Sheet:
     names = [n for metric in METRICS for n in (metric, *(a for a in asked if a.startswith(f"{metric}.")))]
     columns = [_column(found, name) for name in names if name in found.old]
     moving = [i for i in range(len(found.parts)) if any(column.parts[i] for column in columns)]
+    idle = [part for i, part in enumerate(found.parts) if i not in moving and part is not found.unseen]
     return Sheet(
         tuple(Column(c.metric, c.decimals, c.old, c.new, tuple(c.parts[i] for i in moving)) for c in columns),
         tuple(found.parts[i] for i in moving),
-        tuple(part for i, part in enumerate(found.parts) if i not in moving),
+        tuple(idle),
     )
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from planc.commands.common import UNITS, emit_json, json_option, out, profile_option, progress, trust_option
+from planc.commands.common import emit_json, json_option, out, profile_option, progress, trust_option
 from planc.errors import InvalidField
 
 if TYPE_CHECKING:
@@ -19,6 +19,17 @@ if TYPE_CHECKING:
     from planc.planner.diff_table import Column
     from planc.planner.plan import Plan
 
+#: two lines over each column
+_HEADS = {
+    "ttft_ms": ("TTFT", "ms"),
+    "tpot_ms": ("TPOT", "ms"),
+    "e2e_ms": ("E2E", "ms"),
+    "output_tok_s": ("output", "tok/s"),
+    "usd_per_hour": ("price", "USD/h"),
+    "usd_per_million_tokens": ("price", "USD/1M"),
+    "joules_per_token": ("energy", "J/tok"),
+    "memory_gib": ("memory", "GiB/GPU"),
+}
 _LABEL = 38  # columns of the terminal that a decision may take before it is folded
 
 
@@ -81,6 +92,12 @@ def _show(console: Console, plans: tuple[Plan, Plan], found: PlanDiff, everythin
     if not found:
         console.print("the plans do not differ")
         return
+    if len(found.pairs) > 1:
+        for pair in found.pairs:
+            before, after = (kind.title() if kind else "none" for kind in (pair.old, pair.new))
+            same = "as before" if before == after else after
+            console.print(f"{pair.name}: {before} -> {same}", markup=False)
+        console.print()
     shown = [change for change in found.changes if everything or not change.is_detail]
     for change in shown:
         style = {"+": "green", "-": "red", "~": "yellow"}[change.kind]
@@ -104,8 +121,7 @@ def _explain(console: Console, plans: tuple[Plan, Plan], found: PlanDiff) -> Non
     table = Table(box=None, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("why", max_width=_LABEL, overflow="fold")
     for column in made.columns:
-        label, unit = _title(column.metric)
-        table.add_column(f"{label}\n{unit}", justify="right", no_wrap=True)
+        table.add_column(_head(column.metric), justify="right", no_wrap=True)
     table.add_row("old", *(column.text(column.old) for column in made.columns), style="bold")
     for number, part in enumerate(made.parts):
         cells = (_cell(column, column.parts[number]) for column in made.columns)
@@ -129,7 +145,7 @@ def _cell(column: Column, count: int) -> str:
     return f"[{style}]{text}[/]" if style else text
 
 
-def _title(metric: str) -> tuple[str, str]:
+def _head(metric: str) -> str:
     name, _, percentile = metric.partition(".")
-    label, unit = UNITS.get(name, (name, ""))
-    return f"{label} {percentile}".strip(), unit.replace(" / ", "/").replace("output token", "token")
+    first, second = _HEADS[name]
+    return f"{first} {percentile}".strip() + f"\n{second}"
