@@ -1,7 +1,9 @@
-"""vLLM: one folder per replica shape, with `config.yaml` and `launch.sh`, which lists the instances."""
+"""vLLM: one folder per replica shape, with `config.yaml` and `launch.sh`, which lists the instances; a router
+where prefill and decode are apart."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +14,16 @@ import jinja2
 import yaml
 
 from planc.codegen.engines.checkpoint import native_format
-from planc.codegen.engines.vllm_settings import environment, settings, weights
+from planc.codegen.engines.vllm_formats import QUANTIZATION_FILE, quantization_file, weights
+from planc.codegen.engines.vllm_settings import environment, settings
 from planc.codegen.shell import comment, quote
 from planc.planner.plan import Plan, Replica, Role
 from planc.version import __version__
 
 FIRST_PORT = 8000
+#: NIXL's handshake: a port for each data-parallel rank of an instance, instances this far apart
+_SIDE_PORT, _SIDE_STEP = 5600, 64
+_HALVES = ("prefill", "decode")
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -33,11 +39,19 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One replica of a shape. `parts` has one entry per node, in rank order."""
+    """One replica of a shape. `parts` has one entry per node, in rank order; `share` of all requests are for
+    it, of the traffic classes named."""
 
     number: int
     port: int
     parts: tuple[Part, ...]
+    share: float = 1.0
+    classes: tuple[str, ...] = ()
+
+    @property
+    def side_port(self) -> int:
+        """Of NIXL's handshake."""
+        return _SIDE_PORT + _SIDE_STEP * (self.port - FIRST_PORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +73,29 @@ def render(plan: Plan, config: Mapping[str, Any] | None = None) -> dict[str, str
     for shape in shapes(plan):
         files[f"{shape.folder}/config.yaml"] = _config(shape, plan, config)
         files[f"{shape.folder}/launch.sh"] = _launch(shape, plan, config)
+        if (stored := quantization_file(shape.replica, plan)) is not None:
+            files[f"{shape.folder}/{QUANTIZATION_FILE}"] = stored
+    if _apart(plan):
+        files["router.py"] = (Path(__file__).parent / "router.py").read_text(encoding="utf-8")
+        files["router.json"] = _routes(plan)
     return files
+
+
+def _apart(plan: Plan) -> bool:
+    return any(pool.role in _HALVES for pool in plan.pools)
+
+
+def _routes(plan: Plan) -> str:
+    """What the router knows: the engines of each set of traffic classes, by the part of the work they do."""
+    routes: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    for shape in shapes(plan):
+        name = shape.role if shape.role in _HALVES else "whole"
+        for one in shape.instances:
+            found = {"node": one.parts[0].node, "port": one.port, "share": one.share}
+            kind = (*one.classes, "" if name == "whole" else "apart")
+            routes.setdefault(kind, {}).setdefault(name, []).append(found)
+    listed = [{"classes": list(kind[:-1]), **engines} for kind, engines in routes.items()]
+    return json.dumps({"plan": plan.fingerprint.plan, "routes": listed}, indent=2) + "\n"
 
 
 def readme(plan: Plan) -> str:
@@ -85,29 +121,48 @@ def readme(plan: Plan) -> str:
                 "node's address and `NODE_RANK` 0 on the first, 1 on the next, and so on.",
                 "",
             ]
+    if _apart(plan):
+        lines += [
+            "Prompts are computed by the prefill instances, their caches fetched by the decode instances "
+            "through NIXL (`pip install nixl`). They agree on the way at `SIDE_HOST`, a node's address as "
+            "others reach it (its own name if left out). Start all instances, then the router, which clients "
+            "talk to; `--at` says where the plan's nodes are:",
+            "",
+            "```",
+            "python engines/vllm/router.py --port 9000 "
+            + " ".join(["--at", *(f"{node}=ADDRESS" for node in _nodes(plan))]),
+            "```",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def shapes(plan: Plan) -> list[Shape]:
     """A plan's vLLM replicas by shape. Ports count up from 8000 over all instances of a plan."""
-    grouped: dict[tuple[Role, str], list[Replica]] = {}
+    grouped: dict[tuple[Role, str], list[tuple[Replica, tuple[str, ...]]]] = {}
     for pool in plan.pools:
         for replica in pool.replicas:
             if replica.engine == "vllm":
                 same = replica.model_copy(update={"gpus": [], "traffic_share": 0.0})
-                grouped.setdefault((pool.role, same.model_dump_json()), []).append(replica)
+                mine = grouped.setdefault((pool.role, same.model_dump_json()), [])
+                mine.append((replica, tuple(pool.classes)))
     found: list[Shape] = []
     port = FIRST_PORT
     taken: set[str] = set()
     for (role, _), replicas in grouped.items():
         instances = []
-        for number, replica in enumerate(replicas):
-            instances.append(Instance(number, port, _parts(replica)))
+        for number, (replica, classes) in enumerate(replicas):
+            instances.append(Instance(number, port, _parts(replica), replica.traffic_share, classes))
             port += 1
-        folder = _folder(role, replicas[0], taken)
+        folder = _folder(role, replicas[0][0], taken)
         taken.add(folder)
-        found.append(Shape(folder, role, replicas[0], tuple(instances)))
+        found.append(Shape(folder, role, replicas[0][0], tuple(instances)))
     return found
+
+
+def _nodes(plan: Plan) -> list[str]:
+    """Nodes with an instance's first GPU, in the plan's order."""
+    return list(dict.fromkeys(i.parts[0].node for shape in shapes(plan) for i in shape.instances))
 
 
 def _parts(replica: Replica) -> tuple[Part, ...]:
@@ -137,6 +192,7 @@ def _folder(role: Role, replica: Replica, taken: set[str]) -> str:
         *(f"{name}{degree}" for name, degree in degrees if degree > 1 or name == "tp"),
         replica.weights,
         *([f"kv-{replica.kv}"] if replica.kv != "bf16" else []),
+        *(["mixed"] if replica.formats else []),
     ]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(words)).strip(".-")
     number = 2
@@ -153,7 +209,8 @@ def _config(shape: Shape, plan: Plan, config: Mapping[str, Any] | None) -> str:
         f"# Written by planc {__version__} from plan {plan.fingerprint.plan}: what was evaluated.\n"
     )
     return head + "".join(
-        f"{key}: {_inline(value)}\n" for key, value in settings(shape.replica, plan, config).items()
+        f"{key}: {_inline(value)}\n"
+        for key, value in settings(shape.replica, plan, config, shape.role).items()
     )
 
 
@@ -183,8 +240,9 @@ def _launch(shape: Shape, plan: Plan, config: Mapping[str, Any] | None) -> str:
         on_cpu=replica.gpu == "cpu",
         processes=replica.tp * replica.pp * replica.dp,
         nodes=nodes,
+        apart=shape.role in _HALVES,
         by_data=spread,
-        exported=weights(replica, config).exported,
+        exported=weights(replica, plan, config).exported,
         native=native_format(config),
         default_model="" if source.endswith((".json", ".pt2")) or ":" in source else source,
     )
@@ -201,4 +259,5 @@ def _words(replica: Replica) -> str:
         ("cp", replica.cp),
     ]
     shown = ", ".join(f"{name} {degree}" for name, degree in degrees if degree > 1 or name == "tp")
-    return f"{len(replica.gpus)} x {replica.gpu}: {shown}, {replica.weights} weights, {replica.kv} KV"
+    others = "".join(f", {part} {taken}" for part, taken in replica.formats.items())
+    return f"{len(replica.gpus)} x {replica.gpu}: {shown}, {replica.weights} weights, {replica.kv} KV{others}"

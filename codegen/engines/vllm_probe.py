@@ -56,6 +56,7 @@ def accepted(whole: Any, argv: list[str]) -> dict[str, Any]:
         "prefix_caching": cache.enable_prefix_caching,
         "num_gpu_blocks_override": cache.num_gpu_blocks_override,
         "gpu_memory_utilization": cache.gpu_memory_utilization,
+        "kv_role": found.kv_transfer_config.kv_role if found.kv_transfer_config else None,
         "served_model_name": found.model_config.served_model_name,
     }
 

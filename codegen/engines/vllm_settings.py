@@ -8,48 +8,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from planc.codegen.engines.checkpoint import multimodal, native_format, plain_cache
+from planc.codegen.engines.checkpoint import multimodal, plain_cache
+from planc.codegen.engines.vllm_formats import DTYPES, caches, weights
 from planc.errors import CheckFailed
-from planc.planner.plan import Plan, Replica
+from planc.planner.plan import Plan, Replica, Role
 
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _CPU_BLOCK = 32  # vLLM's CPU attention takes blocks of a multiple of this many tokens
-_KV = {"bf16": "auto", "fp16": "auto", "fp32": "auto", "fp8": "fp8"}
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """How vLLM comes to a plan's weight format.
-
-    setting   value of `quantization`, None where the checkpoint itself says it
-    exported  the weights must first be written in that format (`planc export --weights`)
-    """
-
-    setting: str | None
-    exported: bool
+#: role of an engine's pool -> what vLLM calls an engine that gives caches away, or fetches them
+_TRANSFER = {"prefill": "kv_producer", "decode": "kv_consumer"}
 
 
-def weights(replica: Replica, config: Mapping[str, Any] | None) -> Weights:
-    """vLLM quantizes bf16 checkpoints to fp8 while loading, and reads what a checkpoint already is."""
-    native = native_format(config)
-    if replica.weights == native or (replica.weights in _DTYPES and native in _DTYPES):
-        return Weights(None, exported=False)
-    if replica.weights == "fp8" and native in _DTYPES:
-        return Weights("fp8", exported=False)
-    return Weights(None, exported=True)
-
-
-def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> dict[str, Any]:
+def settings(
+    replica: Replica, plan: Plan, config: Mapping[str, Any] | None, role: Role = "aggregated"
+) -> dict[str, Any]:
     """Everything that goes into `config.yaml`. Raises CheckFailed for what vLLM has no setting for."""
     on_cpu = replica.gpu == "cpu"
     _expressible(replica, on_cpu)
     world = replica.tp * replica.pp * replica.cp
     out: dict[str, Any] = {
         "served-model-name": plan.model.name.lstrip("-") or "model",  # a leading dash would be an option
-        "dtype": _DTYPES.get(replica.weights) or _DTYPES.get(replica.activations, "bfloat16"),
+        "dtype": DTYPES.get(replica.weights) or DTYPES.get(replica.activations, "bfloat16"),
         "tensor-parallel-size": replica.tp,
         "pipeline-parallel-size": replica.pp,
         "data-parallel-size": replica.dp,
@@ -65,15 +47,15 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
         "max-num-batched-tokens": replica.max_num_batched_tokens,
         "max-model-len": replica.max_model_len,
         "block-size": replica.block_size,
-        "kv-cache-dtype": _KV[replica.kv],
+        **caches(replica, plan),
         _switch("enable-chunked-prefill", replica.chunked_prefill): True,
         _switch("enable-prefix-caching", replica.prefix_caching): True,
     }
-    if (method := weights(replica, config).setting) is not None:
+    if (method := weights(replica, plan, config).setting) is not None:
         out["quantization"] = method
-    if replica.weights == "fp8" and replica.activations in _DTYPES:
+    if replica.weights == "fp8" and replica.activations in DTYPES and not replica.formats:
         out |= {"linear-backend": "marlin", "moe-backend": "marlin"}  # fp8 weights, wider products
-    if plain_cache(config):
+    if plain_cache(config) and "kv-cache-dtype-skip-layers" not in out:
         out["num-gpu-blocks-override"] = replica.kv_blocks
     if not on_cpu:
         out["gpu-memory-utilization"] = replica.gpu_memory_utilization
@@ -81,6 +63,8 @@ def settings(replica: Replica, plan: Plan, config: Mapping[str, Any] | None) -> 
         out["compilation-config"] = (
             {"cudagraph_capture_sizes": sizes} if sizes else {"cudagraph_mode": "NONE"}
         )
+    if role in _TRANSFER:
+        out["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": _TRANSFER[role]}
     if replica.speculative:
         out["speculative-config"] = replica.speculative
     if multimodal(config):
@@ -115,9 +99,7 @@ def environment(replica: Replica) -> dict[str, str]:
 def _expressible(replica: Replica, on_cpu: bool) -> None:
     """Raises for what vLLM, or its CPU build, cannot be told or does not survive."""
     reason = None
-    if replica.kv not in _KV:
-        reason = f"vLLM has no KV cache format for kv={replica.kv}"
-    elif replica.ep not in (1, replica.tp * replica.dp):
+    if replica.ep not in (1, replica.tp * replica.dp):
         reason = (
             f"vLLM spreads experts over all tp * dp = {replica.tp * replica.dp} ranks, not ep={replica.ep}"
         )

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from planc.codegen.engines import checkpoint, vllm, writer
+from planc.codegen.engines import checkpoint, router, vllm, writer
 from planc.codegen.engines.vllm_settings import settings, weights
 from planc.errors import CheckFailed, UnknownName
-from planc.planner.plan import Plan
+from planc.planner.plan import Plan, Pool
 from planc.version import __version__
 from tests.codegen.plans import memory, plan, replica
 
@@ -43,10 +43,19 @@ def four_nodes(**shape: Any) -> Plan:
     return plan(replica(gpus=gpus, **shape), name="deepseek-r1")
 
 
+def apart() -> Plan:
+    """Two prefill instances and a decode instance on two nodes."""
+    prefill = [replica(tp=2, gpus=[f"a/{2 * i}", f"a/{2 * i + 1}"], traffic_share=0.5) for i in range(2)]
+    decode = replica(tp=8, gpus=[f"b/{i}" for i in range(8)], max_num_seqs=256)
+    pools = [Pool(role="prefill", replicas=prefill), Pool(role="decode", replicas=[decode])]
+    return plan(decode, pools=pools)
+
+
 @pytest.mark.parametrize(
     ("name", "made", "config"),
     [
         ("two_replicas", two_replicas(), LLAMA),
+        ("apart", apart(), LLAMA),
         (
             "four_nodes_dp",
             four_nodes(dp=4, tp=8, ep=32, weights="fp8", activations="fp8"),
@@ -73,7 +82,34 @@ def four_nodes(**shape: Any) -> Plan:
 def test_files(name: str, made: Plan, config: dict[str, Any], golden: Callable[[str, str], None]) -> None:
     for file, text in vllm.render(made, config).items():
         fixed = text.replace(made.fingerprint.plan, "PLAN").replace(__version__, "VERSION")
-        golden(f"vllm/{name}/{Path(file).name}", fixed)
+        if file != "router.py":  # planc's own module, as it is
+            golden(f"vllm/{name}/{file.replace('/', '_') if name == 'apart' else Path(file).name}", fixed)
+
+
+def test_prefill_and_decode_instances_meet(tmp_path: Path) -> None:
+    files = vllm.render(apart(), LLAMA)
+    roles = {
+        name.split("-")[0]: yaml.safe_load(text)["kv-transfer-config"]["kv_role"]
+        for name, text in files.items()
+        if name.endswith("config.yaml")
+    }
+    assert roles == {"prefill": "kv_producer", "decode": "kv_consumer"}
+    (route,) = json.loads(files["router.json"])["routes"]
+    assert [(e["node"], e["port"], e["share"]) for e in route["prefill"]] == [
+        ("a", 8000, 0.5),
+        ("a", 8001, 0.5),
+    ]
+    assert [(e["node"], e["port"]) for e in route["decode"]] == [("b", 8002)]
+    assert files["router.py"] == Path(router.__file__).read_text()
+    assert "--at a=ADDRESS b=ADDRESS" in vllm.readme(apart())
+    ports = {
+        line
+        for name, text in files.items()
+        if name.endswith("launch.sh")
+        for line in text.split()
+        if "side_port=" in line
+    }
+    assert {"side_port=5600", "side_port=5664", "side_port=5728"} <= ports
 
 
 def test_each_setting_is_the_evaluated_one() -> None:

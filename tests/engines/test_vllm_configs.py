@@ -15,7 +15,7 @@ from planc.codegen import bundle
 from planc.codegen.engines.accept import launch_command, probe
 from planc.errors import Infeasible, PlancError
 from planc.ir.trace.hf_config import text_part
-from planc.planner.plan import Plan
+from planc.planner.plan import Plan, Pool
 from planc.planner.request import Request
 from tests.codegen.plans import plan as plan_of
 from tests.codegen.plans import replica
@@ -138,6 +138,25 @@ def test_accepted_as_meant(name: str, commands: dict[str, dict[str, Any]]) -> No
 def _latent(name: str) -> bool:
     path = support.ROOT / f"examples/models/{name.removeprefix('model ')}.json"
     return path.is_file() and bool(text_part(json.loads(path.read_text())).get("kv_lora_rank"))
+
+
+def test_prefill_and_decode_pools_are_accepted(tmp_path: Path) -> None:
+    """A prefill engine with pipeline stages and a decode engine: each as what it is."""
+    prefill, decode = replica(tp=2, pp=2, pipeline_layers=[14, 14]), replica(tp=4)
+    pools = [Pool(role="prefill", replicas=[prefill]), Pool(role="decode", replicas=[decode])]
+    config = json.loads((support.ROOT / "examples/models/qwen3-0.6b.json").read_text())
+    bundle.write(plan_of(prefill, name="qwen3-0.6b", pools=pools), tmp_path / "bundle", config=config)
+    support.save_tokenizer(tmp_path / "bundle/model")
+    asked = [
+        {"name": script.parent.name.split("-")[0], **launch_command(script, tmp_path, tmp_path / "bundle")}
+        for script in (tmp_path / "bundle/engines/vllm").glob("*/launch.sh")
+    ]
+    answers = probe("vllm", asked, python=str(support.environment() / "python"))
+    assert {name: answer["error"] for name, answer in answers.items()} == {"prefill": None, "decode": None}
+    assert answers["prefill"]["settings"]["kv_role"] == "kv_producer"
+    assert answers["decode"]["settings"]["kv_role"] == "kv_consumer"
+    ports = {entry["env"]["VLLM_NIXL_SIDE_CHANNEL_PORT"] for entry in asked}
+    assert len(ports) == 2
 
 
 def test_refusals_are_seen(tmp_path: Path) -> None:
