@@ -50,6 +50,8 @@ def by_level(search: Search, objective: str, time_limit: float | None) -> Fleet 
             row = search.main.smallest(rows, -cost[:, k], -least * (1 + SAME)) if np.isfinite(least) else 0
             if not np.isfinite(least) or n > fits // engine.candidate.pieces[0]:
                 continue
+            if search.main.allowed(engine) < 1 and levels[0, k] > search.main.capacity[rows].max():
+                continue  # a simulation ruled it out
             offer = Offer(engine, search.bench.limits[row], float(levels[0, k]), search.main)
             share = float(levels[0, k]) if objective == "min_latency" else engine.candidate.shape.world
             offers.append(offer)

@@ -75,7 +75,7 @@ def axes(request: Request, kind: str, demand: float | None) -> tuple[Axis, ...]:
     metrics: tuple[Metric, ...] = ("tpot", "ttft") if kind == "causal_lm" else ("e2e",)
     latency = []
     for metric in metrics:
-        stated = [slo.key for slo in request.slos() if slo.metric == metric]
+        stated = [slo.key for slo in request.slos() if slo.metric == metric and not slo.traffic_class]
         latency.append(stated[0] if stated else f"{metric}_mean_ms")
     if demand is None:
         names = ["usd_per_million_tokens", *latency, "joules_per_token", "output_tok_s"]

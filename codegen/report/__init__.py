@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from planc.codegen.report import draw, fleet, latency, steps, summary, tradeoff
+from planc.codegen.report import draw, fleet, latency, objectives, steps, summary, tradeoff
 from planc.codegen.triton.kernel import Kernel
 from planc.planner.front import RULE
 from planc.planner.plan import Plan
@@ -34,7 +34,7 @@ def html(plan: Plan, kernels: Sequence[Kernel] = ()) -> str:
             plan=plan,
             version=__version__,
             tiles=summary.tiles(plan),
-            objectives=summary.objectives(plan),
+            objectives=objectives.objectives(plan),
             bands=summary.bands(plan),
             pruned=summary.pruned(plan),
             verdict=summary.verdict(plan),

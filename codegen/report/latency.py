@@ -2,67 +2,88 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from planc.codegen.report import palette
 from planc.codegen.report.draw import Line, Mark, Plot, Scale, Tick, number
+from planc.codegen.report.objectives import slos, stat
 from planc.planner.evidence import Curve, Evidence
-from planc.planner.plan import Plan
+from planc.planner.plan import Plan, Predicted
+from planc.planner.slo import Metric, Slo
 
-NAMES = {
+NAMES: dict[Metric, str] = {
     "ttft": "Time to first token",
     "tpot": "Time per output token",
-    "itl": "Inter-token latency",
     "e2e": "End to end",
 }
 _SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+_NAMED = (0.5, 0.9, 0.99)
+_FAR = 4.0  # a limit this many times the highest value is not drawn
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
+    """told: the named percentiles; limits: the objectives; key: whose the lines are."""
+
     title: str
     plot: Plot
     told: str
     limits: str
+    key: tuple[tuple[str, str], ...]
 
 
 def distributions(plan: Plan, evidence: Evidence | None) -> list[Distribution]:
-    """One plot per latency: curves at all levels where there is evidence, else the plan's own percentiles."""
-    curves = list(evidence.latency) if evidence else []
-    known = {curve.metric for curve in curves}
-    shown = ("ttft", "tpot", "e2e") if "tpot_ms" in plan.predicted else ("e2e",)
-    for metric in shown:
-        found = plan.predicted.get(f"{metric}_ms")
-        if metric not in known and found is not None and len(found.percentiles) > 1:
-            pairs = sorted((float(name[1:]) / 100, ms) for name, ms in found.percentiles.items())
-            levels, ms = [q for q, _ in pairs], [v for _, v in pairs]
-            curves.append(Curve(metric=metric, of="all requests", levels=levels, ms=ms))  # type: ignore[arg-type]
-    return [_distribution(plan, curve) for curve in curves]
+    """One plot per latency: all requests, and each traffic class where there are several."""
+    metrics: tuple[Metric, ...] = ("ttft", "tpot", "e2e") if "tpot_ms" in plan.predicted else ("e2e",)
+    found = []
+    for metric in metrics:
+        curves = [curve for curve in (evidence.latency if evidence else ()) if curve.metric == metric]
+        if not curves:
+            curves = _few(metric, "all requests", plan.predicted)
+        for name, predicted in sorted(plan.predicted_by_class.items()):
+            curves += _few(metric, name, predicted)
+        if curves:
+            found.append(_distribution(plan, metric, curves))
+    return found
 
 
-def _distribution(plan: Plan, curve: Curve) -> Distribution:
-    slos = _objectives(plan, curve.metric)
-    inside = [limit for _, _, limit in slos if limit < 4 * max(curve.ms)]
-    played = plan.simulated.get(f"{curve.metric}_ms", {}).values()
-    x = Scale.over([0.0, *curve.ms, *inside, *played], zero=True, room=0.05)
-    path = [(x.at(ms), 100.0 * q) for q, ms in zip(curve.levels, curve.ms, strict=True)]
-    lines = [Line(tuple(path), "blue", title=f"{NAMES[curve.metric]}, {curve.of}")]
-    for key, _, limit in slos:
-        if limit in inside:
-            at = x.at(limit)
-            lines.append(Line(((at, 0.0), (at, 100.0)), "vermilion", dashed=True, title=f"{key} {limit:g}"))
-    marks = []
-    for level in (0.5, 0.9, 0.99):
-        if level in curve.levels:
-            ms = curve.ms[curve.levels.index(level)]
-            marks.append(Mark(x.at(ms), 100 * level, f"p{100 * level:g}: {number(ms)} ms", "blue", size=4.5))
-    told = ", ".join(mark.title for mark in marks)
-    simulated = plan.simulated.get(f"{curve.metric}_ms", {})
-    for name, ms in simulated.items():
-        if name != "mean":
-            title = f"simulated {name}: {number(ms)} ms"
-            marks.append(Mark(x.at(ms), float(name[1:]), title, "orange", "diamond", 5.0))
+def _few(metric: Metric, of: str, predicted: dict[str, Predicted]) -> list[Curve]:
+    """The curve through a plan's own percentiles."""
+    stated = predicted.get(f"{metric}_ms")
+    pairs = sorted((float(name[1:]) / 100, ms) for name, ms in (stated.percentiles if stated else {}).items())
+    if len(pairs) < 2:
+        return []
+    return [Curve(metric=metric, of=of, levels=[q for q, _ in pairs], ms=[ms for _, ms in pairs])]
+
+
+def _distribution(plan: Plan, metric: Metric, curves: Sequence[Curve]) -> Distribution:
+    mine = [slo for slo in slos(plan) if slo.metric == metric]
+    played = {name: ms for name, ms in plan.simulated.get(f"{metric}_ms", {}).items() if name != "mean"}
+    values = [*(ms for curve in curves for ms in curve.ms), *played.values()]
+    inside = [slo for slo in mine if 1e3 * slo.limit < _FAR * max(values)]
+    x = Scale.over([0.0, *values, *(1e3 * slo.limit for slo in inside)], zero=True, room=0.05)
+    hues = {curve.of: palette.CLASSES[i % len(palette.CLASSES)] for i, curve in enumerate(curves)}
+    lines, marks = [], []
+    for curve in curves:
+        path = tuple((x.at(ms), 100.0 * q) for q, ms in zip(curve.levels, curve.ms, strict=True))
+        lines.append(Line(path, hues[curve.of], title=f"{NAMES[metric]}, {curve.of}"))
+        for level, ms in zip(curve.levels, curve.ms, strict=True):
+            if level in _NAMED:
+                title = f"{curve.of}, p{100 * level:g}: {number(ms)} ms"
+                marks.append(Mark(x.at(ms), 100 * level, title, hues[curve.of], size=4.5))
+    for slo in inside:
+        at, title = x.at(1e3 * slo.limit), f"{slo.key}: at most {number(1e3 * slo.limit)} ms"
+        lines.append(Line(((at, 0.0), (at, 100.0)), "vermilion", dashed=True, title=title))
+    for name, ms in played.items():
+        title = f"simulated {name}: {number(ms)} ms"
+        marks.append(Mark(x.at(ms), float(name[1:]), title, "ink", "diamond", 4.5))
+    first = curves[0]
+    told = ", ".join(
+        f"p{100 * q:g} {number(ms)} ms" for q, ms in zip(first.levels, first.ms, strict=True) if q in _NAMED
+    )
     plot = Plot(
-        about=f"Share of requests by {NAMES[curve.metric].lower()}: {told}",
+        about=f"Share of requests by {NAMES[metric].lower()}: {told}",
         x_title="ms",
         y_title="requests within",
         x_ticks=x.ticks(4),
@@ -70,19 +91,9 @@ def _distribution(plan: Plan, curve: Curve) -> Distribution:
         lines=lines,
         marks=marks,
     )
-    limits = ", ".join(f"{_words(quantile)} limit {number(limit)} ms" for _, quantile, limit in slos)
-    return Distribution(NAMES[curve.metric], plot, told, limits)
+    return Distribution(NAMES[metric], plot, told, ", ".join(map(_limit, mine)), tuple(hues.items()))
 
 
-def _words(quantile: float | None) -> str:
-    return "mean" if quantile is None else f"p{100 * quantile:g}"
-
-
-def _objectives(plan: Plan, metric: str) -> list[tuple[str, float | None, float]]:
-    """(key, quantile or None for the mean, limit in ms) of the request's objectives for a latency."""
-    found = []
-    for key, limit in sorted((plan.request.get("slo") or {}).items()):
-        name, stat, _ = key.split("_")
-        if name == metric:
-            found.append((key, None if stat == "mean" else float(stat[1:]) / 100, float(limit)))
-    return found
+def _limit(slo: Slo) -> str:
+    of = f"{slo.traffic_class}: " if slo.traffic_class else ""
+    return f"{of}{stat(slo)} limit {number(1e3 * slo.limit)} ms"

@@ -1,4 +1,4 @@
-"""The top of the page: key figures, objectives against limits, predictions with bands; and the proof."""
+"""Key figures, predictions with their bands, and the proof."""
 
 from __future__ import annotations
 
@@ -48,21 +48,6 @@ class Tile:
     title: str
 
 
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """An objective and the plan's value; percentages of an axis from 0 to somewhat above the larger."""
-
-    key: str
-    value: float
-    limit: float
-    fill: float
-    mark: float
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.limit * (1 + 1e-6)
-
-
 def bands(plan: Plan) -> list[Band]:
     """Predictions in the order people read them, then whatever else the plan predicts."""
     order = [name for name in METRICS if name in plan.predicted]
@@ -101,26 +86,6 @@ def tiles(plan: Plan) -> list[Tile]:
 def _figure(value: float) -> str:
     """Three significant digits below a thousand."""
     return f"{value:.3g}" if abs(value) < 1000 else number(value)
-
-
-def objectives(plan: Plan) -> list[Objective]:
-    """Every objective of the request that the plan has a value for."""
-    found = []
-    for key, limit in sorted((plan.request.get("slo") or {}).items()):
-        metric, stat, _ = key.split("_")
-        predicted = plan.predicted.get(f"{metric}_ms")
-        if predicted is None:
-            continue
-        value = predicted.value if stat == "mean" else predicted.percentiles.get(stat)
-        if value is not None:
-            whole = 1.15 * max(value, float(limit))
-            name = f"{metric.upper()} {stat}"
-            found.append(
-                Objective(
-                    name, value, float(limit), round(100 * value / whole, 2), round(100 * limit / whole, 2)
-                )
-            )
-    return found
 
 
 # -- the proof -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planc.codegen import report
-from planc.codegen.report import draw, fleet, latency, palette, steps, summary, tradeoff
+from planc.codegen.report import draw, fleet, latency, objectives, palette, steps, summary, tradeoff
 from planc.planner.evidence import Curve, Evidence, Op, Roof, Seen, Step
 from planc.planner.front import Axis, Front, Point
 from planc.planner.plan import Plan, Pool
@@ -143,7 +143,7 @@ def test_bands_are_drawn_to_scale() -> None:
 
 
 def test_objectives_say_what_is_missed() -> None:
-    found = {goal.key: goal for goal in summary.objectives(plan(request=REQUEST))}
+    found = {goal.name: goal for goal in objectives.objectives(plan(request=REQUEST))}
     assert found["TPOT mean"].met
     assert not found["TTFT p99"].met  # 900 of 800 ms
     assert found["TPOT mean"].fill < found["TPOT mean"].mark

@@ -43,8 +43,8 @@ FEW = {
 @pytest.fixture(autouse=True, scope="module")
 def _short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pareto, "_STEPS", 4)
-        patch.setattr(pareto, "_MOST", 14)
+        patch.setattr(pareto, "_STEPS", 3)
+        patch.setattr(pareto, "_MOST", 8)
         yield
 
 
@@ -134,12 +134,12 @@ def test_points_are_played(found: Front) -> None:
     assert 1 <= len(played.points) <= len(found.points)
     assert all(point.plan.simulated for point in played.points)
     with pytest.raises(Infeasible, match="simulated"):
-        front(request(constraints=FEW), table(), referee=Stern(0))
+        front(request(constraints={**FEW, "tp": [1], "max_num_seqs": [32]}), table(), referee=Stern(0))
 
 
 def test_infeasible_is_told() -> None:
     with pytest.raises(Infeasible):
-        front(request(slo={"tpot_mean_ms": 0.01}), table())
+        front(request(slo={"tpot_mean_ms": 0.01}, constraints=FEW), table(), time_limit=0.5)
 
 
 def test_compile_and_the_bundle(tmp_path: Path) -> None:
