@@ -78,12 +78,7 @@ def parse(text: str) -> Part | None:
     found = _PART.fullmatch(text)
     if found is None:
         return None
-    layers: list[int] = []
-    for piece in (found["layers"] or "").split(","):
-        if piece:
-            first, _, last = piece.partition("-")
-            layers += range(int(first), int(last or first) + 1)
-    return Part(found["cls"], found["module"], tuple(sorted(set(layers))))
+    return Part(found["cls"], found["module"], numbers(found["layers"] or ""))
 
 
 def banded(layer_class: str, layers: Sequence[int]) -> str:
@@ -98,6 +93,16 @@ def ranges(numbers: Iterable[int]) -> str:
         mine = [number for _, number in run]
         runs.append(str(mine[0]) if len(mine) == 1 else f"{mine[0]}-{mine[-1]}")
     return ",".join(runs)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """ "0-2,7" -> 0, 1, 2, 7; the inverse of `ranges`."""
+    found: set[int] = set()
+    for piece in text.split(","):
+        if piece:
+            first, _, last = piece.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(found))
 
 
 def scheme(text: str) -> tuple[str, str]:

@@ -74,19 +74,27 @@ class Recipe:
     usual: Scheme
     rules: tuple[Rule, ...] = ()
 
-    def scheme(self, module: str) -> Scheme:
-        """(weights, activations) of a module called e.g. "model.layers.3.self_attn.q_proj"."""
+    def rule(self, module: str) -> Rule | None:
+        """The rule for a module called e.g. "model.layers.3.self_attn.q_proj"; None for the usual scheme."""
         layer, inside = _inside(module)
         held = module_of_weight(f"{inside}.weight")
-        for rule in self.rules:
-            if layer in rule.layers and any(held == name for name in _names(rule.module)):
-                return rule.scheme
-        return self.usual
+        return next((r for r in self.rules if layer in r.layers and held in _names(r.module)), None)
 
     def checkpoint(self, module: str) -> str | None:
         """The kind of checkpoint tensors of a module; None where it stays as it is. Raises InvalidField for
         a scheme that checkpoints of no kind hold."""
-        return checkpoint_of(self.scheme(module))
+        rule = self.rule(module)
+        return checkpoint_of(self.usual if rule is None else rule.scheme)
+
+    @property
+    def packs(self) -> bool:
+        """Whether any matrix changes."""
+        return any(checkpoint_of(one) for one in (self.usual, *(rule.scheme for rule in self.rules)))
+
+    def __str__(self) -> str:
+        """The kinds of tensors, e.g. "fp8 and w4a16"."""
+        schemes = (self.usual, *(rule.scheme for rule in self.rules))
+        return " and ".join(dict.fromkeys(filter(None, map(checkpoint_of, schemes))))
 
 
 def checkpoint_of(scheme: Scheme) -> str | None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 
-_KEPT = re.compile(
+#: what the names of such modules end in, as a regular expression
+PATTERN = (
     r"(^|\.)("
     r"lm_head|embed_tokens|embed_in|embed_out|wte|wpe|\w*embeddings?"
     r"|router(\..*)?|(mlp|moe|feed_forward|block_sparse_moe)\.gate|shared_expert_gate"
@@ -19,6 +20,7 @@ _KEPT = re.compile(
     r"|(vision_tower|visual|vision_model|multi_modal_projector|audio_tower)(\..*)?"
     r")$"
 )
+_KEPT = re.compile(PATTERN)
 
 
 def keeps_precision(module: str) -> bool:

@@ -11,7 +11,7 @@ from importlib import resources
 from planc.cost_model import overlay
 from planc.cost_model.local import activation_format, stages, unquantized, weight_format
 from planc.cost_model.lower import chosen
-from planc.cost_model.parts import module_of, split
+from planc.cost_model.parts import module_of, ranges, split
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, Row
 from planc.errors import CheckFailed
@@ -136,9 +136,9 @@ def layers(table: CostTable, fleet: Fleet) -> list[LayerPlan]:
             fusions=sorted({offer.name for offer in mine}),
             kernel=dict(sorted(kernels.items())),
         )
-        found.append(
-            LayerPlan.model_validate({"class": cls.name, "count": cls.count, "decisions": decisions})
-        )
+        named = ranges(cls.layers) if shape.formats else ""
+        entry = {"class": cls.name, "count": cls.count, "layers": named, "decisions": decisions}
+        found.append(LayerPlan.model_validate(entry))
     return found
 
 

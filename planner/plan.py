@@ -29,7 +29,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _empty(value: dict[str, str]) -> bool:
+def _empty(value: dict[str, str] | str) -> bool:
     return not value
 
 
@@ -130,8 +130,11 @@ class LayerDecisions(_Part):
 
 
 class LayerPlan(_Part):
+    """`layers`: numbers of the class's layers ("0-7,72-79"), given where formats differ between parts."""
+
     layer_class: str = Field(alias="class")
     count: int
+    layers: str = Field(default="", exclude_if=_empty)
     decisions: LayerDecisions
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)

@@ -56,7 +56,7 @@ def decisions(
     fusions = frozenset(name for layer in plan.layers for name in layer.decisions.fusions)
     passes.append(Fusion(fusions & NAMES))
     if formats:
-        chosen = {layer.layer_class: layer.decisions.format for layer in plan.layers}
+        chosen = {layer.layer_class: layer.decisions.format for layer in plan.layers} | replica.formats
         passes.append(Quantize(formats=chosen, activations=replica.activations, kv=replica.kv))
     return tuple(passes)
 

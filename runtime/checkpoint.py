@@ -14,25 +14,21 @@ from torch import Tensor
 
 from planc.errors import FileMissing, FileUnreadable, WeightsMismatch
 from planc.ir.trace.hf_config import read_config
-from planc.passes.quantize_pack import CHECKPOINTS, checkpoint_config, is_target, pack
+from planc.passes.quantize_config import Recipe, Rule, recipe_config
+from planc.passes.quantize_pack import is_target, pack
 
 INDEX = "model.safetensors.index.json"
 _SKIPPED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx")
 
 
-def checkpoint_for(weights: str, activations: str) -> str | None:
-    """The kind of checkpoint that a plan's formats need; None where the published one serves."""
-    return CHECKPOINTS.get((weights, activations))
-
-
 def write_checkpoint(
-    source: Path, target: Path, checkpoint: str, *, progress: Callable[[str], None] | None = None
+    source: Path, target: Path, recipe: Recipe, *, progress: Callable[[str], None] | None = None
 ) -> dict[str, int]:
     """Packs the weights of a model folder into `target` (an empty folder): {"tensors", "packed", "bytes"}.
 
     Tokenizer and other small files are copied, `config.json` gains its `quantization_config`.
-    Raises FileMissing, FileUnreadable, WeightsMismatch (already quantized) and InvalidField (a shape
-    that the format cannot hold).
+    Raises FileMissing, FileUnreadable, WeightsMismatch (already quantized, or without matrices that the
+    recipe has a rule for) and InvalidField (a shape that the format cannot hold).
     """
     config = read_config(source)
     if config.get("quantization_config"):
@@ -46,6 +42,7 @@ def write_checkpoint(
         raise FileMissing(what="weights", path=source / "*.safetensors", mend="Name the model's folder.")
     placed: dict[str, str] = {}
     kept: set[str] = set()
+    met: set[Rule] = set()
     counts = {"tensors": 0, "packed": 0, "bytes": 0}
     for number, shard in enumerate(shards, 1):
         if progress:
@@ -54,8 +51,11 @@ def write_checkpoint(
         for name, tensor in _tensors(shard):
             counts["tensors"] += 1
             if is_target(name, tensor):
-                counts["packed"] += 1
-                out |= pack(name, tensor, checkpoint)
+                module = name.removesuffix(".weight")
+                rule, kind = recipe.rule(module), recipe.checkpoint(module)
+                met |= {rule} if rule else set()
+                counts["packed"] += kind is not None
+                out |= pack(name, tensor, kind) if kind is not None else {name: tensor}
             else:
                 out[name] = tensor
                 if name.endswith(".weight") and tensor.dim() == 2:
@@ -64,10 +64,17 @@ def write_checkpoint(
         save_file(out, target / shard.name, metadata={"format": "pt"})
         placed |= dict.fromkeys(out, shard.name)
         counts["bytes"] += sum(t.numel() * t.element_size() for t in out.values())
+    missed = next((rule for rule in recipe.rules if rule not in met), None)
+    if missed is not None:
+        raise WeightsMismatch(
+            path=source,
+            reason=f"no matrix of theirs is in {missed.module} of layer {missed.layers[0]}",
+            mend="Routed experts that lie in one tensor are not packed in a format of their own.",
+        )
     if len(shards) > 1:
         index = {"metadata": {"total_size": counts["bytes"]}, "weight_map": dict(sorted(placed.items()))}
         _write_json(target / INDEX, index)
-    config["quantization_config"] = checkpoint_config(checkpoint, kept)
+    config["quantization_config"] = recipe_config(recipe, kept)
     _write_json(target / "config.json", config)
     for file in sorted(source.iterdir()):
         if file.is_file() and file.suffix not in _SKIPPED and not (target / file.name).exists():

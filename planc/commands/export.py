@@ -82,15 +82,17 @@ def export_command(bundle: str, engine: str, output: str, weights: str | None, a
 
 def _checkpoint(plan: Any, weights: Path, target: Path) -> dict[str, Any]:
     """Packs the weights for the plan's first replica. Raises InvalidField where there is nothing to pack."""
-    from planc.runtime.checkpoint import checkpoint_for, write_checkpoint
+    from planc.codegen.engines.checkpoint import recipe
+    from planc.passes.quantize_config import CHECKPOINTS
+    from planc.runtime.checkpoint import write_checkpoint
 
     if not weights.is_dir():
         raise FileMissing(
             what="--weights", path=weights, mend="Name the folder with the model's safetensors."
         )
     replica = plan.replicas()[0]
-    kind = checkpoint_for(replica.weights, replica.activations)
-    if kind is None:
+    wanted = recipe(plan, replica)
+    if wanted.usual not in CHECKPOINTS and not wanted.rules:
         raise InvalidField(
             where="export",
             field="--weights",
@@ -100,5 +102,5 @@ def _checkpoint(plan: Any, weights: Path, target: Path) -> dict[str, Any]:
         )
     target.mkdir()
     with progress() as say:
-        counts = write_checkpoint(weights, target, kind, progress=say)
-    return {"format": kind, **counts}
+        counts = write_checkpoint(weights, target, wanted, progress=say)
+    return {"format": str(wanted), **counts}

@@ -12,9 +12,11 @@ from planc.cost_model.catalogue import Gpu
 from planc.cost_model.collectives import Fabric, Link
 from planc.cost_model.memory import MemoryMap, memory_map
 from planc.cost_model.shape import EngineShape
+from planc.cost_model.speculative import drafting, with_draft
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
 from planc.errors import InvalidField
+from planc.planner import techniques
 from planc.planner.estimate import configured
 from planc.planner.inventory import Group
 from planc.planner.plan import Pool, Replica, Role
@@ -22,6 +24,7 @@ from planc.planner.request import Request
 from planc.planner.trace import Scan
 from planc.planner.workload import Workload
 from planc.runtime.simulator.clock import Clock
+from planc.runtime.simulator.rules import Speculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ def sites(pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], cont
             same = replica.model_dump_json(exclude={"gpus", "traffic_share"})
             if same not in memories:
                 memories[same] = memory_map(
-                    table,
+                    with_draft(table, techniques.read(replica.speculative)),
                     shape,
                     gpu,
                     profile,
@@ -136,6 +139,15 @@ def requested(request: Request, table: CostTable, trace: Scan, settings: Mapping
     ]
 
 
+def speculation(site: Site) -> Speculation | None:
+    """How a scheduler's engine drafts tokens; None where it does not."""
+    way = techniques.read(site.plan.speculative)
+    if way is None:
+        return None
+    draft = drafting(way, site.clock.model)
+    return Speculation(way.draft, way.acceptance, draft.fixed_s, draft.per_sequence_s)
+
+
 def _count(value: object, field: str) -> int:
     text = str(value).strip()
     if not text.isdigit():
@@ -160,7 +172,8 @@ def link(source: Site, target: Site, groups: Sequence[Group]) -> tuple[Link, int
 
 def shape_of(replica: Replica) -> EngineShape:
     names = ("engine", "gpu", "tp", "pp", "dp", "ep", "cp", "weights", "activations", "kv")
-    return EngineShape(**{name: getattr(replica, name) for name in names})
+    formats = tuple(sorted(replica.formats.items()))
+    return EngineShape(**{name: getattr(replica, name) for name in names}, formats=formats)
 
 
 def _blocks(replica: Replica, memory: MemoryMap, context: float) -> int:

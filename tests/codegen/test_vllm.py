@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from planc.codegen.engines import checkpoint, router, vllm, writer
-from planc.codegen.engines.vllm_settings import settings, weights
+from planc.codegen.engines.vllm_formats import weights
+from planc.codegen.engines.vllm_settings import settings
 from planc.errors import CheckFailed, UnknownName
 from planc.planner.plan import Plan, Pool
 from planc.version import __version__
@@ -177,7 +178,8 @@ def test_what_vllm_cannot_be_told(changes: dict[str, Any], says: str) -> None:
     ],
 )
 def test_weights_by_checkpoint(model: str, wanted: str, setting: str | None, exported: bool) -> None:
-    found = weights(replica(weights=wanted), config_of(model))
+    one = replica(weights=wanted)
+    found = weights(one, plan(one), config_of(model))
     assert (found.setting, found.exported) == (setting, exported)
 
 
