@@ -29,6 +29,7 @@ _SECTIONS = {
     "solver": "Search",
     "coverage": "Coverage",
 }
+_TILES = ("ttft_ms", "tpot_ms", "output_tok_s", "usd_per_hour", "usd_per_million_tokens", "joules_per_token")
 #: share of the largest figure above which an axis need not start at 0
 _CUT = 0.6
 
@@ -84,7 +85,7 @@ def html(old: Plan, new: Plan, found: PlanDiff) -> str:
         found=found,
         version=__version__,
         sheet=made,
-        titles=[title(column.metric) for column in made.columns] if made else [],
+        tiles=[(title(c.metric), c) for c in made.columns if c.metric in _TILES] if made else [],
         tone=tone,
         waterfalls=waterfalls(made) if made else [],
         reasons=sorted({reason for part in why.parts for reason in part.reasons}) if why else [],
@@ -108,7 +109,7 @@ def tone(column: Column, count: int) -> str:
 
 def waterfalls(made: Sheet) -> list[Waterfall]:
     """One drawing for each metric that changed."""
-    labels = [part.text() for part in made.parts]
+    labels = [part.text("→") for part in made.parts]
     return [_waterfall(column, labels) for column in made.columns if any(column.parts)]
 
 

@@ -15,6 +15,7 @@ from planc.cost_model import catalogue
 from planc.cost_model.shape import refusals
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
+from planc.planner import techniques
 from planc.planner.candidates import Candidate
 from planc.planner.check import shape_of
 from planc.planner.disaggregated import splits, transfer_seconds
@@ -182,7 +183,7 @@ class Evaluator:
             raise Impossible("more sequences than tokens in a step")
         if table.model.kind != "causal_lm" and float(mine.isl.max()) > replica.max_num_batched_tokens:
             raise Impossible("a prompt exceeds the tokens of a step")
-        candidate = Candidate(item.group, profile, shape, 0.0)
+        candidate = Candidate(item.group, profile, shape, 0.0, techniques.read(replica.speculative))
         usable = replica.gpu_memory_utilization
         room = Room(table, candidate, served, replica.max_model_len, usable, item.place[0])
         caps = replica.max_num_seqs, replica.max_num_batched_tokens
@@ -221,7 +222,9 @@ class Evaluator:
 
     def _capacity(self, one: _Ready, slos: tuple[Slo, ...]) -> float:
         """The most that one engine carries within some objectives."""
-        key = id(one.engine.model), one.engine.transfer_s, one.limits, id(one.served), one.role, slos
+        engine = one.engine
+        how = id(engine.model), engine.candidate.speculation, engine.transfer_s, one.limits
+        key = *how, id(one.served), one.role, slos
         if key not in self._carried:
             self._carried[key] = one.precise.capacity(slos)
         return self._carried[key]

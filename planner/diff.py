@@ -285,10 +285,10 @@ def _layers(old: list[LayerPlan], new: list[LayerPlan]) -> Iterator[Change]:
         elif name not in mine:
             yield Change("layers", name, "+", None, f"{other[name].count} layers")
         else:
-            a, b = mine[name].decisions.model_dump(), other[name].decisions.model_dump()
-            yield from _named("layers", f"{name}.fusions", a.pop("fusions"), b.pop("fusions"))
-            yield from _values("layers", f"{name}.count", mine[name].count, other[name].count)
-            yield from _values("layers", name, a, b)
+            a, b = (side[name].model_dump(exclude={"layer_class"}) for side in (mine, other))
+            made = a.pop("decisions"), b.pop("decisions")
+            yield from _named("layers", f"{name}.fusions", made[0].pop("fusions"), made[1].pop("fusions"))
+            yield from _values("layers", name, a | made[0], b | made[1])
 
 
 def _predictions(old: Plan, new: Plan) -> Iterator[Change]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations, islice
 from typing import Any
 
@@ -31,7 +31,7 @@ from planc.planner.plan import Plan
 _DIGITS = 40  # binary, of a metric's largest figure
 _SAME = 1e-4  # relative difference up to which the evaluator reproduces a plan's own number
 _TOGETHER = 3  # decisions taken at once before all that are left are
-_UNSEEN = "not evaluated"
+UNSEEN = "not evaluated"
 _TRIES = 200  # sets of decisions looked at for one step
 
 Metrics = Mapping[str, float]
@@ -51,8 +51,8 @@ class Part:
     def name(self) -> str:
         return " + ".join(decision.name for decision in self.decisions)
 
-    def text(self) -> str:
-        return "; ".join(decision.text() for decision in self.decisions)
+    def text(self, arrow: str = "->") -> str:
+        return "; ".join(decision.text(arrow) for decision in self.decisions)
 
     def mirrored(self) -> Part:
         changes = {name: -change + 0.0 for name, change in self.changes.items()}
@@ -61,7 +61,7 @@ class Part:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "decisions": [asdict(decision) for decision in self.decisions],
+            "decisions": [decision.to_json() for decision in self.decisions],
             "reasons": list(self.reasons),
             "changes": dict(self.changes),
         }
@@ -82,7 +82,7 @@ class Attribution:
     @property
     def unseen(self) -> Part | None:
         """What no decision explains."""
-        return next((part for part in self.parts if part.name == _UNSEEN), None)
+        return next((part for part in self.parts if part.name == UNSEEN), None)
 
     def change(self, metric: str) -> float:
         return self.new[metric] - self.old[metric]
@@ -135,11 +135,12 @@ def attribution(old: Plan, new: Plan, table: CostTable) -> Attribution:
 
 def _unseen(old: Plan, new: Plan) -> Decision:
     """What stands for differences between plans and evaluator."""
-    names = ("planc_version", "profile", "model")
-    sides = [(p.planc_version, p.fingerprint.profile, p.fingerprint.model) for p in (old, new)]
-    changed = [i for i in range(len(names)) if sides[0][i] != sides[1][i]]
-    before, after = (", ".join(f"{names[i]} {side[i]}" for i in changed) for side in sides)
-    return Decision(_UNSEEN, before, after)
+    versions = ("", old.planc_version, new.planc_version)
+    prints = (
+        (name, getattr(old.fingerprint, name), getattr(new.fingerprint, name))
+        for name in ("profile", "model")
+    )
+    return Decision(UNSEEN, tuple(row for row in (versions, *prints) if row[1] != row[2]))
 
 
 # -- walks -------------------------------------------------------------------------------

@@ -26,30 +26,36 @@ _ENGINE = tuple(name for name in SETTINGS if name not in _DERIVED)
 ORDER = ("workload", "slo", "prices", "network", "pools", "nodes", *_ENGINE, "replicas", "traffic split")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Decision:
-    """One thing that was asked for or decided differently.
-
-    old, new   in words         part   what of it, where only one part of it differs, e.g. a pool
-    """
-
-    name: str
-    old: str
-    new: str
-    part: str = ""
-
-    def mirrored(self) -> Decision:
-        return Decision(self.name, self.new, self.old, self.part)
-
-    def text(self) -> str:
-        name = f"{self.name} {self.part}".strip()
-        return name if self.old == self.new else f"{name}: {self.old} -> {self.new}"
-
-
+_LISTED = 3  # changes of one decision that are named in a line
 _SHORT = 1e-4  # share of the offered load that a plan may lack by rounding
 
 #: (what, value in the old plan, value in the new one)
 Row = tuple[str, Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One thing that was asked for or decided differently. `changes` in words: (what of it, old, new)."""
+
+    name: str
+    changes: tuple[tuple[str, str, str], ...] = ()
+
+    def mirrored(self) -> Decision:
+        return Decision(self.name, tuple((what, new, old) for what, old, new in self.changes))
+
+    def text(self, arrow: str = "->") -> str:
+        if not self.changes:
+            return self.name
+        words = [f"{what} {old} {arrow} {new}".strip() for what, old, new in self.changes]
+        if len(words) == 1:
+            what, old, new = self.changes[0]
+            return f"{self.name} {what}".strip() + f": {old} {arrow} {new}"
+        more = [f"and {len(words) - _LISTED} more"] if len(words) > _LISTED + 1 else []
+        return f"{self.name}: " + ", ".join([*words[: _LISTED if more else None], *more])
+
+    def to_json(self) -> dict[str, Any]:
+        changes = [{"what": what, "old": old, "new": new} for what, old, new in self.changes]
+        return {"name": self.name, "changes": changes}
 
 
 class Mixture:
@@ -67,7 +73,11 @@ class Mixture:
     @cached_property
     def decisions(self) -> tuple[Decision, ...]:
         changed = {name: [row for row in self._rows(name) if row[1] != row[2]] for name in ORDER}
-        return tuple(_worded(name, rows) for name, rows in changed.items() if rows)
+        return tuple(
+            Decision(name, tuple((what, _worth(old), _worth(new)) for what, old, new in rows))
+            for name, rows in changed.items()
+            if rows
+        )
 
     def _rows(self, name: str) -> Iterator[Row]:
         """What a decision sets, in both plans, equal or not."""
@@ -253,18 +263,11 @@ def _setting(kind: Kind, name: str) -> Any:
     return f"{value} ({'+'.join(map(str, stages))} layers)" if name == "pp" and len(stages) > 1 else value
 
 
-def _worded(name: str, rows: Sequence[Row]) -> Decision:
-    if len(rows) == 1:
-        part, old, new = rows[0]
-        return Decision(name, _worth(old), _worth(new), part)
-    sides = ([f"{row[0]} {_worth(row[side])}" for row in rows if row[side] is not None] for side in (1, 2))
-    old, new = (", ".join(given) or "none" for given in sides)
-    return Decision(name, old, new)
-
-
 def _worth(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_worth(item)}" for key, item in sorted(value.items())) or "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from planc.planner.diff_attribution import Attribution, Part
 from planc.planner.plan import Plan
 
-#: metrics that are shown, in this order; objectives' percentiles follow their metric
-METRICS = (
-    "ttft_ms",
-    "tpot_ms",
-    "e2e_ms",
-    "output_tok_s",
-    "usd_per_hour",
-    "usd_per_million_tokens",
-    "joules_per_token",
-    "memory_gib",
-)
+#: metrics that are shown, in this order, and their heads; objectives' percentiles follow their metric
+METRICS = {
+    "ttft_ms": ("TTFT", "ms"),
+    "tpot_ms": ("TPOT", "ms"),
+    "e2e_ms": ("E2E", "ms"),
+    "output_tok_s": ("output", "tok/s"),
+    "usd_per_hour": ("price", "USD/h"),
+    "usd_per_million_tokens": ("price", "USD/1M"),
+    "joules_per_token": ("energy", "J/tok"),
+    "memory_gib": ("memory", "GiB/GPU"),
+}
 #: where more is better; it is neither better nor worse for those of _NEUTRAL
 _MORE = ("requests_s", "output_tok_s", "output_tok_s_per_gpu", "capacity_requests_s", "capacity_users")
 _NEUTRAL = ("memory_gib", "concurrency")
@@ -39,6 +39,13 @@ class Column:
     old: int
     new: int
     parts: tuple[int, ...]
+
+    @property
+    def head(self) -> tuple[str, str]:
+        """(short name, unit)."""
+        name, _, percentile = self.metric.partition(".")
+        words, unit = METRICS[name]
+        return f"{words} {percentile}".strip(), unit
 
     @property
     def change(self) -> int:

@@ -19,17 +19,6 @@ if TYPE_CHECKING:
     from planc.planner.diff_table import Column
     from planc.planner.plan import Plan
 
-#: two lines over each column
-_HEADS = {
-    "ttft_ms": ("TTFT", "ms"),
-    "tpot_ms": ("TPOT", "ms"),
-    "e2e_ms": ("E2E", "ms"),
-    "output_tok_s": ("output", "tok/s"),
-    "usd_per_hour": ("price", "USD/h"),
-    "usd_per_million_tokens": ("price", "USD/1M"),
-    "joules_per_token": ("energy", "J/tok"),
-    "memory_gib": ("memory", "GiB/GPU"),
-}
 _LABEL = 38  # columns of the terminal that a decision may take before it is folded
 
 
@@ -121,7 +110,7 @@ def _explain(console: Console, plans: tuple[Plan, Plan], found: PlanDiff) -> Non
     table = Table(box=None, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("why", max_width=_LABEL, overflow="fold")
     for column in made.columns:
-        table.add_column(_head(column.metric), justify="right", no_wrap=True)
+        table.add_column("\n".join(column.head), justify="right", no_wrap=True)
     table.add_row("old", *(column.text(column.old) for column in made.columns), style="bold")
     for number, part in enumerate(made.parts):
         cells = (_cell(column, column.parts[number]) for column in made.columns)
@@ -143,9 +132,3 @@ def _cell(column: Column, count: int) -> str:
     text = column.text(count, signed=True)
     style = {True: "green", False: "red", None: "dim" if not count else ""}[column.better(count)]
     return f"[{style}]{text}[/]" if style else text
-
-
-def _head(metric: str) -> str:
-    name, _, percentile = metric.partition(".")
-    first, second = _HEADS[name]
-    return f"{first} {percentile}".strip() + f"\n{second}"
