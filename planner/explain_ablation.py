@@ -15,6 +15,8 @@ from planc.cost_model import catalogue
 from planc.cost_model.formats import fmt
 from planc.cost_model.lower import chosen
 from planc.cost_model.table import CostTable
+from planc.planner.explain_knobs import MANY_NODES
+from planc.planner.loosen import times_nodes
 from planc.planner.plan import Plan, Replica
 from planc.planner.variations import Outcome, OutOfTime, Resolver, Variation
 
@@ -28,8 +30,6 @@ _METRICS = (
     "joules_per_token",
     "memory_gib",
 )
-#: an inventory so many times as large is offered where the request's own cannot do without a decision
-MORE_NODES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Ablation:
                no common unit
     fleet      what that plan runs
     metrics    its predicted means; `reason` says why there is no plan
-    more_nodes True: that plan takes more nodes than there are, `MORE_NODES` times as many being offered
+    more_nodes True: that plan takes more nodes than there are, `MANY_NODES` times as many being offered
     tried      False when time ran out first
     """
 
@@ -103,9 +103,7 @@ def _with_more_nodes(resolver: Resolver, base: Outcome, decision: Decision, reas
     if resolver.start.request.objective != "min_cost":
         return blank
     for variation in decision.without:
-        inventory = variation.request.inventory
-        more = [n.model_copy(update={"count": n.count * MORE_NODES}) for n in inventory.nodes]
-        larger = variation.changed(inventory=inventory.model_copy(update={"nodes": more}))
+        larger = replace(variation, request=times_nodes(variation.request, MANY_NODES))
         larger = larger.constrained(max_gpus=None) if variation.request.constraints.max_gpus else larger
         found = resolver.solve(larger)
         gain = resolver.gain(found, base)

@@ -3,42 +3,30 @@ request looks with another value or without it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from planc.cost_model import catalogue
-from planc.cost_model.formats import formats
+from planc.planner.loosen import (
+    LISTS,
+    NEVER,
+    NUMBERS,
+    left_open,
+    lifted,
+    rounded_up,
+    with_load,
+    with_node_count,
+    with_nodes,
+    with_objective,
+)
 from planc.planner.plan import Plan
-from planc.planner.relax import rounded_up, with_load
-from planc.planner.request import Nodes
 from planc.planner.slo import Slo
 from planc.planner.variations import Outcome, Resolver, Variation
 
 #: an inventory without limit, as a multiple of the stated one
 MANY_NODES = 8
-#: an objective that nothing misses, ms
-_NEVER = 1e9
 #: relative accuracy that a budget of its own would allow where the request states none
 _BUDGET = 0.01
-
-#: fields of `Constraints` that are numbers: one unit in the looser direction, and its name
-NUMBERS: dict[str, tuple[float, str]] = {
-    "max_gpus": (1, "GPUs"),
-    "max_replicas": (1, "replicas"),
-    "max_power_kw": (1.0, "kW"),
-    "max_accuracy_drop": (0.001, "of the score"),
-    "gpu_memory_utilization": (0.01, "of the memory"),
-    "spare_replicas": (-1, "replicas"),
-    "max_spot_share": (0.01, "of the traffic"),
-}
-#: fields that list what may be used
-LISTS = (
-    *("weights", "activations", "kv", "engines", "gpus", "serving"),
-    *("tp", "pp", "dp", "ep", "cp", "max_num_seqs", "max_num_batched_tokens"),
-)
-#: lists of formats, and what they are formats of
-ROLES = {"weights": "weight", "activations": "activation", "kv": "kv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +41,7 @@ class Knob:
     reached      what a plan makes of it, in the same unit; None where that is not one number
     far          a value so loose that nothing looser gains; None: what the plan of `without` makes of it
     least        smallest value that can be asked for
+    sure         whether a plan that reaches a value is a plan where that is asked for
     """
 
     name: str
@@ -64,6 +53,7 @@ class Knob:
     reached: Callable[[Outcome], float] | None = None
     far: float | None = None
     least: float = 1e-9
+    sure: bool = True
 
     @property
     def whole(self) -> bool:
@@ -116,26 +106,12 @@ def _capacity(plan: Plan) -> float:
 
 def _objective(start: Variation, slo: Slo) -> Knob:
     """A latency objective, of the request or of one traffic class."""
-    request, key = start.request, slo.key.rpartition(": ")[2]
+    key = slo.key.rpartition(": ")[2]
 
     def at(limit: float) -> Variation:
-        if not slo.traffic_class:
-            return start.changed(slo={**request.slo, key: limit})
-        classes = [
-            c.model_copy(update={"slo": {**c.slo, key: limit}}) if c.name == slo.traffic_class else c
-            for c in request.workload.classes
-        ]
-        return start.changed(workload=request.workload.model_copy(update={"classes": classes}))
+        return replace(start, request=with_objective(start.request, key, limit, slo.traffic_class))
 
-    def reached(found: Outcome) -> float:
-        plan = found.plan
-        numbers = plan.predicted_by_class.get(slo.traffic_class, plan.predicted)
-        value = numbers[f"{slo.metric}_ms"]
-        if slo.quantile is None:
-            return value.value
-        return value.percentiles.get(f"p{slo.quantile * 100:.10g}", math.inf)
-
-    return Knob(f"slo.{slo.key}", "ms", 1e3 * slo.limit, 1.0, at, at(_NEVER), reached)
+    return Knob(f"slo.{slo.key}", "ms", 1e3 * slo.limit, 1.0, at, at(NEVER), lambda found: found.latency(slo))
 
 
 def _node_count(start: Variation, position: int) -> Knob:
@@ -143,8 +119,7 @@ def _node_count(start: Variation, position: int) -> Knob:
     mine = old[position]
 
     def at(count: float) -> Variation:
-        changed = mine.model_copy(update={"count": round(count)})
-        return _with_nodes(start, [*old[:position], *([changed] if count >= 1 else []), *old[position + 1 :]])
+        return replace(start, request=with_node_count(start.request, position, round(count)))
 
     def reached(found: Outcome) -> float:
         return _used(found, {position}) / mine.gpus_per_node
@@ -158,6 +133,7 @@ def _node_count(start: Variation, position: int) -> Knob:
         at(mine.count * MANY_NODES) if start.request.objective != "max_goodput" else None,
         reached,
         least=0 if len(old) > 1 else 1,
+        sure=False,
     )
 
 
@@ -169,17 +145,13 @@ def _gpu_count(start: Variation, gpu: str) -> Knob:
 
     def at(count: float) -> Variation:
         lone = {"gpus_per_node": 1, "count": round(count) - whole, "name": None}
-        return _with_nodes(start, [*old, mine[0].model_copy(update=lone)])
+        return replace(start, request=with_nodes(start.request, [*old, mine[0].model_copy(update=lone)]))
 
     def reached(found: Outcome) -> float:
         return _used(found, {i for i, nodes in enumerate(old) if nodes.gpu == gpu})
 
     name = f"inventory: single {gpu}"
     return Knob(name, "GPUs", whole, 1, at, reached=reached, least=whole + 1)
-
-
-def _with_nodes(start: Variation, nodes: list[Nodes]) -> Variation:
-    return start.changed(inventory=start.request.inventory.model_copy(update={"nodes": nodes}))
 
 
 def _used(found: Outcome, groups: set[int]) -> float:
@@ -203,7 +175,7 @@ def _memory(start: Variation, gpu: str) -> Knob:
     def reached(found: Outcome) -> float:
         return max(r.memory.total_gib for r in found.plan.replicas() if r.gpu == gpu)
 
-    return Knob(f"memory of each {gpu}", "GiB", size, 1.0, at, reached=reached)
+    return Knob(f"memory of each {gpu}", "GiB", size, 1.0, at, reached=reached, sure=False)
 
 
 def _numbers(start: Variation) -> Iterator[Knob]:
@@ -221,7 +193,7 @@ def _numbers(start: Variation) -> Iterator[Knob]:
             stated,
             step,
             at,
-            start.constrained(**{name: None}),
+            start.constrained(**{name: lifted(name)}),
             _REACHED.get(name),
             far=None if name in _REACHED else 0.0 if step < 0 else 1.0,
         )
@@ -239,13 +211,7 @@ def _lists(start: Variation, native: str) -> Iterator[Knob]:
     limits = start.request.constraints
     for name in LISTS:
         if getattr(limits, name) is not None:
-            anything = every_format(name) if name in ROLES else None
-            yield Knob(f"constraints.{name}", without=start.constrained(**{name: anything}))
+            yield Knob(f"constraints.{name}", without=start.constrained(**{name: left_open(name)}))
     if limits.weights is None and limits.max_accuracy_drop is None:
         kept = f"constraints.weights (left out: {native} is kept)"
         yield Knob(kept, without=start.constrained(max_accuracy_drop=_BUDGET))
-
-
-def every_format(name: str) -> list[str]:
-    """All formats of weights, activations or the cache. (A list left out allows the checkpoint's own.)"""
-    return [known for known, entry in formats().items() if ROLES[name] in entry.roles]

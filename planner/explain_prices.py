@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from planc.planner.explain_knobs import Knob, knobs
-from planc.planner.relax import rounded_down, rounded_up
+from planc.planner.loosen import rounded_down, rounded_up
 from planc.planner.variations import Outcome, OutOfTime, Resolver
 
-_BISECTIONS = 7
+_BISECTIONS = 6
 
 Verdict = Literal["binds", "limits", "slack", "not tried"]
 
@@ -75,7 +75,9 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
     if knob.at is None or knob.stated is None:
         return replace(price, verdict="limits" if without else "slack")
     back = knob.stated - knob.step
-    if back >= knob.least:
+    if _holds(knob, price.reached, back):
+        price = replace(price, tighter=0.0)
+    elif back >= knob.least:
         found = resolver.solve(knob.at(back))
         loss = resolver.gain(found, base)
         price = replace(price, tighter=None if loss is None else abs(loss), tighter_fails=found is None)
@@ -89,6 +91,13 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
         return price
     pays_at, pays = _nearest(resolver, base, knob, _far(knob, free)) or (None, None)
     return replace(price, pays_at=pays_at, pays=pays)
+
+
+def _holds(knob: Knob, reached: float | None, value: float) -> bool:
+    """Whether the plan is one under a tighter value already; then it is the best one still."""
+    if reached is None or not knob.sure:
+        return False
+    return reached <= value if knob.step > 0 else reached >= value
 
 
 def _far(knob: Knob, free: Outcome) -> float:

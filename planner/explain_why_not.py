@@ -16,8 +16,10 @@ from planc.cost_model.shape import refusals
 from planc.errors import Infeasible, PlancError
 from planc.planner.accounts import Term, compared, gpu_time, memory_terms
 from planc.planner.estimate import SETTINGS, estimate
-from planc.planner.explain_ablation import MORE_NODES, engine_words, fleet_words, metrics
+from planc.planner.explain_ablation import engine_words, fleet_words, metrics
 from planc.planner.explain_asked import asked, completed, fixed, forbidden, in_inventory, is_so
+from planc.planner.explain_knobs import MANY_NODES
+from planc.planner.loosen import times_nodes
 from planc.planner.plan import Plan
 from planc.planner.search import Search
 from planc.planner.traffic import traffic
@@ -134,9 +136,7 @@ def _no_plan(
         reason = words or "no engine meets all objectives at once"
         return replace(about, verdict="objectives", reason=f"at next to no load: {reason}", missed=missed)
     about = replace(about, verdict="capacity", reason=resolver.why(variation))
-    inventory = variation.request.inventory
-    more = [n.model_copy(update={"count": n.count * MORE_NODES}) for n in inventory.nodes]
-    larger = variation.changed(inventory=inventory.model_copy(update={"nodes": more}))
+    larger = replace(variation, request=times_nodes(variation.request, MANY_NODES))
     found = resolver.solve(larger)
     if found is None or found.objective != base.objective:
         return about

@@ -2,31 +2,43 @@
 
 Each relaxation changes one thing (the load, one objective, the number of nodes, the formats, the
 lengths, one constraint), is made as small as bisection finds it, and is verified by solving the
-changed request again.
+changed request again. What contradicts what, and pairs of changes, are `planner.conflict`'s.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from planc.cost_model import catalogue
 from planc.cost_model.formats import fmt
 from planc.errors import Infeasible
 from planc.planner.inventory import groups
-from planc.planner.offers import Fleet
+from planc.planner.loosen import (
+    NEVER,
+    constrained,
+    lifted,
+    rounded_down,
+    rounded_up,
+    with_load,
+    with_node_count,
+    with_objective,
+    without_rate,
+)
 from planc.planner.request import Request
 from planc.planner.search import Search
-from planc.planner.workload import Workload
+from planc.planner.variations import Outcome, OutOfTime, Resolver, Variation
 
 _BISECTIONS = 7
 _MOST_NODES = 64
+#: wall-clock seconds spent on an infeasible request when no time limit is given
+_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class Relaxation:
-    """One change that makes the request feasible: words, and the request that was solved.
+    """A change that makes the request feasible: words, and the request that was solved.
 
     `isl`, `osl` are factors on the lengths of the workload (1: unchanged).
     """
@@ -38,24 +50,59 @@ class Relaxation:
 
 
 def infeasible(search: Search, time_limit: float | None = None) -> Infeasible:
-    """The error to raise, with its reason and relaxations."""
+    """The error to raise for a search without a fleet. What the time did not allow is said."""
     search.say("no plan; looking for relaxations")
-    found = relaxations(search)
-    lines = "".join(f"\n  - {item.text}" for item in found)
-    words = (
-        f"\nAny one of these would make it feasible:{lines}"
-        if found
-        else (
-            "\nNo single change that was tried (load, objectives, nodes, formats, lengths) makes it feasible."
-        )
+    return explained(Resolver.of(search, _SECONDS if time_limit is None else time_limit))
+
+
+def explained(resolver: Resolver) -> Infeasible:
+    """The reason, relaxations one by one, the constraints that contradict each other, and pairs of changes
+    where no single one helps."""
+    from planc.planner.conflict import Conflict, conflict, pairs
+
+    found: list[Relaxation] = []
+    clash, late = Conflict(), False
+    try:
+        for item in relaxations(resolver):
+            found.append(item)
+        clash = conflict(resolver)
+        if not found:
+            for item in pairs(resolver, clash):
+                found.append(item)
+    except OutOfTime:
+        late = True
+    words = _listed("Any one of these would make it feasible:", [item.text for item in found])
+    if not found:
+        words = f"\n{_NOTHING_YET if late else _NOTHING}"
+    words += _listed(_ALONE if len(clash.names) == 1 else _CLASH, clash.names)
+    if late:
+        words += "\nTime ran out before everything was tried: there may be other ways."
+    return Infeasible(
+        reason=why(resolver.base_search),
+        relaxations=words,
+        changes=[item.text for item in found],
+        conflict=list(clash.names),
+        complete=not late,
     )
-    return Infeasible(reason=why(search), relaxations=words, changes=[item.text for item in found])
+
+
+_NOTHING = (
+    "No single change that was tried (load, objectives, nodes, formats, lengths) makes it feasible, "
+    "nor any two."
+)
+_NOTHING_YET = "No single change that was tried makes it feasible."
+_ALONE = "This cannot hold, whatever else is given up:"
+_CLASH = "These cannot hold together, whatever else is given up; without any one of them they can:"
+
+
+def _listed(title: str, names: Sequence[str]) -> str:
+    return "".join([f"\n{title}", *(f"\n  - {name}" for name in names)]) if names else ""
 
 
 def why(search: Search) -> str:
     """The first thing that stands in the way."""
-    if search.offers:
-        carried = _most(search)
+    if able(search):
+        carried = most(Resolver.of(search))
         unit = "users" if search.traffic.concurrency is not None else "requests/s"
         if carried and search.demand:
             return (
@@ -87,64 +134,10 @@ def why(search: Search) -> str:
     return f"no candidate engine is left: {reasons}"
 
 
-def relaxations(search: Search) -> list[Relaxation]:
-    """All single relaxations found, each verified."""
-    base = search.request
-    if base.objective != "max_goodput" and search.demand is not None:
-        base = base.changed(objective="min_cost")
-    tries: tuple[Callable[[Search, Request], Iterator[Relaxation]], ...] = (
-        _less_load,
-        _looser_objective,
-        _more_nodes,
-        _other_formats,
-        _fewer_tokens,
-        _lifted_constraints,
-    )
-    found = {item.text: item for attempt in tries for item in attempt(search, base)}
-    return list(found.values())
-
-
-def solved(search: Search, request: Request, isl: float = 1.0, osl: float = 1.0) -> Fleet | None:
-    """The changed request, solved among the promising layouts: a plan found there is a plan."""
-    load = search.traffic.scaled(isl=isl, osl=osl) if (isl, osl) != (1.0, 1.0) else None
-    return Search(request, search.table, models=search.models, load=load, layouts=search.promising).fleet()
-
-
-def _most(search: Search, request: Request | None = None) -> float:
-    """The most that the inventory carries within objectives and constraints."""
-    chosen = (request or search.request).changed(objective="max_goodput")
-    load = replace(search.traffic, rate=None) if search.traffic.concurrency is None else search.traffic
-    found = Search(chosen, search.table, models=search.models, load=load, layouts=search.promising).fleet()
-    return found.capacity if found else 0.0
-
-
-# -- one attempt each ----------------------------------------------------------------------
-
-
-def _less_load(search: Search, base: Request) -> Iterator[Relaxation]:
-    if search.demand is None or not search.offers:
-        return
-    carried = _most(search, base)
-    closed = search.traffic.concurrency is not None
-    less = math.floor(carried) if closed else rounded_down(carried * (1 - 1e-6))
-    if less <= 0 or less >= search.demand:
-        return
-    changed = base.changed(workload=with_load(base.workload, less, closed))
-    if solved(search, changed) is not None:
-        name = "concurrency" if closed else "request_rate"
-        yield Relaxation(f"workload: {name} {search.demand:g} -> {less:g}", changed)
-
-
-def with_load(workload: Workload, load: float, closed: bool) -> Workload:
-    """The workload with another total load; per-class rates keep their proportions."""
-    rates = [c.request_rate for c in workload.classes]
-    if not closed and rates and all(rate is not None for rate in rates):
-        factor = load / sum(rate for rate in rates if rate is not None)
-        classes = [
-            c.model_copy(update={"request_rate": (c.request_rate or 0.0) * factor}) for c in workload.classes
-        ]
-        return workload.model_copy(update={"classes": classes})
-    return workload.model_copy(update={"concurrency": int(load)} if closed else {"request_rate": load})
+def able(search: Search) -> bool:
+    """Whether engines meet the objectives at some load: aggregated ones, or prefill and decode."""
+    roles = {stream.role for stream in search.streams if stream.offers}
+    return "aggregated" in roles or {"prefill", "decode"} <= roles
 
 
 def unbounded(search: Search) -> Search:
@@ -155,52 +148,95 @@ def unbounded(search: Search) -> Search:
     return free.with_slos(search.request)
 
 
-def _looser_objective(search: Search, base: Request) -> Iterator[Relaxation]:
-    search = unbounded(search)
-    for key, limit in sorted(base.slo.items()):
-        rest = {k: v for k, v in base.slo.items() if k != key}
+def most(resolver: Resolver, variation: Variation | None = None) -> float:
+    """The most that the inventory carries within objectives and constraints: requests/s or users."""
+    chosen = variation or resolver.start
+    request = chosen.request.changed(objective="max_goodput")
+    if chosen.request.workload.concurrency is None:
+        request = request.changed(workload=without_rate(request.workload))
+    found = resolver.solve(replace(chosen, request=request))
+    return found.fleet.solution.value if found else 0.0
 
-        def having(value: float, key: str = key, rest: dict[str, float] = rest) -> Request:
-            return base.changed(slo={**rest, key: value})
 
-        without = search.with_slos(base.changed(slo=rest)).fleet()
+def relaxations(resolver: Resolver) -> Iterator[Relaxation]:
+    """All single relaxations found, each verified. Raises OutOfTime."""
+    search, base = resolver.base_search, resolver.start.request
+    if base.objective != "max_goodput" and search.demand is not None:
+        base = base.changed(objective="min_cost")
+    tries: tuple[Callable[[Resolver, Request], Iterator[Relaxation]], ...] = (
+        _less_load,
+        _looser_objective,
+        _more_nodes,
+        _other_formats,
+        _fewer_tokens,
+        _lifted_constraints,
+    )
+    seen: set[str] = set()
+    for attempt in tries:
+        for item in attempt(resolver, base):
+            if item.text not in seen:
+                seen.add(item.text)
+                yield item
+
+
+def solved(resolver: Resolver, request: Request, isl: float = 1.0, osl: float = 1.0) -> Outcome | None:
+    """The changed request's best fleet, if any."""
+    return resolver.solve(Variation(request, isl=isl, osl=osl))
+
+
+# -- one attempt each ----------------------------------------------------------------------
+
+
+def _less_load(resolver: Resolver, base: Request) -> Iterator[Relaxation]:
+    search = resolver.base_search
+    if search.demand is None or not able(search):
+        return
+    carried = most(resolver, Variation(base))
+    closed = search.traffic.concurrency is not None
+    less = math.floor(carried) if closed else rounded_down(carried * (1 - 1e-6))
+    if less <= 0 or less >= search.demand:
+        return
+    changed = base.changed(workload=with_load(base.workload, less, closed))
+    if solved(resolver, changed) is not None:
+        name = "concurrency" if closed else "request_rate"
+        yield Relaxation(f"workload: {name} {search.demand:g} -> {less:g}", changed)
+
+
+def _looser_objective(resolver: Resolver, base: Request) -> Iterator[Relaxation]:
+    for slo in base.slos():
+        key, limit = slo.key.rpartition(": ")[2], 1e3 * slo.limit
+
+        def having(value: float, key: str = key, of: str = slo.traffic_class) -> Request:
+            return with_objective(base, key, value, of)
+
+        without = solved(resolver, having(NEVER))
         if without is None:
             continue
-        slo = next(s for s in base.slos() if s.key == key)
-        reached = 1e3 * max(float(i.state(search.traffic).value(slo)[0, 0]) for i in without.items)
-        low, high = limit, max(reached, limit * 1.001)
-        if search.with_slos(having(rounded_up(high))).fleet() is None:
+        low, high = limit, rounded_up(max(without.latency(slo), limit * 1.001))
+        if solved(resolver, having(high)) is None:
             continue
         for _ in range(_BISECTIONS):
             middle = math.sqrt(low * high)
-            if search.with_slos(having(middle)).fleet() is not None:
+            if solved(resolver, having(middle)) is not None:
                 high = middle
             else:
                 low = middle
         value = rounded_up(high)
-        if solved(search, having(value)) is not None:
-            yield Relaxation(f"slo: {key} {limit:g} -> {value:g}", having(value))
+        if solved(resolver, having(value)) is not None:
+            yield Relaxation(f"slo: {slo.key} {limit:g} -> {value:g}", having(value))
 
 
-def _more_nodes(search: Search, base: Request) -> Iterator[Relaxation]:
+def _more_nodes(resolver: Resolver, base: Request) -> Iterator[Relaxation]:
+    open_ended = constrained(base, max_gpus=None)
     for position, nodes in enumerate(base.inventory.nodes):
 
         def having(count: int, position: int = position) -> Request:
-            old = base.inventory.nodes
-            changed = [
-                n.model_copy(update={"count": count}) if i == position else n for i, n in enumerate(old)
-            ]
-            limits = base.constraints
-            if limits.max_gpus is not None:
-                limits = limits.model_copy(update={"max_gpus": None})
-            return base.changed(
-                inventory=base.inventory.model_copy(update={"nodes": changed}), constraints=limits
-            )
+            return with_node_count(open_ended, position, count)
 
         low, high = nodes.count, 0
         count = nodes.count * 2
         while count <= nodes.count * _MOST_NODES:
-            if solved(search, having(count)) is not None:
+            if solved(resolver, having(count)) is not None:
                 high = count
                 break
             low, count = count, count * 2
@@ -208,7 +244,7 @@ def _more_nodes(search: Search, base: Request) -> Iterator[Relaxation]:
             continue
         while high - low > 1:
             middle = (low + high) // 2
-            if solved(search, having(middle)) is not None:
+            if solved(resolver, having(middle)) is not None:
                 high = middle
             else:
                 low = middle
@@ -219,9 +255,9 @@ def _more_nodes(search: Search, base: Request) -> Iterator[Relaxation]:
         )
 
 
-def _other_formats(search: Search, base: Request) -> Iterator[Relaxation]:
+def _other_formats(resolver: Resolver, base: Request) -> Iterator[Relaxation]:
     """Allows one more format, narrower than those in use; the least harmful that helps, of each kind."""
-    limits = base.constraints
+    search, limits = resolver.base_search, base.constraints
     used_weights = {c.shape.weights for c in search.found} or {search.table.model.native_format}
     used_kv = {c.shape.kv for c in search.found} or {"bf16"}
     offered = [
@@ -235,36 +271,35 @@ def _other_formats(search: Search, base: Request) -> Iterator[Relaxation]:
         {w for (w, _), _ in offered if fmt(w).bits < min(fmt(u).bits for u in used_weights)},
         key=lambda name: (fmt(name).accuracy_drop.value, -fmt(name).bits, name),
     )
+    dropping = (
+        "" if limits.max_accuracy_drop is None else f" (max_accuracy_drop is {limits.max_accuracy_drop:g})"
+    )
     for name in narrower:
         wider = {"weights": sorted({*used_weights, name}), "activations": None, "max_accuracy_drop": None}
-        changed = base.changed(constraints=limits.model_copy(update=wider))
-        if solved(search, changed) is not None:
-            yield Relaxation(f"constraints: weights may also be {name}{_dropping(limits)}", changed)
+        changed = constrained(base, **wider)
+        if solved(resolver, changed) is not None:
+            yield Relaxation(f"constraints: weights may also be {name}{dropping}", changed)
             break
     if search.table.kv_elements_per_token():
         for name in sorted({kv for _, kv in offered if fmt(kv).bits < min(fmt(u).bits for u in used_kv)}):
-            wider = {"kv": sorted({*used_kv, name}), "max_accuracy_drop": None}
+            more: dict[str, object] = {"kv": sorted({*used_kv, name}), "max_accuracy_drop": None}
             if limits.weights is None:
-                wider["weights"] = sorted(used_weights)
-            changed = base.changed(constraints=limits.model_copy(update=wider))
-            if solved(search, changed) is not None:
-                yield Relaxation(f"constraints: the KV cache may also be {name}{_dropping(limits)}", changed)
+                more["weights"] = sorted(used_weights)
+            changed = constrained(base, **more)
+            if solved(resolver, changed) is not None:
+                yield Relaxation(f"constraints: the KV cache may also be {name}{dropping}", changed)
                 break
 
 
-def _dropping(limits: object) -> str:
-    stated = getattr(limits, "max_accuracy_drop", None)
-    return "" if stated is None else f" (max_accuracy_drop is {stated:g})"
-
-
-def _fewer_tokens(search: Search, base: Request) -> Iterator[Relaxation]:
+def _fewer_tokens(resolver: Resolver, base: Request) -> Iterator[Relaxation]:
+    search = resolver.base_search
     names = ("isl", "osl") if search.traffic.decode_steps else ("isl",)
     if search.table.model.kind == "module" or not search.bench.engines:
         return
     for name in names:
 
         def works(factor: float, name: str = name) -> bool:
-            return solved(search, base, **{name: factor}) is not None
+            return solved(resolver, base, **{name: factor}) is not None
 
         low, high = 1.0 / 16, 1.0
         if not works(low):
@@ -282,44 +317,36 @@ def _fewer_tokens(search: Search, base: Request) -> Iterator[Relaxation]:
             yield Relaxation(f"workload: {name} {mean:.6g} -> {shorter} tokens", base, **{name: factor})
 
 
-def _lifted_constraints(search: Search, base: Request) -> Iterator[Relaxation]:
+def _lifted_constraints(resolver: Resolver, base: Request) -> Iterator[Relaxation]:
     limits = base.constraints
     for key in ("max_gpus", "max_replicas", "max_power_kw", "max_accuracy_drop"):
         stated = getattr(limits, key)
         if stated is None:
             continue
-        fleet = solved(search, base.changed(constraints=limits.model_copy(update={key: None})))
-        if fleet is None:
+        found = solved(resolver, constrained(base, **{key: lifted(key)}))
+        if found is None:
             continue
+        fleet = found.fleet
         value = {
             "max_gpus": fleet.gpus,
             "max_replicas": sum(item.count for item in fleet.items),
             "max_power_kw": rounded_up(fleet.watts / 1e3),
             "max_accuracy_drop": max(item.candidate.drop for item in fleet.items),
         }[key]
-        changed = base.changed(constraints=limits.model_copy(update={key: value}))
-        if solved(search, changed) is not None:
+        changed = constrained(base, **{key: value})
+        if solved(resolver, changed) is not None:
             yield Relaxation(f"constraints: {key} {stated:g} -> {value:g}", changed)
+    for key in ("spare_replicas", "max_spot_share"):
+        changed = constrained(base, **{key: None})
+        if getattr(limits, key) is not None and solved(resolver, changed) is not None:
+            yield Relaxation(f"constraints: no {key}", changed)
     listed = [k for k in ("tp", "pp", "dp", "ep") if getattr(limits, k) is not None]
     helped = False
-    for keys in [(key,) for key in listed] + [("max_num_seqs",), ("max_num_batched_tokens",), tuple(listed)]:
+    single = [(key,) for key in (*listed, "max_num_seqs", "max_num_batched_tokens", "serving")]
+    for keys in [*single, tuple(listed)]:
         if not keys or (helped and len(keys) > 1) or all(getattr(limits, key) is None for key in keys):
             continue
-        changed = base.changed(constraints=limits.model_copy(update=dict.fromkeys(keys)))
-        if solved(search, changed) is not None:
+        changed = constrained(base, **dict.fromkeys(keys))
+        if solved(resolver, changed) is not None:
             helped = True
             yield Relaxation(f"constraints: leave {' and '.join(keys)} open", changed)
-
-
-def rounded_up(value: float) -> float:
-    """Rounded up to three significant digits."""
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return float(f"{math.ceil(value / unit - 1e-9) * unit:.12g}")
-
-
-def rounded_down(value: float) -> float:
-    """Rounded down to three significant digits."""
-    if value <= 0:
-        return 0.0
-    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
-    return float(f"{math.floor(value / unit + 1e-9) * unit:.12g}")

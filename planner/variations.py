@@ -6,8 +6,9 @@ shared step models, remembers their outcomes, and stops when its time is up.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,20 +17,25 @@ from typing import TYPE_CHECKING, Literal
 from planc.cost_model import catalogue, overlay
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.table import CostTable
-from planc.errors import InvalidField
+from planc.errors import InvalidField, ToolFailed
 from planc.planner.inventory import groups
 from planc.planner.offers import Fleet
 from planc.planner.request import Request
 from planc.planner.search import Search
 from planc.planner.stream import Models
+from planc.planner.traffic import Traffic, traffic
 
 if TYPE_CHECKING:
     from planc.planner.plan import Plan
+    from planc.planner.slo import Slo
 
 #: candidate engines up to which every variation is solved over all layouts, not the promising ones alone
 ALL_LAYOUTS = 200
 #: relative difference of objective values that counts as none
 SAME = 1e-6
+
+#: constraints of the fleet as a whole: no engine is the other for them
+_FLEET_LIMITS = ("max_replicas", "max_power_kw", "spare_replicas", "max_spot_share")
 
 Layouts = frozenset[tuple[int, ...]]
 
@@ -44,6 +50,7 @@ class Variation:
 
     memory_gib   GiB added to every GPU of a type
     fusions      names of the fusions in force; None: the engine's own
+    isl, osl     factors on the lengths of the workload
     layouts      the only layouts to consider (see `Candidate.layout`), or "all"; None: the resolver's choice
     """
 
@@ -51,6 +58,8 @@ class Variation:
     memory_gib: Mapping[str, float] = field(default_factory=dict)
     fusions: frozenset[str] | None = None
     layouts: Layouts | Literal["all"] | None = None
+    isl: float = 1.0
+    osl: float = 1.0
 
     def changed(self, **parts: object) -> Variation:
         """With parts of the request replaced (already validated)."""
@@ -62,7 +71,8 @@ class Variation:
 
     def key(self) -> tuple[object, ...]:
         fused = None if self.fusions is None else tuple(sorted(self.fusions))
-        return self.request.model_dump_json(), tuple(sorted(self.memory_gib.items())), fused, self.layouts
+        gib, request = tuple(sorted(self.memory_gib.items())), self.request.model_dump_json()
+        return request, gib, fused, self.layouts, self.isl, self.osl
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,14 @@ class Outcome:
     @property
     def objective(self) -> str:
         return self.fleet.objective
+
+    def latency(self, slo: Slo) -> float:
+        """What an objective is about, ms, as the plan predicts it."""
+        numbers = self.plan.predicted_by_class.get(slo.traffic_class, self.plan.predicted)
+        found = numbers[f"{slo.metric}_ms"]
+        if slo.quantile is None:
+            return found.value
+        return found.percentiles.get(f"p{slo.quantile * 100:.10g}", math.inf)
 
     @cached_property
     def plan(self) -> Plan:
@@ -128,8 +146,29 @@ class Resolver:
         progress: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._begin(request, table, seconds, progress, clock, {})
+        self.base_search = Search(request, table, models=self._models[None], progress=progress)
+
+    @classmethod
+    def of(cls, search: Search, seconds: float | None = None) -> Resolver:
+        """For variations of a request whose search has found no fleet."""
+        self = cls.__new__(cls)
+        self._begin(search.request, search.table, seconds, search.say, time.monotonic, search.models)
+        self.base_search = search
+        self._restrict(())
+        return self
+
+    def _begin(
+        self,
+        request: Request,
+        table: CostTable,
+        seconds: float | None,
+        progress: Callable[[str], None] | None,
+        clock: Callable[[], float],
+        models: Models,
+    ) -> None:
         self.table = table
-        self._models: dict[frozenset[str] | None, Models] = {None: {}}
+        self._models: dict[frozenset[str] | None, Models] = {None: models}
         self.say = progress or (lambda message: None)
         self.start = Variation(request)
         self._clock = clock
@@ -137,17 +176,20 @@ class Resolver:
         self._known: dict[tuple[object, ...], Outcome | None] = {}
         self.layouts: Layouts | None = None
         self.solved = 0
-        self.base_search = Search(request, table, models=self._models[None], progress=progress)
+
+    def _restrict(self, taken: Iterable[tuple[int, ...]]) -> None:
+        """Where there are many candidates, keeps the promising layouts and those that are taken."""
+        promising = self.base_search.promising
+        if promising is not None and len(self.base_search.found) > ALL_LAYOUTS:
+            self.layouts = promising | set(taken)
 
     @cached_property
     def base(self) -> Outcome | None:
         """The request as it stands."""
         search = self.base_search
         fleet = search.fleet()
-        if fleet is not None and search.considered > 0 and len(search.found) > ALL_LAYOUTS:
-            promising = search.promising
-            if promising is not None:
-                self.layouts = promising | {item.candidate.layout for item in fleet.items}
+        if fleet is not None:
+            self._restrict(item.candidate.layout for item in fleet.items)
         found = None if fleet is None else Outcome(self.start, search, fleet)
         self._known[self.start.key()] = found
         return found
@@ -172,19 +214,50 @@ class Resolver:
         search = self.search(variation)
         if search is None:
             return None
-        with hardware(variation):
-            fleet = search.fleet(left)
+        try:
+            with hardware(variation):
+                fleet = search.fleet(left)
+        except ToolFailed:
+            if left is not None and self._clock() >= (self._end or 0.0):
+                raise OutOfTime from None
+            raise
         return None if fleet is None else Outcome(variation, search, fleet)
 
     def search(self, variation: Variation) -> Search | None:
         """The search of a variation, not solved yet; None when it contradicts itself."""
+        if self._same_engines(variation):
+            search = self._unlimited.with_slos(variation.request)
+            search.traffic = self._traffic(variation)
+            return search
         layouts = self._layouts(variation)
         models = self._models.setdefault(variation.fusions, {})
         with hardware(variation):
             try:
-                return Search(variation.request, self.table, models=models, layouts=layouts)
+                load = self._traffic(variation)
+                return Search(variation.request, self.table, models=models, load=load, layouts=layouts)
             except InvalidField:
                 return None
+
+    def _traffic(self, variation: Variation) -> Traffic:
+        """The workload in numbers; that of the request is read once, as it may be a long trace."""
+        same = variation.request.workload == self.start.request.workload
+        load = self.base_search.traffic if same else traffic(variation.request, self.table.model.kind)
+        return load.scaled(isl=variation.isl, osl=variation.osl)
+
+    @cached_property
+    def _unlimited(self) -> Search:
+        """Every engine that the request allows, whatever its latency. Objectives, load and limits of the
+        whole fleet leave engines and their step times as they are."""
+        free = _without_objectives(self.start.request)
+        layouts, models = self._layouts(self.start), self._models[None]
+        return Search(free, self.table, models=models, layouts=layouts)
+
+    def _same_engines(self, variation: Variation) -> bool:
+        """Whether a variation differs from the request in what `_unlimited` serves alone."""
+        if replace(variation, request=self.start.request) != self.start:
+            return False
+        closed = self.base_search.traffic.concurrency is not None
+        return _engines_key(variation.request, closed) == _engines_key(self.start.request, closed)
 
     def why(self, variation: Variation) -> str:
         """Why a variation has no plan, in one sentence."""
@@ -223,3 +296,25 @@ class Resolver:
             return None
         gain = found.value - than.value if self.maximising else than.value - found.value
         return 0.0 if abs(gain) <= SAME * abs(than.value) else gain
+
+
+def _without_objectives(request: Request) -> Request:
+    classes = [c.model_copy(update={"slo": {}}) for c in request.workload.classes]
+    return request.changed(slo={}, workload=request.workload.model_copy(update={"classes": classes}))
+
+
+def _engines_key(request: Request, closed: bool) -> str:
+    """The parts of a request on which engines and their step times depend. In a closed loop the number of
+    users is one of them; else rates are, up to a common factor."""
+    workload = request.workload
+    rates = [c.request_rate or c.weight for c in workload.classes]
+    classes = [
+        c.model_copy(update={"slo": {}, "request_rate": None, "weight": float(f"{rate / sum(rates):.9g}")})
+        for c, rate in zip(workload.classes, rates, strict=True)
+    ]
+    bare = workload.model_copy(
+        update={"classes": classes, **({} if closed else {"request_rate": None, "rate": None})}
+    )
+    limits = request.constraints.model_copy(update=dict.fromkeys(_FLEET_LIMITS))
+    objective = "max_goodput" if request.objective == "min_cost" else request.objective
+    return request.changed(slo={}, workload=bare, constraints=limits, objective=objective).model_dump_json()

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 
 from planc.errors import Infeasible
 from planc.planner.compile import plan
-from planc.planner.relax import relaxations, solved
-from planc.planner.request import make_request
+from planc.planner.conflict import conflict, pairs, parts
+from planc.planner.relax import explained, infeasible, relaxations, why
+from planc.planner.request import Request, make_request
 from planc.planner.search import Search
+from planc.planner.variations import Resolver
 from tests.planner.cases import raw, table
 
 ONE = {"nodes": [{"gpu": "l40s", "gpus_per_node": 1, "usd_per_gpu_hour": 1.0}]}
-SMALL = {"max_num_seqs": [32, 128], "max_num_batched_tokens": [2048, 8192]}
+SMALL = {"max_num_seqs": [32, 128], "max_num_batched_tokens": [2048], "serving": ["aggregated"], "pp": [1]}
 LIGHT = {"isl": 1000, "osl": 200, "request_rate": 0.1}
 
 #: name, table, changes, words of the reason, words that some relaxation must hold
@@ -60,51 +63,108 @@ CASES: list[tuple[str, str, dict[str, Any], str, tuple[str, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "model", "changes", "reason", "helps"), CASES, ids=[c[0] for c in CASES])
-def test_reason_and_relaxations(
-    name: str, model: str, changes: dict[str, Any], reason: str, helps: tuple[str, ...]
-) -> None:
-    wanted = make_request(raw(**changes))
-    with pytest.raises(Infeasible) as caught:
-        plan(wanted, table(model))
-    message = str(caught.value)
-    assert caught.value.exit_code == 3
-    assert reason in message
-    for words in helps:
-        assert words in message, message
+IDS = [case[0] for case in CASES]
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=[c[0] for c in CASES[:2]])
-def test_every_relaxation_is_feasible(case: Any) -> None:
-    _, model, changes, _, _ = case
+@cache
+def asked(number: int) -> Resolver:
+    """The resolver of a case, shared: what it solved once it knows."""
+    _, model, changes, _, _ = CASES[number]
+    return resolver(changes, model)
+
+
+def resolver(changes: dict[str, Any], model: str = "llama8b") -> Resolver:
     search = Search(make_request(raw(**changes)), table(model))
-    found = relaxations(search)
+    assert search.fleet() is None
+    return Resolver.of(search)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=IDS)
+def test_reason_and_relaxations(number: int) -> None:
+    _, _, _, reason, helps = CASES[number]
+    assert reason in why(asked(number).base_search)
+    found = [item.text for item in relaxations(asked(number))]
+    for words in helps:
+        assert any(words in text for text in found), found
+
+
+def test_a_plan_that_cannot_be_says_all_that() -> None:
+    _, model, changes, _, _ = CASES[1]
+    with pytest.raises(Infeasible) as caught:
+        plan(make_request(raw(**changes)), table(model))
+    message, fields = str(caught.value), caught.value.fields
+    assert caught.value.exit_code == 3
+    assert fields["changes"] == [item.text for item in relaxations(asked(1))]
+    assert fields["conflict"] == list(conflict(asked(1)).names)
+    assert CASES[1][3] in message
+    assert all(words in message for words in CASES[1][4])
+
+
+@pytest.mark.parametrize("number", range(2), ids=IDS[:2])
+def test_every_relaxation_is_feasible(number: int) -> None:
+    found = list(relaxations(asked(number)))
     assert found
     for item in found:
-        assert solved(search, item.request, item.isl, item.osl) is not None, item.text
         if item.isl == item.osl == 1:
-            plan(item.request, table(model))
+            assert Search(item.request, asked(number).table).fleet() is not None, item.text
 
 
 def test_relaxations_are_small() -> None:
     """A rate 2 % above the one offered is infeasible, and so is one node fewer."""
     _, model, changes, _, _ = CASES[0]
-    search = Search(make_request(raw(**changes)), table(model))
-    by_text = {item.text.split(" ")[1]: item for item in relaxations(search)}
-    rate = by_text["request_rate"].request.workload.request_rate
+    found = list(relaxations(asked(0)))
+    rate = next(i for i in found if "request_rate" in i.text).request.workload.request_rate
     assert rate is not None
     more = {**changes, "workload": {**changes["workload"], "request_rate": rate * 1.02}}
     assert Search(make_request(raw(**more)), table(model)).fleet() is None
-    nodes = (
-        next(i for i in relaxations(search) if i.text.startswith("inventory"))
-        .request.inventory.nodes[0]
-        .count
-    )
+    nodes = next(i for i in found if i.text.startswith("inventory")).request.inventory.nodes[0].count
     fewer = {**changes, "inventory": {"nodes": [{**ONE["nodes"][0], "count": nodes - 1}]}}
     assert Search(make_request(raw(**fewer)), table(model)).fleet() is None
 
 
-def test_nothing_helps() -> None:
-    changes = {"slo": {"tpot_mean_ms": 0.001, "ttft_mean_ms": 0.001}, "inventory": ONE, "constraints": SMALL}
-    with pytest.raises(Infeasible, match="No single change"):
-        plan(make_request(raw(**changes)), table())
+# -- conflicts -----------------------------------------------------------------------------
+
+
+def kept_alone(number: int, names: set[str]) -> Request:
+    """The request with nothing but the named parts."""
+    request = asked(number).start.request
+    for part in parts(asked(number)):
+        if part.name not in names:
+            request = part.left_out(request)
+    return request
+
+
+@pytest.mark.parametrize("number", range(2), ids=IDS[:2])
+def test_a_conflict_is_infeasible_and_minimal(number: int) -> None:
+    names = set(conflict(asked(number)).names)
+    assert names
+    known = asked(number).table
+    assert Search(kept_alone(number, names), known).fleet() is None
+    for name in names:
+        assert Search(kept_alone(number, names - {name}), known).fleet() is not None, name
+
+
+def test_the_conflict_names_what_clashes() -> None:
+    names = conflict(asked(1)).names
+    assert "slo.tpot_mean_ms: 18" in names
+    assert not any("ttft" in name or "request_rate" in name for name in names)
+
+
+TWICE = {"slo": {"tpot_mean_ms": 0.001, "ttft_mean_ms": 0.001}, "inventory": ONE, "constraints": SMALL}
+
+
+def test_pairs_help_where_no_single_change_does() -> None:
+    twice = resolver(TWICE)
+    assert not list(relaxations(twice))
+    found = list(pairs(twice, conflict(twice)))
+    assert [("tpot" in item.text, "ttft" in item.text) for item in found] == [(True, True)]
+    assert Search(found[0].request, table()).fleet() is not None
+    error = explained(twice)
+    assert error.fields["changes"] == [found[0].text]
+    assert error.fields["complete"]
+
+
+def test_what_the_time_did_not_allow_is_said() -> None:
+    found = infeasible(asked(0).base_search, time_limit=0.0)
+    assert "Time ran out" in str(found)
+    assert found.fields["complete"] is False
