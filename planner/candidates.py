@@ -129,10 +129,10 @@ def candidates(
 
 
 def _drafting(candidate: Candidate, limits: Constraints, role: Role) -> Iterator[Candidate]:
-    """The engine, and the same with each way of speculation that is offered. Not with pipeline stages,
-    where the engines modelled have none, nor where nothing is decoded."""
+    """The engine, and the same with each way of speculation that is offered: where it does all the work on a
+    request, and without pipeline stages. Engines have more, but not all of them, nor do the formulas."""
     yield candidate
-    if role in ("aggregated", "decode") and candidate.shape.pp == 1:
+    if role == "aggregated" and candidate.shape.pp == 1:
         yield from (replace(candidate, speculation=way) for way in speculations(limits))
 
 

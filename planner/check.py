@@ -15,8 +15,10 @@ from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.formats import fmt
 from planc.cost_model.shape import EngineShape, refusals
+from planc.cost_model.speculative import drafting
 from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable
+from planc.planner import techniques
 from planc.planner.formats import accuracy
 from planc.planner.plan import Plan, Replica
 from planc.planner.request import Request, make_request
@@ -178,14 +180,16 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
         if m.weights_gib < least * 0.98:
             yield f"replica {number}: weights of {m.weights_gib:.2f} GiB are below {least:.2f} GiB"
         tokens = replica.kv_blocks * replica.block_size
-        longest = max(replica.pipeline_layers)
+        speculation = techniques.read(replica.speculative)
+        drafts = speculation.layers(table) if speculation else 0  # they have caches too
+        longest = max(replica.pipeline_layers) + drafts
         held = sum(
             _cache_share(cls.kv_units, replica.tp) * cls.count * cls.kv_elements for cls in table.classes
         )
         if held and table.model.layers:
             whole = held * fmt(replica.kv).bytes * tokens / table.model.layers / GIB
             # the map is that of the fullest stage, which need not be the one of most layers
-            few, most = (whole * layers for layers in (min(replica.pipeline_layers), longest))
+            few, most = (whole * layers for layers in (min(replica.pipeline_layers) + drafts, longest))
             uneven = len({(c.kv_elements, c.kv_units) for c in table.classes if c.layers}) > 1
             uneven = uneven or len(shape.kv_formats()) > 1
             if (
@@ -279,15 +283,24 @@ def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float, runnin
     """
     steps, fresh, context = load.decode_steps, load.new_tokens, load.decode_context
     batch, tpot = max(running, 1.0), math.inf
+    speculation = techniques.read(replica.speculative)
+    rows = speculation.rows if speculation else 1
+    pace = sum(speculation.acceptance**i for i in range(rows)) if speculation else 1.0
+    draft = drafting(speculation, model) if speculation else None
+    steps /= pace
+
+    def seconds(load: StepLoad) -> float:
+        return float(model.seconds(load)) + (float(draft.seconds(load)) if draft else 0.0)
+
     for _ in range(400):
         met = min(batch + 1.0, float(replica.max_num_seqs))
         seqs = max(met / replica.pp, 1.0)
-        room = max(replica.max_num_batched_tokens - met / replica.pp, 1.0)
+        room = max(replica.max_num_batched_tokens - rows * met / replica.pp, 1.0)
         chunk = min(fresh, room)
         cached = max(load.prefill_context - chunk / 2, 0.0)
-        plain = float(model.seconds(StepLoad(seqs, context)))
-        mixed = float(model.seconds(StepLoad(seqs, context, chunk, 1.0, cached)))
-        full = float(model.seconds(StepLoad(seqs, context, room, max(room / fresh, 1.0), cached)))
+        plain = seconds(StepLoad(seqs, context))
+        mixed = seconds(StepLoad(seqs, context, chunk, 1.0, cached))
+        full = seconds(StepLoad(seqs, context, room, max(room / fresh, 1.0), cached))
         alone = min(1.0, steps / batch)
         stall = alone * max(fresh / room, 1.0) * (mixed - plain) + (1 - alone) * fresh / room * (full - plain)
         free = max(1 - rate * max(stall, 0.0), 1e-9) ** replica.dp
@@ -298,4 +311,4 @@ def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float, runnin
         if abs(following - batch) < 1e-7 * batch:
             break
         batch = 0.5 * (batch + following)
-    return tpot
+    return tpot / pace

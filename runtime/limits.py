@@ -26,6 +26,7 @@ class Limits:
                             the host and back
     max_adapters            LoRA adapters that may run at once
     tokens_per_step         of a decoding sequence, on average; above 1 with speculative decoding
+    rows_per_step           of a decoding sequence: what it takes of the token budget
     """
 
     max_num_seqs: int
@@ -39,6 +40,7 @@ class Limits:
     preemption: Literal["recompute", "swap"] = "recompute"
     max_adapters: int | None = None
     tokens_per_step: float = 1.0
+    rows_per_step: int = 1
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "prompts_per_step", "max_adapters"):

@@ -25,7 +25,7 @@ from planc.planner.request import Request
 from planc.planner.traffic import Traffic, traffic
 from planc.planner.workload import LoadTest
 from planc.runtime.simulator import Load, Records, Rules, Server, closed_loop, open_loop, simulate
-from planc.runtime.simulator.deployment import sites
+from planc.runtime.simulator.deployment import sites, speculation
 from planc.runtime.simulator.load import Ints, gamma
 
 Kind = Literal["closed loop", "open loop", "offline"]
@@ -86,6 +86,7 @@ def load_test(request: Request, table: CostTable, replica: Replica, replicas: in
         replica.max_num_seqs,
         replica.max_num_batched_tokens * replica.pp,  # a step is a cycle of pp micro-batches
         prefix_caching=flow.hit_rate > 0,
+        speculative=speculation(site),
         **{name: value for name, value in flags.items() if value is not None},
     )
     server = Server(site.clock, rules, site.kv_blocks, replica.block_size)

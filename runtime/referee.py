@@ -25,7 +25,7 @@ from planc.planner.search import Search
 from planc.planner.slo import Slo
 from planc.planner.traffic import Traffic
 from planc.runtime.simulator import Load, Records, Rules, Server, closed_loop, open_loop, simulate
-from planc.runtime.simulator.deployment import sites
+from planc.runtime.simulator.deployment import sites, speculation
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
 from planc.runtime.simulator.load import gamma
 
@@ -160,17 +160,15 @@ def _servers(search: Search, item: Deployed) -> list[Server]:
     replica = assemble.replica(search, item, home * item.candidate.shape.world, 1.0)
     context = flow.isl_mean + flow.osl_mean
     pool = Pool(role="aggregated", replicas=[replica])
-    profile = catalogue.engine(replica.engine)
+    found = sites([pool], search.table, search.groups, context)
     rules = Rules.of(
-        profile,
+        catalogue.engine(replica.engine),
         replica.max_num_seqs,
         replica.max_num_batched_tokens * replica.pp,  # a step is a cycle of pp micro-batches
         prefix_caching=flow.hit_rate > 0,
+        speculative=speculation(found[0]),
     )
-    return [
-        Server(site.clock, rules, site.kv_blocks, replica.block_size)
-        for site in sites([pool], search.table, search.groups, context)
-    ]
+    return [Server(site.clock, rules, site.kv_blocks, replica.block_size) for site in found]
 
 
 def _pool(search: Search, items: Sequence[Deployed]) -> tuple[list[Server], list[float]]:

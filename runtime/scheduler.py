@@ -188,9 +188,9 @@ class Scheduler:
 
     def _decode(self, batch: Batch, budget: int) -> int:
         """Every decoding sequence gets a token and room for it; the latest arrivals give way."""
-        group = self.decoding
-        if group.size > budget:
-            late = [s for s in self._running.values() if s.decoding][budget:]
+        group, rows = self.decoding, self.limits.rows_per_step
+        if group.size * rows > budget:
+            late = [s for s in self._running.values() if s.decoding][budget // rows :]
             for member in late:
                 self._leave_group(member)
             batch.held = tuple(late)
@@ -205,7 +205,7 @@ class Scheduler:
         batch.decodes = group.size
         batch.context = group.cached + group.size
         self._ahead = ahead if group.size else 0
-        return budget - group.size
+        return budget - group.size * rows
 
     def _admit(self, batch: Batch, budget: int) -> None:
         """Waiting sequences take seats while seats, budget and cache last, in order."""

@@ -21,7 +21,7 @@ from planc.planner.inventory import Group
 from planc.planner.request import Slo
 from planc.planner.trace import MOONCAKE_BLOCK, Scan, TraceRow, read
 from planc.runtime.simulator.cluster import Aggregated, Front, Open, fits, fronted, together
-from planc.runtime.simulator.deployment import Site, link
+from planc.runtime.simulator.deployment import Site, link, speculation
 from planc.runtime.simulator.disaggregated import Disaggregated
 from planc.runtime.simulator.records import Ints, Records
 from planc.runtime.simulator.replica import Journal, Replica, Sent, Server
@@ -262,6 +262,7 @@ def _server(site: Site) -> Server:
         plan.max_num_batched_tokens,
         prefix_caching=plan.prefix_caching,
         chunked=plan.chunked_prefill,
+        speculative=speculation(site),
     )
     return Server(site.clock, rules, site.kv_blocks, plan.block_size)
 

@@ -126,7 +126,6 @@ class Replica:
         self._pace = 0.0  # seconds of the last decode step, prompts beside it not counted
         self._patient = rules.max_adapters is None and rules.recv_interval == 1
         self._draft = rules.speculative.draft if rules.speculative else 0
-        self._draft_s = rules.speculative.draft_s if rules.speculative else 0.0
 
     @property
     def busy(self) -> bool:
@@ -249,7 +248,12 @@ class Replica:
         if not self._draft:
             return line
         pace = self.rules.tokens_per_step
-        return Line(line.seconds + self._draft_s, line.slope * pace, max(int(line.steps / pace), 1))
+        return Line(line.seconds + self._drafting(decodes), line.slope * pace, max(int(line.steps / pace), 1))
+
+    def _drafting(self, decodes: int) -> float:
+        """Seconds that drafting takes of a step."""
+        how = self.rules.speculative
+        return how.draft_s + how.each_s * decodes if how and decodes else 0.0
 
     def _one(self, batch: Batch) -> tuple[float, float]:
         """(seconds, drain) of a step that is not plain."""
@@ -259,7 +263,7 @@ class Replica:
         if batch.chunks:
             chunks = [(chunk.tokens, chunk.start) for chunk in batch.chunks]
             seconds, drain = self.clock.mixed(decodes, context, chunks, self._draft)
-            seconds += self._draft_s if decodes else 0.0
+            seconds += self._drafting(decodes)
         elif decodes:
             seconds = self._line(decodes, context).seconds
         if batch.swapped:

@@ -19,11 +19,13 @@ class Speculation:
     draft        tokens drafted per sequence and step
     acceptance   chance that a draft token is accepted, given that those before it were
     draft_s      seconds of drafting per step, beside the verified step itself
+    each_s       and for each decoding sequence
     """
 
     draft: int
     acceptance: float
     draft_s: float = 0.0
+    each_s: float = 0.0
 
     def __post_init__(self) -> None:
         for name, good in (("draft", self.draft >= 1), ("acceptance", 0 <= self.acceptance <= 1)):
@@ -84,6 +86,7 @@ class Rules(Limits):
                 )
         if self.speculative is not None:
             object.__setattr__(self, "tokens_per_step", self.speculative.tokens)
+            object.__setattr__(self, "rows_per_step", 1 + self.speculative.draft)
 
     @staticmethod
     def of(
