@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +34,8 @@ Progress = Callable[[str], None]
 #: GPUs from which the master problem stops at a gap of `_GAP` instead of proving the last dollar
 _LARGE = 256
 _GAP = 2e-3
+#: columns from which a first fleet of a family is made
+_CORE = 32
 
 
 class Search:
@@ -256,48 +258,77 @@ class Search:
     def _columns(
         self, limits: solve.Limits, deadline: float | None, prune: bool = True
     ) -> tuple[list[Offer], list[solve.Column]]:
-        """Precise columns of the offers that may matter, by two bounds: an offer that another of its
-        family surely replaces, and a family that even with 5 % more capacity is worse than the best."""
+    XX
+        capacity than was interpolated: an offer that another of its family surely replaces; a family whose
+        linear relaxation is worse than the best fleet found; an engine whose reduced cost in it is more than
+        what lies between the two."""
+        rough = [(offer, offer.column(offer.capacity)) for offer in self._allowed_offers()]
+        hopeful = [replace(column, load=column.load / NEAR) for _, column in rough]
+        families: dict[str, list[int]] = {}
+        for mine in _alike([column for _, column in rough]).values():
+            for i in mine:
+                if not any(solve.replaces(rough[j][1], hopeful[i]) for j in mine if j != i):
+                    families.setdefault(rough[i][1].family, []).append(i)
+
+        def precise(chosen: Iterable[int]) -> tuple[list[Offer], list[solve.Column]]:
+            members = [rough[i][0].precise() for i in sorted(chosen)]
+            made = [offer.column(offer.capacity) for offer in members]
+            kept = solve.undominated(made)
+            return [members[i] for i in kept], [made[i] for i in kept]
+
+        found: tuple[list[Offer], list[solve.Column]] = [], []
+        if not prune:
+            for members in families.values():
+                _extend(found, precise(members))
+        else:
+            self._promising_columns(families, hopeful, limits, deadline, precise, found)
+        self.pruned["dominated"] = len(rough) - len(found[1])
+        return found
+
+    def _promising_columns(
+        self,
+        families: Mapping[str, list[int]],
+        hopeful: Sequence[solve.Column],
+        limits: solve.Limits,
+        deadline: float | None,
+        precise: Callable[[Iterable[int]], tuple[list[Offer], list[solve.Column]]],
+        found: tuple[list[Offer], list[solve.Column]],
+    ) -> None:
+        sign = 1.0 if limits.demand is not None else -1.0
+        relaxed = {}
+        for name, members in families.items():
+            relaxation = solve.relaxation([hopeful[i] for i in members], limits)
+            if relaxation is not None:
+                relaxed[name] = relaxation
+        best = math.inf
+        for name in sorted(relaxed, key=lambda name: (sign * relaxed[name].bound, name)):
+            bound, costs = (
+                sign * relaxed[name].bound,
+                dict(zip(families[name], relaxed[name].reduced_costs, strict=True)),
+            )
+            if bound > best + 1e-9 * abs(best):
+                break
+
+            def try_fleet(columns: list[solve.Column]) -> float:
+                fleet = solve.solve(columns, limits, time_limit=_left(deadline), first_only=True)
+                return math.inf if fleet is None else sign * fleet.value
+
+            cheapest = sorted(costs, key=lambda i: (costs[i], i))[:_CORE]
+            best = min(best, try_fleet(precise(cheapest)[1]))
+            members = [i for i in costs if costs[i] <= best - bound + 1e-6 * abs(bound)]
+            offers, columns = precise(members)
+            if len(members) > len(cheapest):
+                best = min(best, try_fleet(columns))
+            _extend(found, (offers, columns))
+
+    def _allowed_offers(self) -> list[Offer]:
         allowed = self.request.constraints.serving
-        every = [
+        return [
             offer
             for stream in self.streams
             if not (stream.role == "aggregated" and allowed and "aggregated" not in allowed)
             for offer in stream.offers
         ]
-        rough = [offer.column(offer.capacity) for offer in every]
-        hopeful = [replace(column, load=column.load / NEAR) for column in rough]
-        families: dict[str, list[int]] = {}
-        for mine in _alike(rough).values():
-            for i in mine:
-                if not any(solve.replaces(rough[j], hopeful[i]) for j in mine if j != i):
-                    families.setdefault(rough[i].family, []).append(i)
-        best_hope = {
-            name: solve.solve(
-                [hopeful[i] for i in sorted(members)], limits, time_limit=_left(deadline), first_only=True
-            )
-            for name, members in sorted(families.items())
-        }
-        sign = 1.0 if limits.demand is not None else -1.0
-        order = sorted((sign * hope.bound, name) for name, hope in best_hope.items() if hope is not None)
-        offers: list[Offer] = []
-        columns: list[solve.Column] = []
-        best = math.inf
-        for hope, name in order:
-            if prune and hope > best + 1e-9 * abs(best):
-                break
-            members = [every[i].precise() for i in sorted(families[name])]
-            made = [offer.column(offer.capacity) for offer in members]
-            chosen = solve.undominated(made)
-            offers += [members[i] for i in chosen]
-            columns += [made[i] for i in chosen]
-            found = solve.solve(
-                [made[i] for i in chosen], limits, time_limit=_left(deadline), first_only=True
-            )
-            if found is not None:
-                best = min(best, sign * found.value)
-        self.pruned["dominated"] = len(rough) - len(columns)
-        return offers, columns
 
     def column(self, offer: Offer, load: float, weight: float | None = None) -> solve.Column:
         """The offer as the master problem sees it, carrying `load`."""
@@ -342,6 +373,13 @@ class Search:
                 )
         items.sort(key=lambda item: (item.stream.flow if item.stream else 0, item.candidate.key()))
         return Fleet(tuple(items), solution, objective)
+
+
+def _extend(
+    found: tuple[list[Offer], list[solve.Column]], more: tuple[list[Offer], list[solve.Column]]
+) -> None:
+    found[0].extend(more[0])
+    found[1].extend(more[1])
 
 
 def _alike(columns: Sequence[solve.Column]) -> dict[tuple[object, ...], list[int]]:

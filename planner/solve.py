@@ -27,6 +27,8 @@ from planc.planner.inventory import chain_limits, is_chain, patterns
 
 #: integer units of the demand
 UNIT = 1_000_000
+#: branch and bound stops after so many nodes where a gap is allowed: the same for every run, unlike seconds
+_NODES = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,16 +195,37 @@ def solve(
     return replace(whole_fleet, status="optimal" if met else "feasible")
 
 
+@dataclass(frozen=True, slots=True)
+class Relaxation:
+    """The master problem with divisible engines: its value bounds that of any fleet, and a fleet with an
+    engine of column i is worse than that bound by `reduced_costs[i]` at least."""
+
+    bound: float
+    reduced_costs: tuple[float, ...]
+
+
+def relaxation(columns: Sequence[Column], limits: Limits) -> Relaxation | None:
+    """Of columns of one family; None when the demand cannot be met."""
+    return _Master(columns, limits, columns, None, relaxed=True).price()
+
+
 class _Master:
     """One integer program, solved for one objective after another."""
 
     def __init__(
-        self, columns: Sequence[Column], limits: Limits, every: Sequence[Column], deadline: float | None
+        self,
+        columns: Sequence[Column],
+        limits: Limits,
+        every: Sequence[Column],
+        deadline: float | None,
+        relaxed: bool = False,
     ) -> None:
-        """`every`: the columns of all families, which share the integer scales."""
+        """`every`: the columns of all families, which share the integer scales. `relaxed`: engines are
+        divisible."""
         from ortools.math_opt.python import mathopt  # type: ignore[import-untyped]
 
         self.mathopt = mathopt
+        self.whole_engines = not relaxed
         self.columns, self.limits, self.deadline = columns, limits, deadline
         self.model = mathopt.Model(name="fleet")
         whole = limits.demand if limits.demand is not None else max(c.load for c in every)
@@ -210,7 +233,7 @@ class _Master:
         self.loads = integer_loads(columns, max(whole, 1e-300))
         self.weights, self.scale = integer_weights([c.weight for c in columns], [c.weight for c in every])
         self.counts = [
-            self.model.add_integer_variable(lb=0, ub=self._most(c), name=f"n{i}")
+            self.model.add_variable(lb=0, ub=self._most(c), is_integer=self.whole_engines, name=f"n{i}")
             for i, c in enumerate(columns)
         ]
         self._place()
@@ -239,7 +262,9 @@ class _Master:
         limits, model = self.limits, self.model
         most = UNIT * sum(map(sum, limits.islands))
         known = limits.demand is not None
-        whole = model.add_integer_variable(lb=UNIT if known else 0, ub=UNIT if known else most)
+        whole = model.add_variable(
+            lb=UNIT if known else 0, ub=UNIT if known else most, is_integer=self.whole_engines
+        )
         used = {i for i, c in enumerate(self.columns)}
         firm = {i for i in used if self.columns[i].firm}
         self._cover(used, whole, limits.spare)
@@ -257,7 +282,7 @@ class _Master:
             if spare:
                 largest = model.add_variable(lb=0.0)
                 for i in mine:
-                    used = model.add_binary_variable()
+                    used = model.add_variable(lb=0, ub=1, is_integer=self.whole_engines)
                     model.add_linear_constraint(self.counts[i] <= self.counts[i].upper_bound * used)
                     model.add_linear_constraint(largest >= self.loads[i] * used)
                 load -= spare * largest
@@ -304,13 +329,29 @@ class _Master:
                 ways = patterns([s for s in sizes if s <= island], island) if sizes[0] <= island else []
                 if not ways:
                     continue
-                used = [self.model.add_integer_variable(lb=0, ub=islands.count(island)) for _ in ways]
+                used = [
+                    self.model.add_variable(lb=0, ub=islands.count(island), is_integer=self.whole_engines)
+                    for _ in ways
+                ]
                 self.model.add_linear_constraint(sum(used) <= islands.count(island))
                 for way, count in zip(ways, used, strict=True):
                     for size, pieces in way.items():
                         given[size] = given[size] + pieces * count
             for size in sizes:
                 self.model.add_linear_constraint(need[size] <= given[size])
+
+    def price(self) -> Relaxation | None:
+        """The linear relaxation; None when even divisible engines do not suffice."""
+        covering = self.limits.demand is not None
+        (self.model.minimize if covering else self.model.maximize)(
+            self._sum(self.weights) if covering else self.carried
+        )
+        result = self.mathopt.solve(self.model, self.mathopt.SolverType.GLOP)
+        if result.termination.reason != self.mathopt.TerminationReason.OPTIMAL:
+            return None
+        unit = 1 / self.scale if covering else self.unit
+        costs = result.reduced_costs()
+        return Relaxation(result.objective_value() * unit, tuple(abs(costs[n]) * unit for n in self.counts))
 
     def run(self, first_only: bool) -> tuple[tuple[float, ...], Solution] | None:
         """(rank for comparing families, solution); None when nothing is feasible."""
@@ -375,6 +416,7 @@ class _Master:
             relative_gap_tolerance=self.limits.gap,
             absolute_gap_tolerance=0.0,
             random_seed=0,
+            node_limit=_NODES if self.limits.gap else None,
             time_limit=timedelta(seconds=max(self.deadline - time.perf_counter(), 0.02))
             if self.deadline is not None
             else None,
