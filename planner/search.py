@@ -258,10 +258,10 @@ class Search:
     def _columns(
         self, limits: solve.Limits, deadline: float | None, prune: bool = True
     ) -> tuple[list[Offer], list[solve.Column]]:
-    XX
-        capacity than was interpolated: an offer that another of its family surely replaces; a family whose
-        linear relaxation is worse than the best fleet found; an engine whose reduced cost in it is more than
-        what lies between the two."""
+        """Precise columns of the offers that may matter. Three bounds leave the others out, each with 5 %
+        more capacity than was interpolated: an offer that another of its family surely replaces; a family
+        whose linear relaxation is worse than the best fleet found; an engine whose reduced cost in it is
+        more than what lies between the two."""
         rough = [(offer, offer.column(offer.capacity)) for offer in self._allowed_offers()]
         hopeful = [replace(column, load=column.load / NEAR) for _, column in rough]
         families: dict[str, list[int]] = {}
