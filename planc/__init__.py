@@ -34,6 +34,9 @@ if TYPE_CHECKING:
         replay as replay,
     )
     from planc.api import (
+        sensitivities as sensitivities,
+    )
+    from planc.api import (
         validate as validate,
     )
     from planc.planner.diff import PlanDiff as PlanDiff
@@ -51,6 +54,7 @@ _WHERE = {
     "load_profile": "planc.api",
     "load_request": "planc.api",
     "replay": "planc.api",
+    "sensitivities": "planc.api",
     "validate": "planc.api",
     "Estimate": "planc.planner.estimate",
     "Plan": "planc.planner.plan",

@@ -17,9 +17,11 @@ from planc.planner.request import Request, load_request
 
 if TYPE_CHECKING:
     from planc.cost_model.calibration import ProfileDocument
+    from planc.cost_model.sensitivities import Sensitivities
     from planc.cost_model.table import CostTable
     from planc.planner.diff import PlanDiff
     from planc.planner.estimate import Estimate
+    from planc.planner.explain import Explanation
     from planc.runtime.simulator.replay import Replay
     from planc.runtime.validation.report import ValidationReport
 
@@ -28,10 +30,12 @@ __all__ = [
     "cost_table",
     "diff",
     "estimate",
+    "explain",
     "load_plan",
     "load_profile",
     "load_request",
     "replay",
+    "sensitivities",
     "validate",
     "with_profile",
     "write_bundle",
@@ -289,6 +293,76 @@ def diff(
         return compare(old, new, without=str(error))
     with with_profile(profile, gpus):
         return compare(old, new, table)
+
+
+def sensitivities(
+    model: str | Path,
+    *,
+    weights: str | Path,
+    tokens: Sequence[Sequence[int]],
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+    **choices: Any,
+) -> Sensitivities:
+    """Measures how much each part of a model suffers from each number format alone, for
+    `constraints.sensitivities`: `planc.sensitivities(model, weights=folder, tokens=ids).save("file.json")`.
+
+    weights   the model's folder with safetensors      tokens   calibration prompts, token ids
+    choices   as in `planc.runtime.sensitivity.sensitivities`: schemes, bands
+
+    Raises what `planc.ir.trace.trace` raises, FileMissing, WeightsMismatch, InvalidField, UnknownName.
+    """
+    from planc.ir.trace import trace
+    from planc.runtime import weights as loading
+    from planc.runtime.sensitivity import sensitivities as measure
+
+    traced = trace(model, trust_remote_code=trust_remote_code)
+    tensors = loading.from_folder(weights, dtype=loading.float_dtype(traced))
+    return measure(traced, tensors, tokens, progress=progress, **choices)
+
+
+def explain(
+    plan: Plan | str | Path,
+    why_not: str | None = None,
+    *,
+    time_limit: float | None = None,
+    trust_remote_code: bool = False,
+    profile: ProfileDocument | str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Explanation:
+    """Why a plan is as it is: which constraints bind and what a unit of each would buy, what each decision
+    bought, where time and memory go.
+
+    why_not      "tp=8,weights=bf16": what sank the best plan with these decisions, instead of all that
+    time_limit   seconds of wall clock for solving varied requests (default 300)
+
+    Raises FileMissing or InvalidBundle for the plan, FileMissing where its model or workload files are not
+    found, InvalidField, UnknownField or UnknownName for an alternative that cannot be named.
+    """
+    from planc.planner.explain import explain as run
+    from planc.planner.explain_asked import asked
+    from planc.planner.request import make_request
+
+    if why_not is not None:
+        asked(why_not)  # what cannot be named is refused before any work
+    found = plan if isinstance(plan, Plan) else load_plan(plan)
+    request = make_request(found.request)
+    table = _plan_table(found, trust_remote_code=trust_remote_code)
+    referee = None
+    if found.simulated:
+        from planc.runtime.referee import Simulation
+
+        referee = Simulation()
+    with with_profile(profile, _gpus(request)):
+        return run(
+            found,
+            table,
+            request=request,
+            alternative=why_not,
+            time_limit=time_limit,
+            progress=progress,
+            referee=referee,
+        )
 
 
 def write_bundle(plan: Plan, folder: str | Path) -> None:

@@ -86,7 +86,15 @@ def model_folder(family: str, folder: Path) -> Path:
     return folder
 
 
-def compiled(model: Path, bundle: Path, *, tp: int, weights: str = "fp32", activations: str = "fp32") -> Plan:
+def compiled(
+    model: Path,
+    bundle: Path,
+    *,
+    tp: int,
+    weights: str = "fp32",
+    activations: str = "fp32",
+    formats: Mapping[str, str] | None = None,
+) -> Plan:
     """Compiles for `tp` CPUs and writes the bundle; the plan as it was read back from it."""
     request = Request.model_validate(
         {
@@ -103,6 +111,7 @@ def compiled(model: Path, bundle: Path, *, tp: int, weights: str = "fp32", activ
                 "max_num_batched_tokens": [512],
                 "gpu_memory_utilization": 0.2,
                 "max_replicas": 1,
+                "formats": formats,
             },
         }
     )
@@ -153,11 +162,22 @@ def test_two_processes(tmp_path: Path) -> None:
     assert all(len(answer) == TOKENS for answer in answers)
 
 
-@pytest.mark.parametrize(("weights", "activations"), [("int8", "int8"), ("w4a16", "bf16")])
-def test_an_exported_checkpoint_is_served(weights: str, activations: str, tmp_path: Path) -> None:
+#: attention in other numbers than the MLPs, and the first layer's MLP as it was
+MIXED = {"decoder:self_attn": "int8/int8", "decoder[0]:mlp": "bf16/bf16"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations", "formats"),
+    [("int8", "int8", None), ("w4a16", "bf16", None), ("w4a16", "bf16", MIXED)],
+)
+def test_an_exported_checkpoint_is_served(
+    weights: str, activations: str, formats: Mapping[str, str] | None, tmp_path: Path
+) -> None:
     """vLLM reads the packed weights and computes in 16 bits, the executor in fp32: the first tokens agree."""
     model = model_folder("llama", tmp_path / "tiny-llama")
-    plan = compiled(model, tmp_path / "bundle", tp=1, weights=weights, activations=activations)
+    plan = compiled(
+        model, tmp_path / "bundle", tp=1, weights=weights, activations=activations, formats=formats
+    )
     out = tmp_path / "exported"
     words = ["export", tmp_path / "bundle", "--engine", "vllm", "--weights", model, "-o", out]
     subprocess.run([sys.executable, "-m", "planc.cli", *map(str, words)], check=True)
