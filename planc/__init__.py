@@ -22,6 +22,9 @@ if TYPE_CHECKING:
         estimate as estimate,
     )
     from planc.api import (
+        explain as explain,
+    )
+    from planc.api import (
         load_plan as load_plan,
     )
     from planc.api import (
@@ -50,6 +53,7 @@ _WHERE = {
     "compile": "planc.api",
     "diff": "planc.api",
     "estimate": "planc.api",
+    "explain": "planc.api",
     "load_plan": "planc.api",
     "load_profile": "planc.api",
     "load_request": "planc.api",

@@ -21,6 +21,7 @@ COMMANDS = {
     "compile": "compile",
     "inspect": "inspect",
     "diff": "diff",
+    "explain": "explain",
     "estimate": "estimate",
     "validate": "validate",
     "calibrate": "calibrate",

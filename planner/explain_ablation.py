@@ -16,6 +16,7 @@ from planc.cost_model.formats import fmt
 from planc.cost_model.lower import chosen
 from planc.cost_model.table import CostTable
 from planc.planner.explain_knobs import MANY_NODES
+from planc.planner.formats import allowed
 from planc.planner.loosen import times_nodes
 from planc.planner.plan import Plan, Replica
 from planc.planner.variations import Outcome, OutOfTime, Resolver, Variation
@@ -149,7 +150,7 @@ def engine_words(replica: Replica) -> str:
 def decisions(resolver: Resolver, base: Outcome) -> Iterator[Decision]:
     """Every decision of the plan that could be taken back, formats first."""
     start, plan, table = resolver.start, base.plan, resolver.table
-    for rule in (_formats, _degrees, _mixtures, _limits, _caches, _fusions):
+    for rule in (_formats, _parts, _degrees, _mixtures, _limits, _techniques, _fusions):
         yield from rule(start, plan, table, base)
 
 
@@ -174,6 +175,27 @@ def _formats(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> I
         yield Decision(f"activations={'/'.join(acts)}", "activations=bf16", [start.constrained(**other)])
     if any(fmt(k).bits < 16 for k in kv):
         yield Decision(f"kv={'/'.join(kv)}", "kv=bf16", [start.constrained(kv=["bf16"])])
+
+
+def _parts(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> Iterator[Decision]:
+    """Parts of the model in formats of their own."""
+    named = sorted(
+        {f"{part}={form}" for replica in plan.replicas() for part, form in replica.formats.items()}
+    )
+    if not named:
+        return
+    limits = start.request.constraints
+    if limits.formats:
+        without = [start.constrained(formats=None)]
+    else:
+        first = base.fleet.items[0].candidate
+        schemes, caches = allowed(table, first.group, first.profile, limits)
+        without = [
+            start.constrained(weights=[weights], activations=[acts], kv=[kv])
+            for weights, acts in schemes
+            for kv in caches
+        ]
+    yield Decision(", ".join(named), "the same formats throughout", without)
 
 
 def _degrees(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> Iterator[Decision]:
@@ -216,7 +238,11 @@ def _limits(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> It
             yield Decision(f"{name}={shown}", f"{profile.name}'s default, {usual}", [other])
 
 
-def _caches(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> Iterator[Decision]:
+def _techniques(start: Variation, plan: Plan, table: CostTable, base: Outcome) -> Iterator[Decision]:
+    if any(replica.speculative for replica in plan.replicas()):
+        methods = sorted({str(r.speculative["method"]) for r in plan.replicas() if r.speculative})
+        plain = start.constrained(speculative=None)
+        yield Decision(f"speculation ({', '.join(methods)})", "every token by the model itself", [plain])
     if not any(replica.prefix_caching for replica in plan.replicas()):
         return
     workload = start.request.workload

@@ -20,6 +20,7 @@ from planc.cost_model.table import CostTable
 from planc.errors import InvalidField, ToolFailed
 from planc.planner.inventory import groups
 from planc.planner.offers import Fleet
+from planc.planner.referee import Referee, accepted
 from planc.planner.request import Request
 from planc.planner.search import Search
 from planc.planner.stream import Models
@@ -130,6 +131,7 @@ class Resolver:
     """Solves variations of one request on one cost table.
 
     seconds   of wall-clock time after which `solve` raises OutOfTime; None: no end
+    referee   plays the workload against the request's own fleet; what it cuts stays cut in all variations
     clock     what tells the time
 
     Variations are solved over all layouts where there are few candidates, else over the promising ones
@@ -144,9 +146,10 @@ class Resolver:
         *,
         seconds: float | None = None,
         progress: Callable[[str], None] | None = None,
+        referee: Referee | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._begin(request, table, seconds, progress, clock, {})
+        self._begin(request, table, seconds, progress, clock, {}, referee)
         self.base_search = Search(request, table, models=self._models[None], progress=progress)
 
     @classmethod
@@ -166,6 +169,7 @@ class Resolver:
         progress: Callable[[str], None] | None,
         clock: Callable[[], float],
         models: Models,
+        referee: Referee | None = None,
     ) -> None:
         self.table = table
         self._models: dict[frozenset[str] | None, Models] = {None: models}
@@ -175,6 +179,7 @@ class Resolver:
         self._end = None if seconds is None else clock() + seconds
         self._known: dict[tuple[object, ...], Outcome | None] = {}
         self.layouts: Layouts | None = None
+        self._referee = referee
         self.solved = 0
 
     def _restrict(self, taken: Iterable[tuple[int, ...]]) -> None:
@@ -188,6 +193,13 @@ class Resolver:
         """The request as it stands."""
         search = self.base_search
         fleet = search.fleet()
+        if fleet is not None and self._referee is not None:
+            judged = accepted(search, fleet, self._referee)
+            if judged is None:
+                fleet = None
+            else:
+                search, fleet, _ = judged
+                self.base_search = search
         if fleet is not None:
             self._restrict(item.candidate.layout for item in fleet.items)
         found = None if fleet is None else Outcome(self.start, search, fleet)
@@ -234,7 +246,14 @@ class Resolver:
         with hardware(variation):
             try:
                 load = self._traffic(variation)
-                return Search(variation.request, self.table, models=models, load=load, layouts=layouts)
+                return Search(
+                    variation.request,
+                    self.table,
+                    models=models,
+                    load=load,
+                    layouts=layouts,
+                    cuts=self.base_search.cuts,
+                )
             except InvalidField:
                 return None
 
@@ -250,7 +269,8 @@ class Resolver:
         whole fleet leave engines and their step times as they are."""
         free = _without_objectives(self.start.request)
         layouts, models = self._layouts(self.start), self._models[None]
-        return Search(free, self.table, models=models, layouts=layouts)
+        cuts = self.base_search.cuts
+        return Search(free, self.table, models=models, layouts=layouts, cuts=cuts)
 
     def _same_engines(self, variation: Variation) -> bool:
         """Whether a variation differs from the request in what `_unlimited` serves alone."""

@@ -1,0 +1,257 @@
+"""`planc explain`: what binds, what each decision bought, where time goes; why an alternative lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from planc.commands.common import (
+    UNITS,
+    emit_json,
+    grid,
+    json_option,
+    number,
+    out,
+    profile_option,
+    progress,
+    trust_option,
+)
+
+if TYPE_CHECKING:
+    from planc.planner.explain import Engine, Explanation
+    from planc.planner.explain_ablation import Ablation
+    from planc.planner.explain_prices import Price
+    from planc.planner.explain_why_not import WhyNot
+
+_OPS = 12  # ops of a step that are listed
+_OBJECTIVES = {
+    "usd_per_hour": "USD/h",
+    "usd_per_million_tokens": "USD per 1M tokens",
+    "requests_s": "requests/s",
+    "e2e_mean_ms": "ms",
+    "watts": "W",
+}
+_STYLES = {"binds": "bold red", "limits": "yellow", "slack": "dim", "not tried": "dim"}
+
+
+@click.command("explain")
+@click.argument("bundle", type=click.Path())
+@click.option(
+    "--why-not",
+    metavar="NAME=VALUE,...",
+    help='Why the plan is not otherwise, e.g. "tp=8,weights=bf16"; names as in a replica of the plan, and '
+    "serving=aggregated|disaggregated.",
+)
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Seconds for solving varied requests (300 unless given).",
+)
+@trust_option
+@profile_option
+@json_option
+def explain_command(
+    bundle: str, why_not: str | None, time_limit: float | None, trust_remote_code: bool, as_json: bool
+) -> None:
+    """Explain the plan of BUNDLE (or a plan.json): which constraints bind and what a unit more of each would
+    buy, what each decision bought, where time and memory go; or why a named alternative lost."""
+    from planc import api
+
+    with progress() as say:
+        found = api.explain(
+            bundle, why_not, time_limit=time_limit, trust_remote_code=trust_remote_code, progress=say
+        )
+    if as_json:
+        emit_json(found.to_json())
+        return
+    console = out()
+    unit = _OBJECTIVES.get(found.objective, found.objective)
+    console.print(f"[bold]{escape(found.model)}[/]: {escape(found.fleet)}")
+    console.print(f"{number(found.value)} {unit}, {found.status}\n")
+    if found.why_not is not None:
+        alternative(found.why_not, unit, console)
+    elif found.engines:
+        constraints(found.prices, unit, found.maximising, console)
+        decisions(found, unit, console)
+        for engine in found.engines:
+            steps(engine, console)
+    for note in found.notes:
+        console.print(f"! {note}", style="yellow", markup=False)
+
+
+# -- what binds ----------------------------------------------------------------------------
+
+
+def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: Console) -> None:
+    sign = "+" if maximising else "-"
+    rows = []
+    for price in prices:
+        style = _STYLES[price.verdict]
+        rows.append(
+            (
+                escape(price.name),
+                "" if price.stated is None else f"{number(price.stated)} {price.unit}",
+                "" if price.reached is None else number(price.reached),
+                f"[{style}]{price.verdict}[/]",
+                _step(price, sign),
+                _tighter(price, "-" if maximising else "+"),
+                "" if price.pays_at is None else f"{number(price.pays_at)}: {_signed(sign, price.pays)}",
+                _signed(sign, price.without),
+            )
+        )
+    heads = (
+        "constraint",
+        "stated",
+        "reached",
+        "",
+        "one unit looser",
+        "tighter",
+        "first that pays",
+        "without",
+    )
+    console.print(_table(heads, rows, f"What binds ({unit})", left=(3,)))
+    console.print(
+        "binds: one unit more is worth something; limits: more would be; slack: nothing looser helps. "
+        "Each figure is the difference of two optima, not a dual price.\n",
+        style="dim",
+    )
+
+
+def _step(price: Price, sign: str) -> str:
+    if price.stated is None:
+        return ""
+    return f"{number(price.stated + price.step)}: {_signed(sign, price.looser)}"
+
+
+def _tighter(price: Price, sign: str) -> str:
+    return "no plan" if price.tighter_fails else _signed(sign, price.tighter)
+
+
+def _signed(sign: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return "0" if value == 0 else f"{sign}{number(value)}"
+
+
+# -- decisions -----------------------------------------------------------------------------
+
+
+def decisions(found: Explanation, unit: str, console: Console) -> None:
+    plan = found.metrics
+    rows: list[tuple[str, ...]] = [
+        ("the plan", "", "", number(found.value), *_latencies(plan), escape(found.fleet))
+    ]
+    rows += [_decision(found, ablation) for ablation in found.ablations]
+    heads = ("without", "instead", "costs" if not found.maximising else "loses", unit, "TTFT", "TPOT", "by")
+    console.print(_table(heads, rows, "What each decision bought: the best plan without it", left=(1, 6)))
+    console.print()
+
+
+def _decision(found: Explanation, ablation: Ablation) -> tuple[str, ...]:
+    name, instead = escape(ablation.decision), escape(ablation.instead)
+    if not ablation.tried:
+        return name, instead, "", "", "", "", "not tried"
+    if not ablation.metrics:
+        return name, instead, "[red]all[/]", "", "", "", escape(ablation.reason)
+    sign = -1.0 if found.maximising else 1.0
+    value = "" if ablation.loss is None else number(found.value + sign * ablation.loss)
+    loss = "" if ablation.loss is None else "0" if ablation.loss == 0 else number(ablation.loss)
+    words = escape(ablation.fleet) + (" (needs more nodes)" if ablation.more_nodes else "")
+    return name, instead, loss, value, *_latencies(ablation.metrics), words
+
+
+def _latencies(metrics: Mapping[str, float]) -> tuple[str, str]:
+    shown = [number(metrics[name]) if name in metrics else "" for name in ("ttft_ms", "tpot_ms")]
+    return shown[0], shown[1]
+
+
+# -- time and memory -----------------------------------------------------------------------
+
+
+def steps(engine: Engine, console: Console) -> None:
+    """The ops of each phase that take longest, what bounds the step, and the memory map."""
+    for phase, shares in engine.bounds.items():
+        mine = sorted((row for row in engine.steps if row["phase"] == phase), key=lambda row: -row["ms"])
+        rows: list[tuple[str, ...]] = [
+            (
+                f"{escape(row['class'])} {escape(_place(row['site'], row['op']))}",
+                f"{row['ms']:.3g}",
+                f"{row['ms'] / shares['ms']:.1%}",
+                row["bound"],
+                number(row["intensity"]) if row.get("flops") else "",
+                f"{row['peak_compute']:.0%}" if row.get("flops") else "",
+                f"{row['peak_bandwidth']:.0%}" if row.get("bytes") else "",
+                row["source"],
+            )
+            for row in mine[:_OPS]
+        ]
+        rest = sum(row["ms"] for row in mine[_OPS:])
+        if rest:
+            rows.append((f"{len(mine) - _OPS} more", f"{rest:.3g}", f"{rest / shares['ms']:.1%}", *[""] * 5))
+        bounds = ", ".join(f"{share:.0%} {name}" for name, share in shares.items() if name != "ms")
+        title = f"{engine.count} x {engine.label}: a {phase} step of {shares['ms']:.3g} ms, bound by {bounds}"
+        heads = ("op", "ms", "share", "bound", "FLOP/byte", "of peak", "of bandwidth", "from")
+        console.print(_table(heads, rows, escape(title), left=(3, 7)))
+        console.print()
+    memory = {name.removesuffix("_gib"): size for name, size in engine.memory.items()}
+    capacity, total = memory.pop("capacity"), memory.pop("total")
+    parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in memory.items())
+    console.print(f"memory of each GPU: {total:.1f} of {capacity:.1f} GiB: {parts}\n", markup=False)
+
+
+def _place(site: str, op: str) -> str:
+    name = op.rpartition("::")[2]
+    parts = site.split("+")
+    last = "+".join(dict.fromkeys(part.rpartition(".")[2] for part in parts))
+    return f"{last} ({name})" if last else name
+
+
+# -- an alternative ------------------------------------------------------------------------
+
+
+def alternative(found: WhyNot, unit: str, console: Console) -> None:
+    asked = ", ".join(f"{name}={value}" for name, value in found.asked.items())
+    style = {"chosen": "green", "better": "green"}.get(found.verdict, "red")
+    console.print(f"[bold]why not {escape(asked)}?[/] [{style}]{found.verdict}[/]: {escape(found.reason)}")
+    for words in found.forbidden:
+        console.print(f"! the request does not allow it: {words}; looked at as if it did", markup=False)
+    if not found.metrics:
+        return
+    console.print(f"\nbest with it: {found.fleet}\n", markup=False)
+    rows = [(f"objective, {unit}", _number(found.plan_value), _number(found.value))]
+    for key, theirs in found.metrics.items():
+        label, what = UNITS.get(key, (key, ""))
+        if key in found.plan_metrics and key != "usd_per_hour":
+            rows.append((f"{label}, {what}", number(found.plan_metrics[key]), number(theirs)))
+    console.print(_table(("", "plan", "with it"), rows, None))
+    if found.terms:
+        console.print()
+        table = [
+            (
+                escape(t.name),
+                number(t.plan),
+                number(t.other),
+                f"{'+' if t.change > 0 else '-'}{number(abs(t.change))}",
+                t.unit,
+            )
+            for t in found.terms
+        ]
+        console.print(_table(("what it takes more of", "plan", "with it", "", ""), table, None, left=(4,)))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else number(value)
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], title: str | None, left: Sequence[int] = ()
+) -> Table:
+    table = grid(heads, rows, title)
+    for position in left:
+        table.columns[position].justify = "left"
+    return table

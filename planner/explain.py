@@ -1,0 +1,194 @@
+"""Why a plan is as it is: what binds and what a unit of it would buy, what each decision bought, where the
+time and the memory go; and why a named alternative lost.
+
+The request of the plan is solved again, as it stands and varied, by formulas. A referee may judge the first
+of these fleets, as it does when a plan is compiled; what it cuts stays cut in the others, which are not
+simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from planc.cost_model.table import CostTable
+from planc.errors import CheckFailed
+from planc.planner.breakdown import bounds, replica_breakdown
+from planc.planner.explain_ablation import Ablation, ablations, engine_words, fleet_words, metrics
+from planc.planner.explain_prices import Price, prices
+from planc.planner.explain_why_not import WhyNot, why_not
+from planc.planner.plan import Plan
+from planc.planner.referee import Referee
+from planc.planner.request import Request, make_request
+from planc.planner.traffic import traffic
+from planc.planner.variations import Outcome, OutOfTime, Resolver
+
+#: seconds of wall clock for re-solving when none are given
+SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One kind of engine of a plan: its typical steps op by op (as `planner.breakdown` has them), what bounds
+    them, and what lies in the memory of one of its GPUs, GiB."""
+
+    role: str
+    label: str
+    count: int
+    steps: list[dict[str, Any]]
+    bounds: Mapping[str, Mapping[str, float]]
+    memory: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All of it. With an alternative named, `why_not` alone is filled.
+
+    objective, value   what is optimised, in the unit that its name ends in, and what the plan reaches
+    complete           False when time ran out before everything was tried
+    solved             how many varied requests were solved
+    """
+
+    model: str
+    fleet: str
+    objective: str
+    value: float
+    status: str
+    metrics: Mapping[str, float]
+    prices: tuple[Price, ...] = ()
+    ablations: tuple[Ablation, ...] = ()
+    engines: tuple[Engine, ...] = ()
+    why_not: WhyNot | None = None
+    notes: tuple[str, ...] = ()
+    complete: bool = True
+    solved: int = 0
+    maximising: bool = field(default=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "fleet": self.fleet,
+            "objective": {"name": self.objective, "value": self.value, "maximised": self.maximising},
+            "status": self.status,
+            "metrics": dict(self.metrics),
+            "constraints": [price.to_json() for price in self.prices],
+            "decisions": [ablation.to_json() for ablation in self.ablations],
+            "engines": [
+                {
+                    "role": engine.role,
+                    "engine": engine.label,
+                    "count": engine.count,
+                    "steps": engine.steps,
+                    "bounds": {phase: dict(shares) for phase, shares in engine.bounds.items()},
+                    "memory": dict(engine.memory),
+                }
+                for engine in self.engines
+            ],
+            "why_not": None if self.why_not is None else self.why_not.to_json(),
+            "notes": list(self.notes),
+            "complete": self.complete,
+            "solved": self.solved,
+        }
+
+
+def explain(
+    plan: Plan,
+    table: CostTable,
+    *,
+    request: Request | None = None,
+    alternative: str | None = None,
+    time_limit: float | None = None,
+    progress: Callable[[str], None] | None = None,
+    referee: Referee | None = None,
+) -> Explanation:
+    """Explains a plan, or why the alternative ("tp=8,weights=bf16") lost.
+
+    request      that of the plan with its folder, where it names files
+    time_limit   seconds of wall clock; what they do not allow is marked as not tried
+    referee      as in `planner.compile.plan`
+
+    Raises CheckFailed when the request has no plan with present numbers, InvalidField, UnknownField or
+    UnknownName for an alternative that cannot be named.
+    """
+    request = request or make_request(plan.request)
+    limit = SECONDS if time_limit is None else time_limit
+    resolver = Resolver(request, table, seconds=limit, progress=progress, referee=referee)
+    base = resolver.base
+    if base is None:
+        raise CheckFailed(
+            what="the plan's request",
+            reason="no plan meets it with present numbers",
+            mend="Compile it again; that says what would help.",
+        )
+    found, asked = tuple[Price, ...](), None
+    taken: tuple[Ablation, ...] = ()
+    complete = True
+    if alternative is None:
+        found = tuple(prices(resolver, base))
+        taken = tuple(ablations(resolver, base))
+        complete = all(p.verdict != "not tried" for p in found) and all(a.tried for a in taken)
+    else:
+        try:
+            asked = why_not(resolver, base, alternative)
+        except OutOfTime:
+            complete = False
+    return Explanation(
+        model=plan.model.name,
+        fleet=fleet_words(plan),
+        objective=base.objective,
+        value=base.value,
+        status=plan.solver.status,
+        metrics=metrics(plan),
+        prices=found,
+        ablations=taken,
+        engines=() if alternative is not None else engines(plan, table, request),
+        why_not=asked,
+        notes=tuple(_notes(plan, base, resolver, complete)),
+        complete=complete,
+        solved=resolver.solved,
+        maximising=resolver.maximising,
+    )
+
+
+def engines(plan: Plan, table: CostTable, request: Request) -> tuple[Engine, ...]:
+    """Each kind of engine of a plan taken apart; prefill and decode pools by their own phase."""
+    load = traffic(request, table.model.kind)
+    found: dict[str, Engine] = {}
+    counts: dict[str, int] = {}
+    for pool in plan.pools:
+        for replica in pool.replicas:
+            key = pool.role + replica.model_dump_json(exclude={"gpus", "traffic_share"})
+            counts[key] = counts.get(key, 0) + 1
+            if key in found:
+                continue
+            rows = replica_breakdown(replica, plan, table, request, load)
+            if pool.role in ("prefill", "decode"):
+                rows = [row for row in rows if row["phase"] == pool.role]
+            memory = replica.memory.model_dump()
+            found[key] = Engine(pool.role, engine_words(replica), 0, rows, bounds(rows), memory)
+    return tuple(
+        Engine(e.role, e.label, counts[key], e.steps, e.bounds, e.memory) for key, e in found.items()
+    )
+
+
+def _notes(plan: Plan, base: Outcome, resolver: Resolver, complete: bool) -> list[str]:
+    notes = []
+    same = plan.solver.objective == base.objective
+    if same and abs(plan.solver.value - base.value) > 1e-6 * abs(base.value):
+        words = f"{base.value:.6g} {base.objective} ({fleet_words(base.plan)})"
+        notes.append(
+            f"solved again the best is {words}, not {plan.solver.value:.6g}: the plan was made with other "
+            "numbers, or in less time. Gains and losses are against the former"
+        )
+    cuts = len(base.search.cuts)
+    if cuts:
+        notes.append(f"simulation cut {cuts} engines; what is compared with the plan was not simulated")
+    if resolver.restricted:
+        notes.append(
+            f"solved among {len(resolver.layouts or ())} promising layouts: gains may be larger, and losses "
+            "smaller, than stated"
+        )
+    if not complete:
+        notes.append("time ran out before everything was tried (--time-limit)")
+    return notes
