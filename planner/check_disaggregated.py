@@ -29,6 +29,7 @@ from planc.planner.traffic import Traffic, traffic
 _TPOT = 0.06
 _TTFT = 0.25
 _ARRIVALS = 20_000
+_BEHIND = 0.03  # of the time; a queue that ends so far behind has no steady state
 _GRAIN = 64  # tokens to which the queue rounds a step
 
 
@@ -163,10 +164,8 @@ class _Pair:
             now += step(budget - room)
             done[first:last] = now + step(budget - room) * (replica.pp - 1)
             first = last
-        waits = done - at
-        half = len(waits) // 2
-        growing = waits[half:].mean() > 3 * waits[:half].mean()
-        return None if growing and waits[half:].mean() > 20 * step(budget) else waits[half // 5 :]
+        behind = done[-1] - at[-1]
+        return None if behind > _BEHIND * at[-1] else (done - at)[_ARRIVALS // 10 :]
 
     # -- the decode pool ----------------------------------------------------------------------
 

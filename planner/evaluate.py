@@ -97,11 +97,14 @@ def prompt_seats(traffic: Traffic, memory: MemoryMap) -> float:
     return float(memory.sequences(context))
 
 
-def _caps(traffic: Traffic, caps: Sequence[int], budget: int) -> Sequence[int]:
+def _caps(traffic: Traffic, caps: Sequence[int], budgets: Sequence[int], budget: int) -> Sequence[int]:
     """Batch caps to try at a token budget, of ascending ones."""
-    if traffic.role != "prefill":
-        return caps
-    return [next((cap for cap in caps if cap * traffic.new_tokens >= budget), caps[-1])]
+    if traffic.role == "prefill":
+        return [next((cap for cap in caps if cap * traffic.new_tokens >= budget), caps[-1])]
+    if traffic.role == "decode":
+        smaller = max((other for other in budgets if other < budget), default=0)
+        return [cap for cap in caps if cap > smaller]
+    return caps
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +150,9 @@ class Room:
         everywhere = self.seats(max(caps), max(budgets))
         rows = self.candidate.speculation.rows if self.candidate.speculation else 1
         for budget in sorted(budgets):
-            for cap in _caps(traffic, sorted(caps), budget):
+            for cap in _caps(traffic, sorted(caps), sorted(budgets), budget):
                 if traffic.decode_steps and rows * cap > budget:
                     break
-                if traffic.role == "decode" and any(item.max_num_seqs == cap for item in found):
-                    continue
                 seats = cap if cap <= everywhere else self.seats(cap, budget)
                 if seats >= 1:
                     found.append(Limits(cap, budget, seats))
