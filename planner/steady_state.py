@@ -340,10 +340,10 @@ def _decode_only(
 ) -> Steady:
     """A pool that decodes prompts computed elsewhere: no step carries a prompt.
 
-    A request waits for a seat, then its cache arrives, then it joins the next step. Where the client already
-    has its first token (`first_token` < 0), that hand-over is part of TPOT, else of TTFT; `ttft` is what this
-    pool adds to the TTFT of the other one. An engine that computes the first token again is sent the request
-    when the other one is done.
+    A request waits for a seat, then its cache arrives; the next step takes notice, and the one after has it.
+    Where the client already has its first token (`first_token` < 0), that hand-over is part of TPOT, else of
+    TTFT; `ttft` is what this pool adds to the TTFT of the other one. An engine that computes the first token
+    again is sent the request when the other one is done.
     """
     met = np.minimum(batch + 1.0, np.maximum(seats, 1.0))
     decode = times.at(met / times.pp)[0] * scale
@@ -352,7 +352,7 @@ def _decode_only(
     again = np.maximum(times.first_token, 0.0)
     steps = traffic.decode_steps / times.pace + again
     rate = batch / (steps * tpot)
-    residual = 0.5 * decode
+    residual = (0.5 - np.expm1(-np.maximum(batch, 0.0))) * decode
     stay = transfer + residual + steps * tpot
     taken = rate * stay
     chance, wait = _seat_queue(taken, np.maximum(seats, 1.0), stay)
