@@ -12,6 +12,7 @@ help:
 	@echo "make test          the test suite"
 	@echo "make test-slow     every catalogue model at full depth"
 	@echo "make test-engines  serve compiled bundles with a real vLLM (CPU build, own environment)"
+	@echo "make test-report   reports in a headless Chromium (Debian, as root: installs it)"
 	@echo "make examples      every example request"
 	@echo "make readme        run the README's commands and write down what they print"
 	@echo "make lint          ruff, mypy --strict, import contracts"
