@@ -18,24 +18,21 @@ figure of the metric, so that their sums are exact in floating point, in any ord
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, islice
 from typing import Any
 
 from planc.cost_model.table import CostTable
-from planc.planner.counterfactual import Evaluator, Impossible, Outcome, flat
+from planc.planner.counterfactual import Evaluator, Outcome, flat
 from planc.planner.diff_mixture import Decision, Mixture
+from planc.planner.diff_walk import OLD, Between, Names, joined
 from planc.planner.plan import Plan
 
 _DIGITS = 40  # binary, of a metric's largest figure
-_SAME = 1e-4  # relative difference up to which the evaluator reproduces a plan's own number
-_TOGETHER = 3  # decisions taken at once before all that are left are
+_SAME = 1e-3  # relative difference up to which the evaluator reproduces a plan's own number
 UNSEEN = "not evaluated"
-_TRIES = 200  # sets of decisions looked at for one step
 
 Metrics = Mapping[str, float]
-Set = frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,29 +105,49 @@ def attribution(old: Plan, new: Plan, table: CostTable) -> Attribution:
 
     Raises Impossible where one of the plans cannot be evaluated, PlancError where its request cannot be read.
     """
-    mixture = Mixture(old, new)
-    between = _Between(mixture, Evaluator(table))
-    walks = tuple(tuple(between.walk(start)) for start in (frozenset[str](), between.all))
-    visited = [between.metrics(state) for walk in walks for step in walk for state in step.ends]
-    ends = [between.metrics(end) for end in (frozenset[str](), between.all)]
-    figures = _Figures([*between.stated, *ends, *visited])
-    written, reached = ([figures.ticks(side) for side in sides] for sides in (between.stated, ends))
+    mixture, evaluator = Mixture(old, new), Evaluator(table)
+    return shared_out(
+        mixture.decisions,
+        lambda state: evaluator.outcome(*mixture.at(state)),
+        (_stated(old), _stated(new)),
+        _unseen(old, new),
+    )
+
+
+def shared_out(
+    decisions: Sequence[Decision],
+    evaluate: Callable[[Names], Outcome],
+    stated: tuple[Metrics, Metrics],
+    rest: Decision,
+) -> Attribution:
+    """Shares the difference of two plans' own figures out among decisions.
+
+    evaluate   a configuration by the names of the decisions that are as in the new plan
+    stated     figures of both plans          rest   stands for what the evaluator does not reproduce
+
+    Raises Impossible where one of the ends is.
+    """
+    between = Between([decision.name for decision in decisions], _snapping(evaluate, decisions, stated))
+    ends = [between.outcome(end).metrics for end in (OLD, between.new)]
+    walks = [list(between.walk(start)) for start in (OLD, between.new)]
+    steps = [step for walk in walks for step in walk]
+    metrics = {end: between.outcome(end).metrics for step in steps for end in step.ends}
+    grid = _Grid([*stated, *ends, *metrics.values()])
     parts = []
-    for group in _joined([step.taken for walk in walks for step in walk]):
-        mine = [step for walk in walks for step in walk if step.taken <= group]
-        around = [[figures.ticks(between.metrics(state)) for state in step.ends] for step in mine]
-        changes = figures.halves({n: sum(b[n] - a[n] for a, b in around) for n in figures.names})
+    for group in joined([step.taken for step in steps]):
+        mine = [step for step in steps if step.taken <= group]
+        changes = grid.sums((0.5, metrics[step.ends[0]], metrics[step.ends[1]]) for step in mine)
+        members = tuple(decision for decision in decisions if decision.name in group)
         reasons = tuple(sorted({step.reason for step in mine if step.reason}))
-        decisions = tuple(decision for decision in mixture.decisions if decision.name in group)
-        parts.append(Part(decisions, reasons, changes))
-    parts.sort(key=lambda part: mixture.decisions.index(part.decisions[0]))
-    gaps = [{n: 2 * (s[n] - r[n]) for n in figures.names} for s, r in zip(written, reached, strict=True)]
-    unseen = figures.halves({n: gaps[1][n] - gaps[0][n] for n in figures.names})
+        parts.append(Part(members, reasons, changes))
+    parts.sort(key=lambda part: decisions.index(part.decisions[0]))
+    unseen = grid.sums([(1.0, ends[1], stated[1]), (1.0, stated[0], ends[0])])
     if any(unseen.values()):
-        parts.append(Part((_unseen(old, new),), (), unseen))
-    sides = [figures.halves({n: 2 * side[n] for n in figures.names}) for side in written]
-    order = tuple(tuple(between.listed(step.taken) for step in walk) for walk in walks)
-    return Attribution(sides[0], sides[1], tuple(parts), order)
+        parts.append(Part((rest,), (), unseen))
+    orders = tuple(
+        tuple(tuple(name for name in between.names if name in step.taken) for step in walk) for walk in walks
+    )
+    return Attribution(grid.rounded(stated[0]), grid.rounded(stated[1]), tuple(parts), orders)
 
 
 def _unseen(old: Plan, new: Plan) -> Decision:
@@ -143,128 +160,43 @@ def _unseen(old: Plan, new: Plan) -> Decision:
     return Decision(UNSEEN, tuple(row for row in (versions, *prints) if row[1] != row[2]))
 
 
-# -- walks -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """Decisions taken from the new plan, where those in `before` already are."""
-
-    taken: Set
-    before: Set
-    reason: str
-
-    @property
-    def ends(self) -> tuple[Set, Set]:
-        return self.before, self.before | self.taken
-
-
-class _Between:
-    """Configurations between two plans by the decisions that are as in the new one, each evaluated once."""
-
-    def __init__(self, mixture: Mixture, evaluator: Evaluator) -> None:
-        self.names = tuple(decision.name for decision in mixture.decisions)
-        self.all: Set = frozenset(self.names)
-        self.stated = tuple(_stated(plan) for plan in mixture.plans)
-        self._mixture, self._evaluator = mixture, evaluator
-        self._known: dict[Set, Outcome | Impossible] = {}
-
-    def metrics(self, state: Set) -> Metrics:
-        return self.outcome(state).metrics
-
-    def outcome(self, state: Set) -> Outcome:
-        """What one configuration does; a plan's own figures where the evaluator agrees. Raises Impossible."""
-        if state not in self._known:
-            try:
-                found = self._evaluator.outcome(*self._mixture.at(state))
-                if self.all and state in (frozenset(), self.all):
-                    found = _snapped(found, self.stated[bool(state)])
-                self._known[state] = found
-            except Impossible as error:
-                self._known[state] = error
-        known = self._known[state]
-        if isinstance(known, Impossible):
-            raise known
-        return known
-
-    def walk(self, start: Set) -> Iterator[_Step]:
-        """Steps from one plan to the other."""
-        state, other = start, self.all - start
-        self.metrics(state)
-        self.metrics(other)
-        while state != other:
-            left = [name for name in self.names if (name in state) != (name in other)]
-            taken, reason = self._next(state, left)
-            yield _Step(taken, state & (state ^ taken), reason)
-            state ^= taken
-
-    def _next(self, state: Set, left: Sequence[str]) -> tuple[Set, str]:
-        """What is taken now, and where that is more than one decision why its first cannot be by itself."""
-        refused: dict[str, str] = {}
-        poor: list[str] = []
-        for name in left:
-            try:
-                if self.outcome(state ^ {name}).meets:
-                    return frozenset((name,)), ""
-                poor.append(name)
-            except Impossible as error:
-                refused[name] = str(error)
-        if poor:
-            return frozenset(poor[:1]), ""
-        sets = (c for size in range(2, _TOGETHER + 1) for c in combinations(left, size))
-        for tried in islice(sets, _TRIES):
-            if self._can_be(state ^ frozenset(tried)):
-                return frozenset(tried), f"{tried[0]} alone: {refused[tried[0]]}"
-        return frozenset(left), f"{left[0]} alone: {refused[left[0]]}"
-
-    def _can_be(self, state: Set) -> bool:
-        try:
-            self.outcome(state)
-        except Impossible:
-            return False
-        return True
-
-    def listed(self, names: Set) -> tuple[str, ...]:
-        return tuple(name for name in self.names if name in names)
-
-
-def _joined(groups: Sequence[Set]) -> list[Set]:
-    """The finest partition that splits none of the groups."""
-    found: list[Set] = []
-    for group in groups:
-        touching = [other for other in found if other & group]
-        found = [other for other in found if not other & group]
-        found.append(group.union(*touching))
-    return found
-
-
-# -- exact figures -----------------------------------------------------------------------
-
-
-class _Figures:
-    """Metrics as whole numbers of ticks, a power of two for each metric."""
-
-    def __init__(self, states: Sequence[Metrics]) -> None:
-        self.names = [name for name in sorted(states[0]) if all(name in state for state in states)]
-        self._exponents = {
-            name: math.frexp(max(abs(state[name]) for state in states))[1] - _DIGITS for name in self.names
-        }
-
-    def ticks(self, values: Metrics) -> dict[str, int]:
-        return {name: round(math.ldexp(values[name], -e)) for name, e in self._exponents.items()}
-
-    def halves(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """Half ticks as numbers."""
-        return {name: math.ldexp(counts[name], e - 1) for name, e in self._exponents.items()}
-
-
 def _stated(plan: Plan) -> Metrics:
     """A plan's own figures, to the nine digits that are written."""
     found = flat(plan.predicted, plan.predicted_by_class)
     return {name: float(f"{value:.9g}") for name, value in found.items()}
 
 
-def _snapped(found: Outcome, own: Metrics) -> Outcome:
-    """An outcome with a plan's own figures wherever it reproduces them."""
-    close = {n: v for n, v in own.items() if math.isclose(v, found.metrics.get(n, v), rel_tol=_SAME)}
-    return Outcome({n: close.get(n, v) for n, v in found.metrics.items()}, found.meets)
+def _snapping(
+    evaluate: Callable[[Names], Outcome], decisions: Sequence[Decision], stated: tuple[Metrics, Metrics]
+) -> Callable[[Names], Outcome]:
+    """The evaluator with a plan's own figures wherever it reproduces them."""
+
+    def snapped(state: Names) -> Outcome:
+        found = evaluate(state)
+        if not decisions or 0 < len(state) < len(decisions):
+            return found
+        own = stated[bool(state)]
+        close = (n for n, v in found.metrics.items() if math.isclose(own.get(n, v), v, rel_tol=_SAME))
+        return Outcome({**found.metrics, **{n: own[n] for n in close if n in own}}, found.meets)
+
+    return snapped
+
+
+class _Grid:
+    """Rounds metrics to whole multiples of a power of two, one for each metric, and adds them up exactly."""
+
+    def __init__(self, every: Sequence[Metrics]) -> None:
+        names = [name for name in sorted(every[0]) if all(name in metrics for metrics in every)]
+        largest = {name: max(abs(metrics[name]) for metrics in every) for name in names}
+        self._exponents = {name: math.frexp(value)[1] - _DIGITS for name, value in largest.items()}
+
+    def rounded(self, metrics: Metrics) -> dict[str, float]:
+        return {n: math.ldexp(round(math.ldexp(metrics[n], -e)), e) for n, e in self._exponents.items()}
+
+    def sums(self, differences: Iterable[tuple[float, Metrics, Metrics]]) -> dict[str, float]:
+        """Of (weight, from, to), for each metric. Exact for weights of 1 and 1/2."""
+        found = dict.fromkeys(self._exponents, 0.0)
+        for weight, start, end in differences:
+            before, after = self.rounded(start), self.rounded(end)
+            found = {name: value + weight * (after[name] - before[name]) for name, value in found.items()}
+        return found

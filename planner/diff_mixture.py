@@ -149,7 +149,8 @@ class Mixture:
                 for field in _FIELDS.get(name, (name,))
             }
             place = pair.old.role, sides["pools" in new].classes
-            replica, share = pair.old.replica.model_copy(update=fields), _each(sides["traffic split" in new])
+            split = "traffic split" if any(d.name == "traffic split" for d in self.decisions) else number
+            replica, share = pair.old.replica.model_copy(update=fields), _each(sides[split in new])
             count = sides[number in new].count
             side = int(("gpu" if pair.old.replica.gpu != pair.new.replica.gpu else "nodes") in new)
             kind = sides[side]
