@@ -211,7 +211,12 @@ def predicted(
         site = sites(plan.pools, table, groups(request), context)[0]
         replica = site.plan
         engine = catalogue.engine(replica.engine)
-        rules = Rules.of(engine, replica.max_num_seqs, replica.max_num_batched_tokens)
+        rules = Rules.of(
+            engine,
+            replica.max_num_seqs,
+            replica.max_num_batched_tokens,
+            asynchronous=site.clock.model.asynchronous,
+        )
         server = Server(site.clock, rules, site.kv_blocks, replica.block_size)
         loop = closed_loop(clients, len(lengths[0]), *lengths)
         found = simulate(server, loop).summary()

@@ -179,7 +179,9 @@ class Predictor:
             model = StepModel(table, shape, gpu, Fabric(gpus_per_node=8), self.profile, max_num_seqs=batch)
             self.clocks[key] = Clock(model)
         # a simulated step is a cycle of pp micro-batches, each of which has the batch and budget to itself
-        rules = Rules.of(self.profile, batch * row.pp, tokens * row.pp, chunked=False)
+        rules = Rules.of(
+            self.profile, batch * row.pp, tokens * row.pp, chunked=False, asynchronous=row.pp == 1
+        )
         server = Server(self.clocks[key], rules, kv_blocks=held.kv_blocks, block_size=held.block_size)
         mine = math.ceil(REQUESTS[row.isl, row.osl] / ranks)
         records = simulate(server, open_loop(np.zeros(mine), row.isl, row.osl))

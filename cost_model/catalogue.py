@@ -166,6 +166,7 @@ class EngineProfile(Entry):
                          wrong (overlap of neighbours, gaps between them)
     kernel_factor        on the time of all kernels: what one deployment's clocks and versions make of it
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
+    overlaps_host        the next step is decided and launched while one runs; see `StepModel.asynchronous`
     serves               kinds of model it runs
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
     fusions              patterns of fusion names that the engine's own kernels always apply

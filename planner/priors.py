@@ -11,11 +11,13 @@ import yaml
 
 from planc.cost_model import overlay
 from planc.cost_model.catalogue import EngineProfile, Provenance
+from planc.cost_model.step import StepModel
 
 
 @dataclass(frozen=True, slots=True)
 class Priors:
     """request_s, lag_steps   what TTFT holds besides waiting and prompt steps; see `way`
+    intake_ms, intake_us      a frontend's time for one request, and per token of its prompt: one at a time
     ttft_band                 factors around TTFT beyond the band of the step time
     kv_margin_sd              standard deviations of cache demand kept free
     stable                    highest share of time that prompt processing may take
@@ -26,6 +28,8 @@ class Priors:
 
     request_s: float
     lag_steps: float
+    intake_ms: float
+    intake_us: float
     ttft_band: tuple[float, float]
     kv_margin_sd: float
     stable: float
@@ -55,6 +59,13 @@ def way(engine: EngineProfile) -> tuple[float, float]:
     return request / 1e3, known.lag_steps if lag is None else lag
 
 
+def waits(model: StepModel) -> tuple[float, float]:
+    """(request_s, steps) that a request waits besides its own steps and those before them: an engine that
+    decides a step while another runs takes it one step later."""
+    request_s, lag_steps = way(model.profile)
+    return request_s, lag_steps + model.asynchronous
+
+
 @cache
 def priors() -> Priors:
     raw = yaml.safe_load(text())
@@ -62,6 +73,8 @@ def priors() -> Priors:
     return Priors(
         request_s=ttft["request_ms"] / 1e3,
         lag_steps=float(ttft["lag_steps"]),
+        intake_ms=float(ttft["intake_ms"]),
+        intake_us=float(ttft["intake_us"]),
         ttft_band=(ttft["low"], ttft["high"]),
         kv_margin_sd=queueing["kv_margin_sd"],
         stable=queueing["stable"],

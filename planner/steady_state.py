@@ -52,7 +52,7 @@ class StepTimes(Protocol):
 
     budget      prompt and decode tokens per step [N, 1]     pp, dp   degrees [N, 1]
     request_s   a request's way to the scheduler [N, 1]
-    lag_steps   steps from a token's kernels to its client [N, 1]
+    lag_steps   steps that pass besides, as asynchronous scheduling costs one [N, 1]
     first_token where the client has it from when prompts are computed elsewhere, see FIRST [N, 1]
     per_seq     rows that a step computes for each decoding sequence, 1 without speculation [N, 1]
     pace        tokens that each of them gains by a step, on average [N, 1]
@@ -251,7 +251,7 @@ def steady(
         chance, wait = np.zeros_like(taken), np.zeros_like(taken)
     else:
         chance, wait = _seat_queue(taken, np.maximum(seats, 1.0), stay)
-    lag = times.lag_steps * decode * times.pp
+    lag = times.lag_steps * np.where(np.isfinite(tpot), tpot, 0.0)
     ttft = chance * wait + queue + residual + own + lag + times.request_s
     impossible = ~np.isfinite(tpot) | (busy >= known.stable) | (taken > seats + 1e-9)
     ttft = np.where(impossible, np.inf, ttft)

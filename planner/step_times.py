@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from planc.cost_model.speculative import Drafting
 from planc.cost_model.step import StepLoad, StepModel
-from planc.planner.priors import way
+from planc.planner.priors import waits
 from planc.planner.steady_state import FIRST, Array
 from planc.planner.traffic import Traffic
 
@@ -44,7 +44,7 @@ def _fixed(model: StepModel, draft: Drafting | None) -> tuple[float, ...]:
     """pp, dp, request_s, lag_steps, first_token, per_seq, pace."""
     rows, pace = (draft.speculation.rows, draft.speculation.pace) if draft else (1, 1.0)
     first = FIRST[model.profile.serving.first_token]
-    return model.shape.pp, model.shape.dp, *way(model.profile), first, rows, pace
+    return model.shape.pp, model.shape.dp, *waits(model), first, rows, pace
 
 
 def _seconds(model: StepModel, draft: Drafting | None, load: StepLoad) -> Array:

@@ -87,6 +87,7 @@ def load_test(request: Request, table: CostTable, replica: Replica, replicas: in
         replica.max_num_batched_tokens * replica.pp,  # a step is a cycle of pp micro-batches
         prefix_caching=flow.hit_rate > 0,
         speculative=speculation(site),
+        asynchronous=site.clock.model.asynchronous,
         **{name: value for name, value in flags.items() if value is not None},
     )
     server = Server(site.clock, rules, site.kv_blocks, replica.block_size)

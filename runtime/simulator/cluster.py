@@ -196,7 +196,7 @@ class Aggregated(Cluster):
         where = self.front.choose(sent)
         self.served_by[sent.id] = where
         self._prompt[sent.id] = sent.prompt
-        self.replicas[where].offer(on_its_way(sent, self.replicas[where]))
+        self.replicas[where].offer(sent)
         self.touched(where)
 
     def answer(self, where: int, found: Finished) -> None:
@@ -245,16 +245,10 @@ def fronted(
 
 
 def sending(load: Load, journal: Journal, prompt: list[int], output: list[int]) -> Clients:
-    requests = Requests(load, 0.0, journal, prompt, output)
+    requests = Requests(load, journal, prompt, output)
     if load.arrival_s is None:
         return Closed(load, requests)
     return Open(requests.send(i, at) for i, at in enumerate(load.arrival_s.tolist()))
-
-
-def on_its_way(sent: Sent, replica: Replica) -> Sent:
-    """The request as its scheduler sees it."""
-    way = replica.rules.request_ms / 1e3
-    return sent._replace(at=sent.at + way) if way else sent
 
 
 def fits(server: Server, prompt: int, output: int) -> bool:

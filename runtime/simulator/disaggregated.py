@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planc.runtime.simulator.cluster import Clients, Cluster, Front, fronted, on_its_way, sending, together
+from planc.runtime.simulator.cluster import Clients, Cluster, Front, fronted, sending, together
 from planc.runtime.simulator.load import Load
 from planc.runtime.simulator.records import Records
 from planc.runtime.simulator.replica import Finished, FirstToken, Journal, Replica, Sent, Server
@@ -67,7 +67,7 @@ class Disaggregated(Cluster):
         self.served_by[sent.id] = where
         self._open[sent.id] = sent
         replica = self.replicas[where]
-        replica.offer(on_its_way(sent, replica)._replace(output=1))
+        replica.offer(sent._replace(output=1))
         self.touched(where)
 
     def answer(self, where: int, found: Finished) -> None:

@@ -263,6 +263,7 @@ def _server(site: Site) -> Server:
         prefix_caching=plan.prefix_caching,
         chunked=plan.chunked_prefill,
         speculative=speculation(site),
+        asynchronous=site.clock.model.asynchronous,
     )
     return Server(site.clock, rules, site.kv_blocks, plan.block_size)
 

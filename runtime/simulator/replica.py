@@ -34,7 +34,7 @@ class Server:
 
 
 class Sent(NamedTuple):
-    """A request on its way to an engine; `at` is when the scheduler can see it."""
+    """A request on its way to an engine; `at` is when its client sent it."""
 
     at: float
     id: int
@@ -118,12 +118,14 @@ class Replica:
         self.now = 0.0
         self.steps = self.events = 0
         self._jumps = jumps
-        self._inbox: list[Sent] = []  # a heap by time
+        self._inbox: list[Sent] = []  # a heap by time of sending
         self._stalled: list[tuple[float, int]] = []  # (last token at, members) that missed steps since
         self._silent: dict[int, float] = {}  # last token of preempted sequences
         self._opening: dict[int, int] = {}  # steps until clients have the first token of what was handed over
         self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
         self._pace = 0.0  # seconds of the last decode step, prompts beside it not counted
+        self._frontend = 0.0  # when it has dealt with all requests sent so far
+        self._decided = 0.0  # until when arrivals can be in the next step
         self._patient = rules.max_adapters is None and rules.recv_interval == 1
         self._draft = rules.speculative.draft if rules.speculative else 0
 
@@ -141,7 +143,13 @@ class Replica:
         """When its next step may begin; inf with nothing to do."""
         if self.scheduler.busy:
             return self.now
-        return max(self.now, self._inbox[0].at) if self._inbox else math.inf
+        return max(self.now, self._next()) if self._inbox else math.inf
+
+    def _next(self) -> float:
+        """When the scheduler can see the first request sent: the frontend takes them one at a time."""
+        sent, rules = self._inbox[0], self.rules
+        taken = 1e-3 * rules.intake_ms + 1e-6 * rules.intake_us * sent.prompt
+        return max(self._frontend, sent.at) + taken + 1e-3 * rules.request_ms
 
     def offer(self, sent: Sent) -> None:
         heappush(self._inbox, sent)
@@ -181,10 +189,12 @@ class Replica:
         seated, queued = scheduler.seated, scheduler.queued
         steps, drain = 1, 0.0
         if batch.plain and batch.decodes:
-            steps, seconds = self._run(batch, until)
+            steps, seconds, last = self._run(batch, until)
         else:
             seconds, drain = self._one(batch)
+            last = seconds
         self.now = start + seconds
+        self._decided = self.now - last if self.rules.asynchronous else self.now
         self.steps += steps
         self.events += 1
         self.timeline.add(start, seconds, (1.0, seated, queued, taken))
@@ -193,10 +203,8 @@ class Replica:
         finished = scheduler.commit(batch, steps)
         if batch.resumed:
             self._stalled.extend((self._silent.pop(s.id, start), 1) for s in batch.resumed)
-            lag = self._first_lag()
             for s in batch.resumed:
-                if s.id in self._opening:
-                    self.journal.first[s.id] = start + self._opening.pop(s.id) * seconds + lag
+                self._open(s.id)
         return self._book(batch, finished, start, drain)
 
     # -- time ----------------------------------------------------------------------------
@@ -205,15 +213,16 @@ class Replica:
         """Hands arrivals to the scheduler when it looks for them; False if there is nothing to run."""
         inbox, scheduler = self._inbox, self.scheduler
         if not scheduler.busy:
-            if not inbox or inbox[0].at >= until:
+            if not inbox or self._next() >= until:
                 return False
-            self.now = max(self.now, inbox[0].at)
+            self.now = self._decided = max(self.now, self._next())
         elif self.rules.recv_interval > 1 and self.steps % self.rules.recv_interval:
             return True
-        while inbox and inbox[0].at <= self.now:
+        while inbox and (seen := self._next()) <= self._decided:
             sent = heappop(inbox)
-            if sent.at < self.now:  # it queued while a run went on
-                self.timeline.add(sent.at, self.now - sent.at, (0.0, 0.0, 1.0, 0.0))
+            self._frontend = seen - 1e-3 * self.rules.request_ms
+            if seen < self.now:  # it queued while a run went on
+                self.timeline.add(seen, self.now - seen, (0.0, 0.0, 1.0, 0.0))
             scheduler.add(
                 sent.id,
                 sent.prompt,
@@ -224,23 +233,23 @@ class Replica:
             )
         return True
 
-    def _run(self, batch: Batch, until: float) -> tuple[int, float]:
-        """(steps, seconds) of a run of plain decodes."""
+    def _run(self, batch: Batch, until: float) -> tuple[int, float, float]:
+        """(steps, seconds, seconds of the last step) of a run of plain decodes."""
         decodes = batch.decodes
         line = self._line(decodes, batch.context / decodes)
         steps = min(self.scheduler.runway(batch), line.steps) if self._jumps else 1
         if steps > 1 and not (self.scheduler.queued and self._patient and not self.scheduler.ranked):
-            stop = min(until, self._inbox[0].at) if self._inbox else until
+            stop = min(until, self._next()) if self._inbox else until
             if stop <= self.now:  # it waits to be looked at
                 steps = min(steps, self.rules.recv_interval - self.steps % self.rules.recv_interval)
             else:
-                steps = _steps_to(stop - self.now, line, steps)
+                steps = min(_steps_to(stop - self.now, line, steps) + self.rules.asynchronous, steps)
         last = line.seconds + line.slope * (steps - 1)
         self._gaps(decodes, line.seconds, last, steps)
         self._pace = last
         if self._hidden:
             self._reveal(steps, line, line)
-        return steps, steps * (line.seconds + last) / 2
+        return steps, steps * (line.seconds + last) / 2, last
 
     def _line(self, decodes: int, context: float) -> Line:
         """Time of a decode step and how it grows from step to step."""
@@ -312,6 +321,14 @@ class Replica:
         group = self.scheduler.decoding
         size = max(group.size, 1)
         return self.rules.lag_steps * self._line(size, group.cached / size + 1).seconds
+
+    def _open(self, request: int) -> None:
+        """Says when the client has the first token of a request that was handed over and decodes from now."""
+        steps = self._opening.pop(request, None)
+        if steps == 0:
+            self.journal.first[request] = self.now + self._first_lag()
+        elif steps is not None:
+            heappush(self._hidden, (self.scheduler.decoding.made + steps, request))
 
     def _reveal(self, steps: int, line: Line, plain: Line) -> None:
         """First tokens that are streamed in the course of a run of steps that take `line`, and would take

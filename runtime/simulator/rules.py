@@ -8,7 +8,7 @@ from typing import Any
 from planc.cost_model import overlay
 from planc.cost_model.catalogue import EngineProfile
 from planc.errors import InvalidField
-from planc.planner.priors import way
+from planc.planner.priors import priors, way
 from planc.runtime.scheduler import Limits
 
 
@@ -51,7 +51,11 @@ class Rules(Limits):
     stream_interval   tokens per message: a client sees the first with the n-th
     recv_interval     steps between looks at new arrivals
     request_ms        a request's way to the scheduler: network, tokenizer, admission
-    lag_steps         steps from a token's kernels to its client (asynchronous scheduling)
+    intake_ms         of a server's frontend for each request, one after another: parsing, tokenizing
+    intake_us         the same per token of its prompt
+    lag_steps         steps from a token's kernels to its client
+    asynchronous      a step is decided while the one before it runs: an arrival waits for the rest of the
+                      running step and for all of the next
     prefix_caching    prompts' blocks outlive their requests
     speculative       drafts; they set tokens_per_step
     adapter_ms        to load a LoRA adapter that is not on the device
@@ -61,7 +65,10 @@ class Rules(Limits):
     stream_interval: int = 1
     recv_interval: int = 1
     request_ms: float = 0.0
+    intake_ms: float = 0.0
+    intake_us: float = 0.0
     lag_steps: float = 0.0
+    asynchronous: bool = False
     prefix_caching: bool = False
     speculative: Speculation | None = None
     adapter_ms: float = 0.0
@@ -73,6 +80,8 @@ class Rules(Limits):
             ("stream_interval", 1),
             ("recv_interval", 1),
             ("request_ms", 0),
+            ("intake_ms", 0),
+            ("intake_us", 0),
             ("lag_steps", 0),
         ):
             value = getattr(self, name)
@@ -115,7 +124,10 @@ class Rules(Limits):
             "stream_interval": serving.stream_interval,
             "recv_interval": serving.recv_interval,
             "request_ms": request_s * 1e3,
+            "intake_ms": priors().intake_ms,
+            "intake_us": priors().intake_us,
             "lag_steps": lag_steps,
+            "asynchronous": profile.overlaps_host,
         }
         for name in ("stream_interval", "recv_interval", "prompts_per_step"):
             measured = used.constant(name, profile.name) if used else None

@@ -18,7 +18,7 @@ def simulate(server: Server, load: Load, *, seed: int = 0, jumps: bool = True) -
     prompt, output = load.lengths(seed)
     journal = Journal(load.requests)
     replica = Replica(server, journal, prefix_block=load.prefix_block, jumps=jumps)
-    requests = Requests(load, server.rules.request_ms / 1e3, journal, prompt.tolist(), output.tolist())
+    requests = Requests(load, journal, prompt.tolist(), output.tolist())
     serve(replica, requests)
     return journal.records(
         prompt,
@@ -33,10 +33,8 @@ def simulate(server: Server, load: Load, *, seed: int = 0, jumps: bool = True) -
 class Requests:
     """A load's requests as they are sent: `send` makes one and notes when."""
 
-    def __init__(
-        self, load: Load, way_s: float, journal: Journal, prompt: list[int], output: list[int]
-    ) -> None:
-        self.load, self.way_s, self.journal = load, way_s, journal
+    def __init__(self, load: Load, journal: Journal, prompt: list[int], output: list[int]) -> None:
+        self.load, self.journal = load, journal
         self.prompt, self.output = prompt, output
         self.priority = None if load.priority is None else load.priority.tolist()
         self.adapter = None if load.adapter is None else load.adapter.tolist()
@@ -45,7 +43,7 @@ class Requests:
         self.journal.arrival[request] = at
         adapter = -1 if self.adapter is None else self.adapter[request]
         return Sent(
-            at + self.way_s,
+            at,
             request,
             self.prompt[request],
             self.output[request],
@@ -78,7 +76,7 @@ def _closed(replica: Replica, requests: Requests) -> None:
 
 def _open(replica: Replica, requests: Requests) -> None:
     assert requests.load.arrival_s is not None
-    arrivals, way = requests.load.arrival_s.tolist(), requests.way_s
+    arrivals, way = requests.load.arrival_s.tolist(), replica.rules.request_ms / 1e3
     following, count = 0, len(arrivals)
     while following < count or replica.busy:
         soon = arrivals[following] + way if following < count else math.inf

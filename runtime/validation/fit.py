@@ -38,7 +38,7 @@ NEUTRAL = Constants(
     kernel_factor=1.0,
     prefill_factor=1.0,
     request_ms=25.0,
-    lag_steps=1.0,
+    lag_steps=0.0,
 )
 #: how far a constant may be expected to lie from that
 SPREAD: Mapping[str, float] = {

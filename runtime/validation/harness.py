@@ -28,6 +28,7 @@ class Harness:
     distinct_prompts          prompts that repeat in turn while the engine keeps their cache; None: all differ
     stream_interval           tokens between two messages to the client; it sees the first with the n-th
     recv_interval             steps between two polls for arrivals
+    asynchronous              a step is decided while another runs; None: as the engine does by default
     batch_wait_steps          steps that a prompt is held back for company
     prompts_per_step          most prompts in a step, None for no limit
     scheduling                "mixed" or "prefill_first", None for the engine's own
@@ -48,6 +49,7 @@ class Harness:
     stream_interval: int
     recv_interval: int
     batch_wait_steps: int
+    asynchronous: bool | None = None
     distinct_prompts: int | None = None
     prompts_per_step: int | None = None
     scheduling: str | None = None
@@ -127,6 +129,7 @@ def _applies(when: Mapping[str, Any], point: Point) -> bool:
         "isl": point.isl,
         "osl": point.osl,
         "tp": point.tp,
+        "attention_dp": point.attention_dp,
         "concurrency": point.concurrency,
     }
     for name, wanted in when.items():

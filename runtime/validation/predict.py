@@ -110,7 +110,7 @@ class Predictor:
         return self._clocks[key]
 
     def _server(self, setup: Setup, engine: Engine, constants: Constants) -> Server:
-        harness = setup.harness
+        harness, model = setup.harness, self._model(setup, engine)
         rules = Rules.of(
             setup.profile,
             max_num_seqs=engine.max_num_seqs,
@@ -119,6 +119,7 @@ class Predictor:
             recv_interval=harness.recv_interval,
             prompts_per_step=harness.prompts_per_step,
             scheduling=harness.scheduling or setup.profile.scheduling,
+            asynchronous=model.asynchronous if harness.asynchronous is None else harness.asynchronous,
             prefix_caching=harness.distinct_prompts is not None,
             request_ms=constants.request_ms,
             lag_steps=constants.lag_steps + harness.batch_wait_steps,

@@ -42,7 +42,7 @@ def run(of: Server, load: Load, seed: int = 0, jumps: bool = True) -> tuple[Reco
     prompt, output = load.lengths(seed)
     journal = Journal(load.requests)
     replica = Replica(of, journal, prefix_block=load.prefix_block, jumps=jumps)
-    serve(replica, Requests(load, of.rules.request_ms / 1e3, journal, prompt.tolist(), output.tolist()))
+    serve(replica, Requests(load, journal, prompt.tolist(), output.tolist()))
     return journal.records(prompt, output, replica.timeline, steps=replica.steps), replica
 
 
