@@ -113,7 +113,7 @@ class Drafting:
 def drafting(speculation: Speculation, model: StepModel) -> Drafting:
     """Drafting on the engine of a step model."""
     if speculation.method == "ngram":
-        return Drafting(model, speculation, 0.0, _host_s("look_up_us"))
+        return Drafting(model, speculation, 0.0, _host_s("look_up_us") if speculation.draft else 0.0)
     layers = speculation.layers(model.table)
     shape = replace(model.shape, pipeline_layers=(), pp=1, formats=())
     draft = StepModel(

@@ -16,7 +16,8 @@ from planc.errors import CheckFailed
 from planc.planner.plan import Plan, Replica, Role
 
 _CPU_BLOCK = 32  # vLLM's CPU attention takes blocks of a multiple of this many tokens
-
+#: what a plan states of speculation for its own figures
+_OURS = ("acceptance_rate", "draft_parameters")
 
 #: role of an engine's pool -> what vLLM calls an engine that gives caches away, or fetches them
 _TRANSFER = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -66,7 +67,7 @@ def settings(
     if role in _TRANSFER:
         out["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": _TRANSFER[role]}
     if replica.speculative:
-        out["speculative-config"] = replica.speculative
+        out["speculative-config"] = {k: v for k, v in replica.speculative.items() if k not in _OURS}
     if multimodal(config):
         out["language-model-only"] = True  # the plan is for text; the towers would take memory
     if plan.model.kind == "encoder":

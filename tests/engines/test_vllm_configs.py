@@ -56,6 +56,14 @@ SHAPES: Mapping[str, tuple[str, dict[str, Any]]] = {
         "llama-3.1-8b",
         {"speculative": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}},
     ),
+    "n-grams with a rate": (
+        "llama-3.1-8b",
+        {"speculative": {"method": "ngram", "num_speculative_tokens": 3, "acceptance_rate": 0.4}},
+    ),
+    "multi-token prediction": (
+        "deepseek-r1",
+        {"tp": 8, "speculative": {"method": "mtp", "num_speculative_tokens": 1, "acceptance_rate": 0.8}},
+    ),
     "cpu": (
         "qwen3-0.6b",
         {"gpu": "cpu", "tp": 2, "weights": "fp32", "activations": "fp32", "kv": "fp32", "block_size": 32},
