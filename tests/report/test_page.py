@@ -147,8 +147,9 @@ def test_the_checks_find_faults(chromium: Browser, tmp_path: Path) -> None:
     """A page with every fault that the others are checked for."""
     file = tmp_path / "bad.html"
     file.write_text(
-        """<!doctype html><meta charset=utf-8><body><img src="http://127.0.0.1:9/x.png">
-        <p style="position:absolute;top:50px">one text here</p><p style="position:absolute;top:54px">another</p>
+        """<!doctype html><meta charset=utf-8><meta name=viewport content="width=device-width">
+        <img src="http://127.0.0.1:9/x.png"><p style="position:absolute;top:50px">one text here</p>
+        <p style="position:absolute;top:54px">another</p>
         <p style="position:absolute;top:200px;left:380px;white-space:nowrap">beyond the edge</p>
         <p style="position:absolute;top:300px;width:40px;overflow:hidden;white-space:nowrap">cut in half</p>
         <p style="position:absolute;top:400px;color:#ccc">pale</p><script>console.error("no")</script>"""
