@@ -280,13 +280,12 @@ def diff(
     if not attribute or old == new or not same_model(old, new):
         return compare(old, new, without="it was not asked for")
     source = new if new._model is not None else old
-    if kind_of(source._model or source.model.source) == "factory" and not trust_remote_code:
-        return compare(
-            old, new, without=f"{source.model.source} is code, which is run when it is trusted only"
-        )
     if progress:
         progress("evaluating what lies between the plans")
     try:
+        if kind_of(source._model or source.model.source) == "factory" and not trust_remote_code:
+            untrusted = f"{source.model.source} is code, which runs when it is trusted only"
+            return compare(old, new, without=untrusted)
         table = _plan_table(source, trust_remote_code=trust_remote_code)
         gpus = [gpu for plan in (old, new) for gpu in _gpus(make_request(plan.request))]
     except PlancError as error:
