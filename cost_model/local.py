@@ -95,7 +95,7 @@ def stages(table: CostTable, shape: EngineShape) -> tuple[Stage, ...]:
     the last one already holds the head). Classes without layer numbers go to the first stage when
     they come before the layers in the table, to the last one otherwise.
     """
-    numbered = sorted({layer for cls in table.classes for layer in cls.layers if _is_layer(cls)})
+    numbered = sorted({layer for cls in table.classes for layer in cls.layers if is_layer(cls)})
     split = shape.pipeline_layers or even_split(len(numbered), shape.pp)
     found, start = [], 0
     for stage, size in enumerate(split):
@@ -115,15 +115,16 @@ def even_split(layers: int, pp: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _is_layer(cls: LayerClass) -> bool:
+def is_layer(cls: LayerClass) -> bool:
+    """Whether a class is numbered layers, which pipeline stages share out, or what lies at the ends."""
     return cls.name not in _ENDS and bool(cls.layers)
 
 
 def _count(classes: Sequence[LayerClass], index: int, mine: frozenset[int], first: bool, last: bool) -> int:
     cls = classes[index]
-    if _is_layer(cls):
+    if is_layer(cls):
         return sum(layer in mine for layer in cls.layers)
     before = cls.name == "embedding" or (
-        cls.name != "head" and any(_is_layer(later) for later in classes[index + 1 :])
+        cls.name != "head" and any(is_layer(later) for later in classes[index + 1 :])
     )
     return cls.count if (first if before else last) else 0

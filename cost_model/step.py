@@ -29,7 +29,7 @@ from planc.cost_model.kernels import (
     Times,
     sources,
 )
-from planc.cost_model.local import stages, unquantized
+from planc.cost_model.local import is_layer, stages, unquantized
 from planc.cost_model.lower import Collective, Kernel
 from planc.cost_model.measured import costs_for
 from planc.cost_model.parts import split
@@ -228,6 +228,29 @@ class StepModel:
             for kernel, index in zip(self.kernels, self._index, strict=True)
         ]
 
+    def layer_seconds(self, load: StepLoad) -> tuple[Array, Array]:
+        """What one layer of each class adds to its stage, s, [classes, N] each: kernels, collectives and the
+        engine's time per numbered layer; and host time to launch them, below which no stage gets."""
+        flat = load.arrays()
+        times, links = self._times(flat)
+        order = {cls.name: at for at, cls in enumerate(self.table.classes)}
+        factor, per_launch = self.profile.kernel_factor, self._per_launch(flat)
+        layer_s = np.array([[self.profile.layer_us * 1e-6 * is_layer(cls)] for cls in self.table.classes])
+        device, launches = np.tile(layer_s, flat.size), np.zeros((len(order), flat.size))
+        for kernel, index in zip(self.kernels, self._index, strict=True):
+            device[order[kernel.layer_class]] += factor * kernel.calls * times.seconds[index]
+            launches[order[kernel.layer_class]] += kernel.calls * kernel.launches * per_launch
+        for item, row in zip(self._collectives, links, strict=True):
+            device[order[item.layer_class]] += factor * item.calls * row
+        return device, launches
+
+    def _per_launch(self, load: Load) -> Array:
+        """Host seconds per kernel, [N]: none where the step replays a graph."""
+        graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
+        one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
+        found: Array = np.where(graphed | (self.gpu.vendor == "cpu"), 0.0, one * 1e-6)
+        return found
+
     def _counts(self) -> list[int]:
         return [sum(stage.counts[i] for stage in self._stages) for i in range(len(self.table.classes))]
 
@@ -314,10 +337,7 @@ class StepModel:
             + factor * (self._collective_calls[:, moves] @ links[moves])
             for kernels, moves in self._by_part
         )
-        rows = load.seqs + load.tokens
-        graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
-        one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
-        per_launch = np.where(graphed | (self.gpu.vendor == "cpu"), 0.0, one * 1e-6)
+        rows, per_launch = load.seqs + load.tokens, self._per_launch(load)
         fixed = self.profile.step_eager_us if self.shape.eager else self.profile.step_us
         layers = np.array([[len(stage.layers)] for stage in self._stages])
         each = self.profile.per_sequence_us * (load.seqs + load.chunks)

@@ -76,6 +76,7 @@ class Candidate:
             s.activations,
             s.kv,
             s.formats,
+            s.pipeline_layers,
             self.speculation.label if self.speculation else "",
         )
 
@@ -89,6 +90,8 @@ class Candidate:
         """A short name for messages."""
         s = self.shape
         degrees = "".join(f" {n}={getattr(s, n)}" for n in ("pp", "dp", "ep", "cp") if getattr(s, n) > 1)
+        if s.pipeline_layers:
+            degrees += " stages=" + "/".join(map(str, s.pipeline_layers))
         formats = f"weights={s.weights} activations={s.activations} kv={s.kv}"
         drafts = [f"speculative={self.speculation.label}"] if self.speculation else []
         return " ".join(

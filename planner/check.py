@@ -154,6 +154,7 @@ def shape_of(replica: Replica) -> EngineShape:
         replica.activations,
         replica.kv,
         tuple(sorted(replica.formats.items())),
+        tuple(replica.pipeline_layers) if replica.pp > 1 else (),
     )
 
 

@@ -27,6 +27,7 @@ from planc.planner.offers import HEADROOM, SAME, Offer
 from planc.planner.plan import Role
 from planc.planner.request import Request
 from planc.planner.slo import Slo
+from planc.planner.stages import with_cuts
 from planc.planner.steady_state import Array
 from planc.planner.traffic import Traffic
 
@@ -109,13 +110,14 @@ class Stream:
         allowed = self.request.constraints
         budgets = token_budgets(self.table, self.traffic, allowed)
         caps = tuple(allowed.max_num_seqs or BATCH_LIMITS)
+        room = {one.key(): self.room(one).all(caps, budgets) for one in self.found}
+        self.pruned["does not fit into memory"] += sum(not limits for limits in room.values())
+        fitting = [one for one in self.found if room[one.key()]]
         found = []
-        for candidate in self.found:
-            limits = self.room(candidate).all(caps, budgets)
+        for candidate in with_cuts(fitting, self.traffic.of(self.role), self.model):
+            limits = room.get(candidate.key()) or self.room(candidate).all(caps, budgets)
             if limits:
                 found.append(Engine(candidate, self.model(candidate), limits))
-            else:
-                self.pruned["does not fit into memory"] += 1
         return decoding(self.table, found, self.traffic) if self.role == "decode" else found
 
     def room(self, candidate: Candidate) -> Room:

@@ -173,7 +173,10 @@ def link(source: Site, target: Site, groups: Sequence[Group]) -> tuple[Link, int
 def shape_of(replica: Replica) -> EngineShape:
     names = ("engine", "gpu", "tp", "pp", "dp", "ep", "cp", "weights", "activations", "kv")
     formats = tuple(sorted(replica.formats.items()))
-    return EngineShape(**{name: getattr(replica, name) for name in names}, formats=formats)
+    cut = tuple(replica.pipeline_layers) if replica.pp > 1 else ()
+    return EngineShape(
+        **{name: getattr(replica, name) for name in names}, formats=formats, pipeline_layers=cut
+    )
 
 
 def _blocks(replica: Replica, memory: MemoryMap, context: float) -> int:
