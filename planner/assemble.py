@@ -173,10 +173,8 @@ _NOT_MODELLED = (
     "a simulation of the scheduler (percentiles are closed-form approximations)",
     "preemption and recomputation when the cache overflows",
     "disaggregated prefill and decode pools",
-    "formats that differ between layer classes",
     "the start burst of closed-loop benchmarks",
     "cold starts, failures and autoscaling",
-    "accuracy of formats on this model (published averages are used)",
 )
 
 
@@ -191,6 +189,14 @@ def coverage(search: Search) -> Coverage:
         missing.append("how acceptance rates differ between requests and fall with the position of a draft")
     else:
         missing.append("speculative decoding")
+    allowed = search.request.constraints
+    if allowed.max_accuracy_drop is not None or allowed.formats:
+        modelled.append("accuracy of formats: the sum of what their parts lose, as if independent")
+    if allowed.sensitivities is None:
+        missing.append("accuracy of formats on this model (published averages are used)")
+    else:
+        modelled.append("where formats hurt this model, by measured divergences")
+        missing.append("how much they hurt its tasks (published averages, unless the measurements state it)")
     if load.hit_rate > 0:
         modelled.append(f"prefix cache hits of {100 * load.hit_rate:.3g} % of the input tokens")
         missing.append("memory that the prefix cache needs to reach its hit rate")

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.formats import fmt
+from planc.cost_model.parts import KV, scheme
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.speculative import drafting
 from planc.cost_model.step import StepLoad, StepModel
@@ -109,6 +110,12 @@ def _limits(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
             listed = getattr(allowed, name)
             if listed is not None and getattr(replica, name) not in listed:
                 yield f"replica {number}: {name}={getattr(replica, name)} is not among {listed}"
+        for part, taken in replica.formats.items():
+            names = ("kv",) if part.endswith(f":{KV}") else ("weights", "activations")
+            for name, value in zip(names, scheme(taken), strict=False):
+                listed = getattr(allowed, name)
+                if listed is not None and value not in listed and part not in (allowed.formats or {}):
+                    yield f"replica {number}: {name}={value} of {part} is not among {listed}"
         shape = shape_of(replica)
         drop = losses.of((shape.weights, shape.activations, shape.kv), shape.formats)
         if allowed.max_accuracy_drop is not None and drop > allowed.max_accuracy_drop + 1e-12:

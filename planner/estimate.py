@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from planc.cost_model import catalogue
+from planc.cost_model.formats import fmt
+from planc.cost_model.parts import parse, scheme
 from planc.cost_model.table import CostTable
 from planc.errors import Infeasible, InvalidField, UnknownField
 from planc.planner.plan import Predicted, Replica
@@ -31,7 +33,7 @@ _COUNTS = (
 )
 _NAMES = ("weights", "activations", "kv", "engine", "gpu")
 #: what can be set, by the names of a plan's replica
-SETTINGS = (*_COUNTS, *_NAMES, "gpu_memory_utilization")
+SETTINGS = (*_COUNTS, *_NAMES, "gpu_memory_utilization", "formats")
 
 _NEARLY = 0.97  # share of the highest load that an overloaded configuration is shown at
 
@@ -211,6 +213,8 @@ def parsed(
             found[name] = number
         elif name in _NAMES:
             found[name] = str(value)
+        elif name == "formats":
+            found[name] = _formats(value, where)
         else:
             try:
                 found[name] = float(value)
@@ -224,6 +228,24 @@ def parsed(
                     reason="not a share between 0 and 1",
                     mend="Write 0.9.",
                 )
+    return found
+
+
+def _formats(value: Any, where: str) -> dict[str, str]:
+    """Formats of parts: a mapping, or text like "decoder:self_attn=bf16/bf16 decoder:kv=fp8"."""
+    pairs = [item.partition("=")[::2] for item in value.split()] if isinstance(value, str) else value
+    found = dict(pairs)
+    for part, taken in found.items():
+        if parse(part) is None or not taken:
+            raise InvalidField(
+                where=where,
+                field="formats",
+                value=part,
+                reason="not a part with what it takes",
+                mend="Write e.g. decoder:self_attn=bf16/bf16.",
+            )
+        for name in scheme(taken):
+            fmt(name, field=f"formats.{part}")
     return found
 
 
@@ -241,8 +263,6 @@ def _fixed(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> Req
         )
     engine = chosen.get("engine", (request.constraints.engines or ["vllm"])[0])
     profile = catalogue.engine(engine, field="engine")
-    from planc.cost_model.formats import fmt
-
     pairs = profile.pairs(catalogue.gpu(gpu))
     native = table.model.native_format
     base = native if any(weights == native for weights, _ in pairs) else "bf16"
@@ -269,7 +289,7 @@ def _fixed(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> Req
             "max_num_batched_tokens": [budget],
             "max_gpus": None,
             "max_accuracy_drop": None,
-            **{k: chosen[k] for k in ("max_model_len", "gpu_memory_utilization") if k in chosen},
+            **{k: chosen[k] for k in ("max_model_len", "gpu_memory_utilization", "formats") if k in chosen},
         }
     )
     return request.changed(constraints=limits)
@@ -285,7 +305,8 @@ def _refused(request: Request, table: CostTable, search: Any) -> InvalidField:
         for name in ("tp", "pp", "dp", "ep", "cp", "weights", "activations", "kv")
     }
     group = next(g for g in search.groups if g.gpu.name == limits.gpus[0])  # type: ignore[index]
-    shape = EngineShape(limits.engines[0], group.gpu.name, **first)  # type: ignore[index]
+    formats = tuple(sorted((limits.formats or {}).items()))
+    shape = EngineShape(limits.engines[0], group.gpu.name, **first, formats=formats)  # type: ignore[index]
     reasons = refusals(shape, table, group.gpu, catalogue.engine(shape.engine))
     if reasons:
         field, reason = reasons[0].field, reasons[0].reason

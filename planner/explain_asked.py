@@ -126,6 +126,8 @@ def completed(replica: Replica, wanted: Mapping[str, Any]) -> EngineShape:
     """The plan's first engine with the named decisions in place, and those that follow from them."""
     names = ("engine", "gpu", "tp", "pp", "dp", "ep", "cp", "weights", "activations", "kv")
     shape = replace(shape_of(replica), **{name: wanted[name] for name in names if name in wanted})
+    if "formats" in wanted or "weights" in wanted:
+        shape = replace(shape, formats=tuple(sorted(wanted.get("formats", {}).items())))
     if "ep" not in wanted and shape.ep > 1:
         shape = replace(shape, ep=shape.tp * shape.dp)
     if "activations" not in wanted:

@@ -36,7 +36,7 @@ _LOADS = StepLoad([*_DECODE, 0], _CONTEXT, [*[0] * len(_DECODE), _PROMPT], [*[0]
 _CUTS, MOST = 3, 4
 
 #: losses closer than this are the same: sums of shares are not exact
-_SAME = 1e-9
+_SAME = 1e-12
 
 
 @dataclass(frozen=True, slots=True)

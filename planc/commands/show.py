@@ -59,7 +59,8 @@ def parallel(replica: Replica) -> str:
 
 
 def formats(replica: Replica) -> str:
-    return f"{replica.weights}/{replica.activations}/{replica.kv}"
+    usual = f"{replica.weights}/{replica.activations}/{replica.kv}"
+    return ", ".join([usual, *(f"{part} {taken}" for part, taken in replica.formats.items())])
 
 
 def predictions(predicted: dict[str, Predicted], console: Console, kind: str = "causal_lm") -> None:
