@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ LEVELS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0
 
 _KINDS = 6  # kinds of engines whose steps are taken apart, those with the most traffic
 _SEEN = 400  # fleets that are kept, the cheapest
+_BELOW = 0.99  # of a load: right at its highest, latencies depend on the last digit
 
 
 def observe(search: Search, fleet: Fleet, plan: Plan) -> Evidence:
@@ -145,7 +147,8 @@ def _seen(search: Search) -> Iterator[Seen]:
         else demand / max(n, 1)
         for e, most, n in zip(bench.engines, free, counts, strict=True)
     ]
-    state = bench.at_load(np.array(share)[:, None])
+    state = bench.at_load(_BELOW * np.array(share)[:, None])
+    good = state.meets(tuple(replace(slo, limit=slo.limit / _BELOW) for slo in search.slos))[:, 0]
     tokens = search.traffic.osl_mean or search.traffic.isl_mean
     found = []
     for i, (engine, count) in enumerate(zip(bench.engines, counts, strict=True)):
@@ -163,7 +166,7 @@ def _seen(search: Search) -> Iterator[Seen]:
         if search.traffic.decode_steps:
             values["tpot_ms"] = 1e3 * float(state.tpot[i, 0])
         offer = offered.get(id(engine))
-        meets = offer is not None and share[i] <= offer.capacity * (1 + 1e-9)
+        meets = bool(good[i]) and offer is not None and share[i] <= offer.capacity * (1 + 1e-9)
         found.append(Seen(label=f"{count} x {candidate.label()}", values=values, meets=meets))
     price = "usd_per_hour" if demand is not None else "usd_per_million_tokens"
     yield from sorted(found, key=lambda one: (one.values[price], one.label))[:_SEEN]

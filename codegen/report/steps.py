@@ -188,7 +188,9 @@ def _roofline(roof: Roof, ops: Sequence[tuple[Step, Op]]) -> Rooflines:
         start = max(x.low, y.low / roof.bytes_s)
         path = ((x.at(start), y.at(start * roof.bytes_s)), (x.at(knee), y.at(peak)), (100.0, y.at(peak)))
         lines.append(Line(path, "ink", dashed=level > 0, title=f"{precision}: {number(peak / 1e12)} TFLOP/s"))
-        names.append(Label(100.0, y.at(peak), f"{precision} {number(peak / 1e12)} TFLOP/s", -4, -5, "end"))
+        names.append(
+            Label(x.at(knee), y.at(peak), f"{precision} {number(peak / 1e12)} TFLOP/s", -8, 0, "end")
+        )
     marks = [_mark(step, op, x, y) for step, op in sorted(ops, key=lambda both: -both[1].ms / both[0].ms)]
     present = {_kind(op) for _, op in ops}
     shown = list({(mark.label, mark.shape): mark for mark in reversed(marks) if mark.label}.values())
