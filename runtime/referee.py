@@ -1,8 +1,9 @@
 """The simulator as referee: do the engines of a fleet keep their objectives when its workload is played?
 
 Engines that do all the work on a request are simulated one of each kind, with its share of the traffic;
-prefill and decode pools together, with the caches handed over between them. Latencies are those of a system
-that has been running for a while: requests that meet it filling up or running empty do not count.
+prefill and decode pools together (of large ones a part), with the caches handed over between them.
+Latencies are those of a system that has been running for a while: requests that meet it filling up or
+running empty do not count.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from planc.runtime.simulator.load import gamma
 Floats = NDArray[np.float64]
 
 #: requests of a simulation, and at least so many generations of the requests that are in the system at once
-_REQUESTS, _GENERATIONS = 2000, 8
+_REQUESTS, _GENERATIONS, _MOST = 2000, 8, 12_000
+#: schedulers of two pools that are simulated together; larger fleets are represented by as many
+_SCHEDULERS = 24
 #: lengths are spread by this much around the workload's: equal ones would march in step
 _SPREAD = 0.1
 _PERCENTILES = (50, 90, 95, 99)
@@ -97,14 +100,18 @@ class Simulation:
         if items[0].role == "aggregated":
             one = items[0]
             server = _servers(search, one)[0]
+            if one.engine.reuse is not None:
+                flow = replace(flow, hit_rate=one.engine.reuse.hit_rate)
             ranks = one.candidate.shape.dp
             load, label = _load(flow, one.load / ranks, server, self.seed)
             return _settled(simulate(server, load, seed=self.seed), label, flow)
         first = [item for item in items if item.role == "prefill"]
         second = [item for item in items if item.role == "decode"]
-        prefill, first_weights = _pool(search, first)
-        decode, second_weights = _pool(search, second)
-        rate = sum(item.count * item.load for item in first)
+        ranks = sum(item.count * item.candidate.shape.dp for item in items)
+        part = min(_SCHEDULERS / ranks, 1.0)
+        prefill, first_weights, most = _pool(search, first, part)
+        decode, second_weights, more = _pool(search, second, part)
+        rate = min(most, more)
         load, label = _load(flow, rate, prefill[0], self.seed)
         source, target = first[0].candidate, second[0].candidate
 
@@ -168,18 +175,23 @@ def _servers(search: Search, item: Deployed) -> list[Server]:
         prefix_caching=flow.hit_rate > 0,
         speculative=speculation(found[0]),
     )
+    if item.engine.reuse is not None:  # what it finds elsewhere comes before its first step
+        rules = replace(rules, request_ms=rules.request_ms + 1e3 * item.engine.reuse.load_s)
     return [Server(site.clock, rules, site.kv_blocks, replica.block_size) for site in found]
 
 
-def _pool(search: Search, items: Sequence[Deployed]) -> tuple[list[Server], list[float]]:
-    """All schedulers of some engines, and their shares of the traffic."""
+def _pool(search: Search, items: Sequence[Deployed], part: float) -> tuple[list[Server], list[float], float]:
+    """Schedulers of a part of some engines (at least one of each kind), their shares of the traffic, and
+    requests/s."""
     servers: list[Server] = []
     weights: list[float] = []
+    rate = 0.0
     for item in items:
-        mine = _servers(search, item)
-        servers += mine * item.count
-        weights += [item.load / len(mine)] * (len(mine) * item.count)
-    return servers, weights
+        mine, count = _servers(search, item), max(round(item.count * part), 1)
+        servers += mine * count
+        weights += [item.load / len(mine)] * (len(mine) * count)
+        rate += item.load * count
+    return servers, weights, rate
 
 
 def _load(flow: Traffic, amount: float, server: Server, seed: int) -> tuple[Load, NDArray[np.intp]]:
@@ -189,7 +201,7 @@ def _load(flow: Traffic, amount: float, server: Server, seed: int) -> tuple[Load
     if flow.concurrency is None:
         step = server.clock.line(server.rules.max_num_seqs, flow.decode_context).seconds
         users = min(amount * flow.osl_mean * step, server.rules.max_num_seqs) + 1
-    count = max(_REQUESTS, math.ceil(_GENERATIONS * users))
+    count = min(max(_REQUESTS, math.ceil(_GENERATIONS * users)), _MOST)
     which = draw.choice(flow.weight.size, count, p=flow.weight)
     factors = draw.uniform(1 - _SPREAD, 1 + _SPREAD, (2, count))
     prompt, output = (
