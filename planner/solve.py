@@ -350,8 +350,10 @@ class _Master:
         if result.termination.reason != self.mathopt.TerminationReason.OPTIMAL:
             return None
         unit = 1 / self.scale if covering else self.unit
-        costs = result.reduced_costs()
-        return Relaxation(result.objective_value() * unit, tuple(abs(costs[n]) * unit for n in self.counts))
+        sign = 1.0 if covering else -1.0
+        costs = result.reduced_costs()  # of columns at their upper bound they have the other sign
+        worse = tuple(max(sign * costs[n], 0.0) * unit for n in self.counts)
+        return Relaxation(result.objective_value() * unit, worse)
 
     def run(self, first_only: bool) -> tuple[tuple[float, ...], Solution] | None:
         """(rank for comparing families, solution); None when nothing is feasible."""
