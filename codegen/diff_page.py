@@ -48,12 +48,15 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Waterfall:
+    """`ground`: where the bars of both plans begin, percent; `cut`: the axis does not start at 0."""
+
     title: str
     unit: str
     change: str
     tone: str
     bars: tuple[Bar, ...]
     ticks: tuple[Tick, ...]
+    ground: float
     cut: bool
 
 
@@ -117,13 +120,17 @@ def _waterfall(column: Column, labels: Sequence[str]) -> Waterfall:
     levels = list(accumulate(column.parts, initial=column.old))
     unit = 10.0**-column.decimals
     cut = min(levels) > _CUT * max(levels) > 0
-    scale = Scale.over([level * unit for level in levels], zero=not cut)
-    bars = [_bar("old plan", column.text(column.old), "total", scale.at(column.old * unit), None)]
+    below = min(levels) < 0  # means of two walks may dip under 0 on the way
+    scale = Scale.over(
+        [level * unit for level in (*levels, *((0,) if below else ()))], zero=not (cut or below)
+    )
+    ground = scale.at(0.0)
+    bars = [_bar("old plan", column.text(column.old), "total", scale.at(column.old * unit), ground)]
     for label, part, before, after in zip(labels, column.parts, levels, levels[1:], strict=False):
         if part:
             ends = scale.at(before * unit), scale.at(after * unit)
             bars.append(_bar(label, column.text(part, signed=True), tone(column, part), ends[1], ends[0]))
-    bars.append(_bar("new plan", column.text(column.new), "total", scale.at(column.new * unit), None))
+    bars.append(_bar("new plan", column.text(column.new), "total", scale.at(column.new * unit), ground))
     words, name = title(column.metric)
     return Waterfall(
         title=words,
@@ -132,12 +139,13 @@ def _waterfall(column: Column, labels: Sequence[str]) -> Waterfall:
         tone=tone(column, column.change),
         bars=tuple(bars),
         ticks=tuple(scale.ticks(4)),
+        ground=ground,
         cut=cut,
     )
 
 
-def _bar(label: str, text: str, kind: str, end: float, start: float | None) -> Bar:
-    low, high = sorted((end, 0.0 if start is None else start))
+def _bar(label: str, text: str, kind: str, end: float, start: float) -> Bar:
+    low, high = sorted((end, start))
     return Bar(label, text, kind, low, max(high - low, 0.3), end)
 
 
