@@ -54,7 +54,7 @@ class Decision:
         return f"{self.name}: " + ", ".join([*words[: _LISTED if more else None], *more])
 
     def to_json(self) -> dict[str, Any]:
-        changes = [{"what": what, "old": old, "new": new} for what, old, new in self.changes]
+        changes = [{"part": what, "old": old, "new": new} for what, old, new in self.changes]
         return {"name": self.name, "changes": changes}
 
 
