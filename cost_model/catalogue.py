@@ -15,8 +15,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from planc.cost_model import overlay
-from planc.errors import UnknownName
+from planc.cost_model import overlay, slices
+from planc.errors import InvalidField, UnknownName
 
 Provenance = Literal["measured", "fitted", "roofline", "assumed"]
 Precision = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8", "fp4"]
@@ -37,6 +37,7 @@ class Gpu(Entry):
     nvlink_domain       GPUs joined by NVLink/xGMI; 1 means PCIe only
     nvlink_gbytes_s     one direction, per GPU
     fabric_gbit_s       typical network per GPU, one direction
+    slice_of            the GPU that this is a MIG slice of; "" for a whole one
     """
 
     name: str
@@ -60,6 +61,7 @@ class Gpu(Entry):
     source: str
     date: str
     aliases: tuple[str, ...] = ()
+    slice_of: str = ""
 
     @property
     def memory_bytes(self) -> float:
@@ -265,8 +267,23 @@ def _shipped_engines() -> Mapping[str, EngineProfile]:
 
 
 def gpu(name: str, field: str = "gpu") -> Gpu:
-    """A GPU by name or alias. Raises UnknownName."""
+    """A GPU by name or alias, or a MIG slice of one ("h100_sxm:3g.40gb"). Raises UnknownName."""
     known = gpus()
+    whole, colon, profile = name.partition(":")
+    if colon:
+        parent = gpu(whole, field)
+        offered = slices.profiles(parent.name)
+        if not offered:
+            raise InvalidField(
+                where="catalogue",
+                field=field,
+                value=name,
+                reason=f"no MIG slices of {parent.name} are known",
+                mend=f"Use {parent.name} itself.",
+            )
+        if profile not in offered:
+            return unknown(field, name, "MIG slice", [f"{parent.name}:{one}" for one in offered])
+        return slices.part_of(parent, profile)
     if name in known:
         return known[name]
     for entry in known.values():

@@ -27,6 +27,9 @@ DEFAULT_ENGINES = {"causal_lm": ("vllm",), "encoder": ("planc",), "module": ("pl
 MAX_PIPELINE = 8
 MAX_WORLD = 128
 
+#: formats of checkpoints that any other can be made of
+_WIDE = ("bf16", "fp16", "fp32")
+
 BATCH_LIMITS = (8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)
 TOKEN_BUDGETS = (1024, 2048, 4096, 8192, 16384)
 
@@ -171,13 +174,16 @@ def _kinds(
     limits: Constraints,
 ) -> list[tuple[Formats, Exceptions, float]]:
     """What engines on a group's GPUs may store: one format throughout with the exceptions that the request
-    states, and under an accuracy budget also mixtures."""
+    states, and under an accuracy budget also mixtures. Matrices of a checkpoint that is quantized already
+    are not mixed: no engine file could say how to come from the one to the other."""
     schemes, caches = allowed(accuracy.table, group, profile, limits)
     stated = tuple(sorted((limits.formats or {}).items()))
     found: list[tuple[Formats, Exceptions]] = [((w, a, kv), stated) for w, a in schemes for kv in caches]
     budget = limits.max_accuracy_drop
     if budget is not None and not stated and len(found) > 1:
-        found += mixtures(accuracy, group, profile, cuts, schemes, caches, budget)
+        wide = accuracy.table.model.native_format in _WIDE
+        for together in [schemes] if wide else [[one] for one in schemes]:
+            found += mixtures(accuracy, group, profile, cuts, together, caches, budget)
     return [(kinds, exceptions, accuracy.of(kinds, exceptions)) for kinds, exceptions in found]
 
 
@@ -191,6 +197,9 @@ def _degrees(
         if tp > max(group.islands):
             pruned["tp leaves the NVLink domain"] += 1
             continue
+        if group.gpu.slice_of and tp > 1:
+            pruned["MIG slices do not reach each other"] += 1
+            continue
         for pp in limits.pp or (_powers(MAX_PIPELINE) if causal else (1,)):
             for dp in limits.dp or (_powers(most) if table.model.experts else (1,)):
                 if dp > 1 and not table.model.experts:
@@ -201,6 +210,8 @@ def _degrees(
                         world = tp * pp * dp * cp
                         if limits.ep is not None and ep not in limits.ep:
                             pruned["ep not allowed"] += 1
+                        elif group.gpu.slice_of and world > 1:
+                            pruned["MIG slices do not reach each other"] += 1
                         elif world > most:
                             pruned["more GPUs than there are"] += 1
                         elif world > MAX_WORLD or group.pieces(world) is None:
