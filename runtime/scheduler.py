@@ -150,8 +150,8 @@ class Scheduler:
         seats = len(self._running) < self.limits.max_num_seqs
         if seats and self._waiting and self._reserve.restless(self.decoding.steps, self.cache.block_size):
             return 1
-        tokens = self.decoding.until_end()
-        steps = self.decoding.steps_for(tokens)
+        steps = self.decoding.steps_for(self.decoding.until_end())
+        tokens = self.decoding.ahead(steps)  # drafts may carry a sequence past its end
         free = self.cache.free_blocks + batch.taken
         if self._grows and self.decoding.most_filled(tokens) > free:
             room = self.decoding.lasts(free)

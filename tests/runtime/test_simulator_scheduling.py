@@ -37,7 +37,10 @@ def rules(draw: st.DrawFn) -> dict[str, Any]:
         "recv_interval": draw(st.sampled_from([1, 1, 3])),
         "stream_interval": draw(st.sampled_from([1, 1, 4])),
         "request_ms": draw(st.sampled_from([0.0, 7.0])),
+        "intake_ms": draw(st.sampled_from([0.0, 2.0])),
+        "intake_us": 50.0,
         "lag_steps": draw(st.sampled_from([0.0, 1.5])),
+        "asynchronous": draw(st.booleans()),
         "prefix_caching": draw(st.booleans()),
         "speculative": drafts,
     }
@@ -114,6 +117,38 @@ def test_arrivals_wait_for_the_next_look() -> None:
     load = open_loop([0.0, 0.035], [10, 10], [40, 1])
     found = simulate(server(Linear(0.01), recv_interval=10), load)
     assert found.admitted_s == pytest.approx([0.0, 0.1])
+
+
+def test_an_asynchronous_engine_takes_an_arrival_into_the_step_after_the_next() -> None:
+    load = open_loop([0.0, 0.035], [10, 10], [40, 1])
+    found = simulate(server(Linear(0.01), asynchronous=True), load)
+    assert found.admitted_s == pytest.approx([0.0, 0.05])
+    alone = simulate(server(Linear(0.01), asynchronous=True), open_loop([0.0, 1.0], [10, 10], [4, 1]))
+    assert alone.admitted_s == pytest.approx([0.0, 1.0])
+
+
+def test_answers_that_end_together_cost_asynchronous_engines_a_prompt_more() -> None:
+    """Equal lengths: clients stay in step, every step of a convoy holds a prompt, and a new request waits
+    for two or three of them, however many clients there are."""
+    clock = Linear(0.001, per_token=1e-4)
+    for clients in (8, 16):
+        load = closed_loop(clients, 10 * clients, 1000, 50)
+        waits = [
+            simulate(
+                server(clock, max_num_batched_tokens=1100, chunked=False, request_ms=1, asynchronous=late),
+                load,
+            )
+            .steady()
+            .ttft_s.mean()
+            for late in (False, True)
+        ]
+        assert waits == pytest.approx([0.2, 0.27], rel=0.08)
+
+
+def test_a_frontend_takes_requests_one_at_a_time() -> None:
+    load = open_loop([0.0, 0.0, 0.0, 1.0], [10, 10, 20, 10], [1, 1, 1, 1])
+    found = simulate(server(Linear(0.001), intake_ms=5.0, intake_us=1000.0), load)
+    assert found.admitted_s == pytest.approx([0.015, 0.03, 0.055, 1.015])
 
 
 def test_request_time_and_lag_are_added_to_what_clients_see() -> None:
