@@ -84,8 +84,7 @@ def ablations(resolver: Resolver, base: Outcome) -> Iterator[Ablation]:
 def _ablated(resolver: Resolver, base: Outcome, decision: Decision) -> Ablation:
     found = [outcome for variation in decision.without if (outcome := resolver.solve(variation)) is not None]
     if not found:
-        reason = resolver.why(decision.without[0])
-        return _with_more_nodes(resolver, base, decision, reason)
+        return _with_more_nodes(resolver, base, decision)
     best = max(found, key=lambda outcome: (resolver.gain(outcome, base) or 0.0, -outcome.fleet.usd))
     gain = resolver.gain(best, base)
     return Ablation(
@@ -97,12 +96,12 @@ def _ablated(resolver: Resolver, base: Outcome, decision: Decision) -> Ablation:
     )
 
 
-def _with_more_nodes(resolver: Resolver, base: Outcome, decision: Decision, reason: str) -> Ablation:
+def _with_more_nodes(resolver: Resolver, base: Outcome, decision: Decision) -> Ablation:
     """The inventory is too small without the decision: what would it take? Asked of a larger one where the
-    objective is a cost."""
-    blank = Ablation(decision.name, decision.instead, reason=reason)
+    objective is a cost; else why there is no plan."""
+    blank = Ablation(decision.name, decision.instead)
     if resolver.start.request.objective != "min_cost":
-        return blank
+        return replace(blank, reason=resolver.why(decision.without[0]))
     for variation in decision.without:
         larger = replace(variation, request=times_nodes(variation.request, MANY_NODES))
         larger = larger.constrained(max_gpus=None) if variation.request.constraints.max_gpus else larger
@@ -115,8 +114,9 @@ def _with_more_nodes(resolver: Resolver, base: Outcome, decision: Decision, reas
                 more_nodes=True,
                 fleet=fleet_words(found.plan),
                 metrics=metrics(found.plan),
+                reason="the inventory is too small without it",
             )
-    return blank
+    return replace(blank, reason=resolver.why(decision.without[0]))
 
 
 def metrics(plan: Plan) -> dict[str, float]:

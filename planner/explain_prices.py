@@ -17,7 +17,7 @@ from planc.planner.explain_knobs import Knob, knobs
 from planc.planner.loosen import rounded_down, rounded_up
 from planc.planner.variations import Outcome, OutOfTime, Resolver
 
-_BISECTIONS = 6
+_BISECTIONS = 5
 
 Verdict = Literal["binds", "limits", "slack", "not tried"]
 
@@ -83,14 +83,18 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
         price = replace(price, tighter=None if loss is None else abs(loss), tighter_fails=found is None)
     if without == 0.0:  # then no looser value gains
         return replace(price, looser=0.0, verdict="slack")
-    looser = resolver.gain(resolver.solve(knob.at(knob.stated + knob.step)), base)
-    price = replace(price, looser=looser, verdict="binds" if looser else "limits" if without else "slack")
+    unit, known = knob.stated + knob.step, knob.stated
+    if without and free is not None:
+        known, pays_at, pays = _nearest(resolver, base, knob, _far(knob, free), without)
+        price = replace(price, pays_at=pays_at, pays=pays)
+    if known == unit or _beyond(knob, known, unit):
+        looser: float | None = 0.0
+    else:
+        looser = resolver.gain(resolver.solve(knob.at(unit)), base)
     if looser:
-        return replace(price, pays_at=knob.stated + knob.step, pays=looser)
-    if not without or free is None:
-        return price
-    pays_at, pays = _nearest(resolver, base, knob, _far(knob, free)) or (None, None)
-    return replace(price, pays_at=pays_at, pays=pays)
+        price = replace(price, pays_at=unit, pays=looser)
+    verdict: Verdict = "binds" if looser else "limits" if without else "slack"
+    return replace(price, looser=looser, verdict=verdict)
 
 
 def _holds(knob: Knob, reached: float | None, value: float) -> bool:
@@ -108,15 +112,23 @@ def _far(knob: Knob, free: Outcome) -> float:
     return max(reached, knob.stated + knob.step) if knob.step > 0 else min(reached, knob.stated + knob.step)
 
 
-def _nearest(resolver: Resolver, base: Outcome, knob: Knob, far: float) -> tuple[float, float] | None:
-    """(the value nearest to the stated one that gains, its gain); None when not even `far` does."""
+def _beyond(knob: Knob, value: float, unit: float) -> bool:
+    """Whether a value is looser than one unit more."""
+    return value > unit if knob.step > 0 else value < unit
+
+
+def _nearest(
+    resolver: Resolver, base: Outcome, knob: Knob, far: float, without: float
+) -> tuple[float, float | None, float | None]:
+    """(loosest value known to gain nothing, nearest value known to gain, its gain); None where not even `far`
+    gains. Where a plan that reaches a value is one under it, `far` gains what having no limit does."""
     assert knob.at is not None
     assert knob.stated is not None
     tidy = _tidy(knob)
     low, high = knob.stated, tidy(far)
-    best = resolver.gain(resolver.solve(knob.at(high)), base)
+    best = without if knob.sure else resolver.gain(resolver.solve(knob.at(high)), base)
     if not best:
-        return None
+        return high, None, None
     for _ in range(_BISECTIONS):
         middle = tidy(math.sqrt(low * high) if low > 0 and high > 0 else (low + high) / 2)
         if not min(low, high) < middle < max(low, high):
@@ -126,7 +138,7 @@ def _nearest(resolver: Resolver, base: Outcome, knob: Knob, far: float) -> tuple
             high, best = middle, found
         else:
             low = middle
-    return high, best
+    return low, high, best
 
 
 def _tidy(knob: Knob) -> Callable[[float], float]:

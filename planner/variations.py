@@ -6,6 +6,7 @@ shared step models, remembers their outcomes, and stops when its time is up.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -237,6 +238,10 @@ class Resolver:
 
     def search(self, variation: Variation) -> Search | None:
         """The search of a variation, not solved yet; None when it contradicts itself."""
+        if self._same_offers(variation):
+            search = copy.copy(self.base_search)
+            search.request, search.traffic = variation.request, self._traffic(variation)
+            return search
         if self._same_engines(variation):
             search = self._unlimited.with_slos(variation.request)
             search.traffic = self._traffic(variation)
@@ -278,6 +283,13 @@ class Resolver:
             return False
         closed = self.base_search.traffic.concurrency is not None
         return _engines_key(variation.request, closed) == _engines_key(self.start.request, closed)
+
+    def _same_offers(self, variation: Variation) -> bool:
+        """Whether it differs in the load or in limits of the whole fleet alone: what each engine carries
+        within the objectives is known then."""
+        mine, other = self.start.request, variation.request
+        rated = [(r.workload.rate is None, r.objective, r.slos()) for r in (mine, other)]
+        return self.layouts is None and rated[0] == rated[1] and self._same_engines(variation)
 
     def why(self, variation: Variation) -> str:
         """Why a variation has no plan, in one sentence."""

@@ -161,7 +161,8 @@ def _decision(found: Explanation, ablation: Ablation) -> tuple[str, ...]:
     sign = -1.0 if found.maximising else 1.0
     value = "" if ablation.loss is None else number(found.value + sign * ablation.loss)
     loss = "" if ablation.loss is None else "0" if ablation.loss == 0 else number(ablation.loss)
-    words = escape(ablation.fleet) + (" (needs more nodes)" if ablation.more_nodes else "")
+    words = "the same" if ablation.fleet == found.fleet else escape(ablation.fleet)
+    words += " (needs more nodes)" if ablation.more_nodes else ""
     return name, instead, loss, value, *_latencies(ablation.metrics), words
 
 
