@@ -51,11 +51,13 @@ class Held(Part):
 
     count      layers that it lies in
     elements   weight elements, or cache elements per token, of one layer
+    active     of these what one token meets: of routed experts its top_k
     family     of the products that read the matrices; "attention" of a cache
     """
 
     count: int = 0
     elements: int = 0
+    active: float = 0.0
     family: Family = "gemm"
 
     @property
@@ -133,20 +135,29 @@ def held(table: CostTable) -> tuple[Held, ...]:
     """All parts of a table, over all layers of each class, in the table's order. Caches of classes that
     differ in nothing but their names count apart, too: engines can tell layers apart."""
     classes = {cls.name: cls for cls in table.classes}
-    found: dict[tuple[str, str, Family], dict[str, int]] = {}
+    found: dict[tuple[str, str, Family], dict[str, tuple[int, float]]] = {}
     for rows in table.rows.values():
         for row in rows:
             family = row.work.family
             if "weight" in row.quantizable and family in _PRODUCTS and row.layer_class in classes:
                 sizes = found.setdefault((row.layer_class, module_of(row.site, family), family), {})
-                sizes[row.site] = row.work.weights * row.calls
+                whole, dims = row.work.weights * row.calls, row.work.dims
+                met = dims["top_k"] / dims["experts"] if family == "grouped_gemm" else 1.0
+                sizes[row.site] = whole, whole * met
     out = [
-        Held(name, module, (), classes[name].count, sum(sizes.values()), family)
+        Held(
+            layer_class=name,
+            module=module,
+            count=classes[name].count,
+            elements=sum(whole for whole, _ in sizes.values()),
+            active=sum(met for _, met in sizes.values()),
+            family=family,
+        )
         for (name, module, family), sizes in found.items()
     ]
     order = list(classes)
     out.sort(key=lambda one: order.index(one.layer_class))
-    caches = [Held(c.name, KV, (), c.count, c.kv_elements, "attention") for c in table.classes]
+    caches = [Held(c.name, KV, (), c.count, c.kv_elements, c.kv_elements, "attention") for c in table.classes]
     return (*out, *(one for one in caches if one.elements))
 
 

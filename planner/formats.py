@@ -84,7 +84,7 @@ class Accuracy:
     """What formats cost one model: the loss of everything in a scheme, shared out over the parts.
 
     Of a part it is the scheme's loss (published averages, or what `measured` states) times the part's share:
-    of the divergence where that was measured on every part, else of the parameters that take the scheme. The
+    of the divergence where that was measured on every part, else of the parameters that a token meets. The
     loss of a mixed assignment is the sum over its parts, as if their errors were independent.
     """
 
@@ -148,7 +148,7 @@ class Accuracy:
         if not takes(part, name):
             return 0.0
         alike = [p for p in self.parts if p.cached == part.cached and takes(p, name)]
-        return part.whole / sum(p.whole for p in alike)
+        return part.count * part.active / sum(p.count * p.active for p in alike)
 
     def _stated(self, name: str) -> float | None:
         return self.measured.drops.get(name) if self.measured else None

@@ -35,6 +35,9 @@ _LOADS = StepLoad([*_DECODE, 0], _CONTEXT, [*[0] * len(_DECODE), _PROMPT], [*[0]
 #: ways to cut an engine that are looked at, and mixed assignments that are tried, per engine and GPU
 _CUTS, MOST = 3, 4
 
+#: share of a step that a mixture must save to be tried: it needs a checkpoint of its own
+GAIN = 0.02
+
 #: losses closer than this are the same: sums of shares are not exact
 _SAME = 1e-12
 
@@ -92,12 +95,12 @@ def mixtures(
 ) -> list[tuple[Formats, Exceptions]]:
     """Mixed assignments worth trying: for some of the ways to cut an engine (shapes whose formats do not
     matter) the best within the budget in each kind of step and in bytes; of these the ones that are best
-    most often. None where one format throughout is best."""
+    most often. None where one format throughout is as good."""
     found: Counter[tuple[str, ...]] = Counter()
     for shape in _some(list(dict.fromkeys(replace(cut, pp=1) for cut in cuts))):
         for choices in choices_of(accuracy, shape, group, profile, schemes, caches):
             best = front(choices, budget)
-            if best:
+            if best and best[-1].cost < (1 - GAIN) * _uniform(accuracy.parts, choices, budget):
                 found[best[-1].schemes] += 1
     made = dict.fromkeys(assigned(accuracy.parts, names) for names, _ in found.most_common())
     return [one for one in made if one[1]][:MOST]
@@ -139,6 +142,18 @@ def choices_of(
         if all(rows):
             found.append(rows)
     return found
+
+
+def _uniform(parts: Sequence[Held], choices: Sequence[Sequence[Choice]], budget: float) -> float:
+    """The least cost of one scheme for all matrices and one format for all caches."""
+    totals: dict[bool, dict[str, tuple[float, float]]] = {False: {}, True: {}}
+    for part, row in zip(parts, choices, strict=True):
+        for choice in row:
+            cost, drop = totals[part.cached].get(choice.scheme, (0.0, 0.0))
+            totals[part.cached][choice.scheme] = cost + choice.cost, drop + choice.drop
+    matrices, caches = (list(totals[cached].values()) or [(0.0, 0.0)] for cached in (False, True))
+    within = [a + b for a, lost in matrices for b, more in caches if lost + more <= budget + _SAME]
+    return min(within, default=np.inf)
 
 
 def assigned(parts: Sequence[Held], schemes: Sequence[str]) -> tuple[Formats, Exceptions]:
