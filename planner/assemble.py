@@ -73,6 +73,7 @@ def replica(search: Search, item: Deployed, gpus: list[str], share: float) -> Re
         chunked_prefill=search.table.model.kind == "causal_lm",
         prefix_caching=search.traffic.hit_rate > 0,
         speculative=techniques.stated(item.candidate.speculation),
+        kv_offload=techniques.offload(item.engine.reuse, item.candidate.group, shape.world),
         traffic_share=share,
         memory=memory(found),
     )
@@ -199,7 +200,11 @@ def coverage(search: Search) -> Coverage:
         missing.append("how much they hurt its tasks (published averages, unless the measurements state it)")
     if load.hit_rate > 0:
         modelled.append(f"prefix cache hits of {100 * load.hit_rate:.3g} % of the input tokens")
-        missing.append("memory that the prefix cache needs to reach its hit rate")
+        if load.prefix_tokens is None:
+            missing.append("memory that the prefix cache needs to reach its hit rate")
+        else:
+            modelled.append("what each memory holds of the prefixes that recur, loaded or computed again")
+            missing.append("prefixes that are wanted more often than others, and routing that heeds caches")
     if search.request.workload.trace is not None:
         modelled.append("length distribution, arrival rate and burstiness of the trace")
         missing.append("correlation and drift of the trace's arrivals")

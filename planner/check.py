@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
@@ -264,6 +265,8 @@ def _operating_points(plan: Plan, request: Request, table: CostTable) -> Iterato
             fabric = Fabric(home.gpus_per_node, request.inventory.inter_node_gbps)
             profile = catalogue.engine(replica.engine)
             model = StepModel(table, shape_of(replica), catalogue.gpu(replica.gpu), fabric, profile)
+            if replica.kv_offload:
+                served = replace(served, hit_rate=replica.kv_offload["hit_rate"])
             share = replica.traffic_share / replica.dp
             running = rate * share * served.decode_steps * stated  # Little's law
             tpot = _tpot(model, replica, served, rate * share, running)

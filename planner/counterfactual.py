@@ -194,7 +194,7 @@ class Evaluator:
         key = shape, gpu.name, item.group.fabric
         if key not in self._models:
             self._models[key] = StepModel(table, shape, gpu, item.group.fabric, profile)
-        engine = Engine(candidate, self._models[key], (limits,))
+        engine = room.engine(self._models[key], (limits,))
         return _Ready(item, share, served, slos, engine, limits, room.memory(*caps).total)
 
     def _reached(self, one: _Ready, every: Sequence[_Ready]) -> Engine:

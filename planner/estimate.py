@@ -78,14 +78,14 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     fit into memory.
     """
     from planc.planner import assemble
-    from planc.planner.evaluate import Engine, Precise
+    from planc.planner.evaluate import Precise
     from planc.planner.offers import Deployed
     from planc.planner.predict import predicted
 
     chosen = parsed(settings)
     search, limits = _one(request, table, chosen)
     candidate = search.found[0]
-    engine = Engine(candidate, search.model(candidate), (limits,))
+    engine = search.room(candidate).engine(search.model(candidate), (limits,))
     one = Precise(engine, limits, search.traffic)
     capacity = one.capacity(search.slos)
     carried = capacity or one.capacity(())
@@ -126,7 +126,6 @@ def configured(request: Request, table: CostTable, **settings: Any) -> list[Repl
     Raises as `estimate` does.
     """
     from planc.planner import assemble
-    from planc.planner.evaluate import Engine
     from planc.planner.offers import Deployed
 
     chosen = parsed(settings)
@@ -134,7 +133,8 @@ def configured(request: Request, table: CostTable, **settings: Any) -> list[Repl
     candidate = search.found[0]
     count = chosen.get("replicas", 1)
     _held(count, _most(candidate))
-    item = Deployed(Engine(candidate, search.model(candidate), (limits,)), limits, count, 0.0, 0.0)
+    engine = search.room(candidate).engine(search.model(candidate), (limits,))
+    item = Deployed(engine, limits, count, 0.0, 0.0)
     homes = assemble.placement(search.groups, [candidate] * count)
     return [assemble.replica(search, item, gpus, 1.0 / count) for gpus in homes]
 

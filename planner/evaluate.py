@@ -11,13 +11,15 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planc.cost_model.catalogue import GIB
 from planc.cost_model.memory import MemoryMap, memory_map
+from planc.cost_model.offload import Reuse, Tier, constants, reuse
 from planc.cost_model.speculative import Drafting, drafting, with_draft
-from planc.cost_model.step import StepModel
+from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable
 from planc.errors import InvalidField
 from planc.planner.candidates import TOKEN_BUDGETS, Candidate
@@ -47,12 +49,14 @@ class Limits:
 @dataclass(frozen=True, slots=True)
 class Engine:
     """A candidate, ready to be evaluated. `transfer_s`: seconds that the cache of a usual prompt takes to
-    reach it, where it decodes what others prefilled."""
+    reach it, where it decodes what others prefilled. `reuse`: what it finds of prompts, where its caches may
+    not hold all that recurs."""
 
     candidate: Candidate
     model: StepModel
     limits: tuple[Limits, ...]
     transfer_s: float = 0.0
+    reuse: Reuse | None = None
 
     @property
     def draft(self) -> Drafting | None:
@@ -141,6 +145,37 @@ class Room:
         held = prompt_seats(traffic, memory) if traffic.role == "prefill" else cache_seats(traffic, memory)
         return min(cap, int(held * self.candidate.shape.cp))
 
+    def engine(self, model: StepModel, limits: tuple[Limits, ...]) -> Engine:
+        """The candidate with its limits, ready to be evaluated."""
+        return Engine(self.candidate, model, limits, reuse=self.reuse(model, limits))
+
+    def reuse(self, model: StepModel, limits: Sequence[Limits]) -> Reuse | None:
+        """What is found of prompts by an engine whose caches need not hold all that recurs; None: all of it.
+
+        Its share of the machine's other memory is that of its GPUs. On the GPU prefixes have what the running
+        sequences of the largest limits leave. Prefill pools load nothing: their connector is taken.
+        """
+        flow, working = self.traffic.of(self.role), self.traffic.prefix_tokens
+        if working is None or not flow.hit_rate or flow.role == "decode" or not limits:
+            return None
+        most = max(limits, key=lambda item: (item.seats, item.budget))
+        memory = self.memory(most.max_num_seqs, most.budget)
+        each = memory.kv_bytes_per_token
+        if not each:
+            return None
+        running = most.seats * (flow.decode_context if flow.decode_steps else flow.isl_mean)
+        room = max(memory.kv_tokens - running, constants()["resident"] * memory.kv_tokens)
+        tiers = [Tier("gpu", room * self.candidate.shape.dp)]
+        if flow.role == "aggregated":
+            ranks = self.candidate.shape.dp
+            tiers += [
+                Tier(name, gib * GIB / each * ranks, speed)
+                for name, gib, speed in self.candidate.group.stores
+            ]
+        chunk = max(min(flow.isl_mean, 4096.0), 1.0)
+        seconds = float(model.seconds(StepLoad(0.0, 0.0, chunk, 1.0, flow.isl_mean / 2))) / chunk
+        return reuse(flow.hit_rate, flow.isl_mean, working, tiers, each, seconds)
+
     def all(self, caps: Sequence[int], budgets: Sequence[int]) -> tuple[Limits, ...]:
         """All limits worth trying. Memory only shrinks with either limit, so what fits at the largest
         pair fits everywhere, and a cap beyond what the cache holds adds nothing. Prompts alone need the
@@ -180,7 +215,7 @@ class Bench:
         start = 0
         for number, engine in enumerate(self.engines):
             budgets = sorted({full_step(item, traffic) for item in engine.limits})
-            parts.append(Curves.of(engine.model, traffic, budgets, engine.draft))
+            parts.append(Curves.of(engine.model, found_by(engine, traffic), budgets, engine.draft))
             for item in engine.limits:
                 index.append(start + budgets.index(full_step(item, traffic)))
                 owner.append(number)
@@ -191,6 +226,8 @@ class Bench:
         self.seats = np.array([item.seats for item in flat], dtype=np.float64)[:, None]
         self.times = Curves.stacked(parts).rows(np.array(index, dtype=np.intp)) if parts else None
         self.transfer_s = np.array([engine.transfer_s for engine in self.engines])[self.owner][:, None]
+        own = [(found_by(e, traffic).new_tokens, e.reuse.load_s if e.reuse else 0.0) for e in self.engines]
+        self.prompts = np.array(own, dtype=np.float64).reshape(-1, 2)[self.owner]
 
     def only(self, rows: Sequence[int]) -> Bench:
         """Some of the rows."""
@@ -199,11 +236,21 @@ class Bench:
         other.limits = [self.limits[row] for row in rows]
         other.owner, other.seats = self.owner[index], self.seats[index]
         other.times, other.transfer_s = self.times.rows(index), self.transfer_s[index]
+        other.prompts = self.prompts[index]
         return other
 
     def steady(self, batch: Array) -> Steady:
         assert self.times is not None
-        return steady(self.times, self.traffic, batch, self.seats, transfer_s=self.transfer_s)
+        fresh, load_s = self.prompts[:, :1], self.prompts[:, 1:]
+        return steady(
+            self.times,
+            self.traffic,
+            batch,
+            self.seats,
+            transfer_s=self.transfer_s,
+            fresh=fresh,
+            load_s=load_s,
+        )
 
     def engine_load(self, state: Steady) -> Array:
         """Requests/s, or users of a closed loop, of a whole engine."""
@@ -257,12 +304,22 @@ class Precise:
 
     def __init__(self, engine: Engine, limits: Limits, traffic: Traffic, role: Part = "aggregated") -> None:
         self.engine, self.limits, self.traffic = engine, limits, traffic.of(role)
-        self.times = Exact.of(engine.model, self.traffic, full_step(limits, self.traffic), engine.draft)
+        own = found_by(engine, self.traffic)
+        self.fresh, self.load_s = own.new_tokens, engine.reuse.load_s if engine.reuse else 0.0
+        self.times = Exact.of(engine.model, own, full_step(limits, self.traffic), engine.draft)
         self.seats = np.array([[float(limits.seats)]])
 
     def state(self, batch: Array, scale: float = 1.0) -> Steady:
-        wire = self.engine.transfer_s
-        return steady(self.times, self.traffic, batch[None, :], self.seats, scale, transfer_s=wire)
+        return steady(
+            self.times,
+            self.traffic,
+            batch[None, :],
+            self.seats,
+            scale,
+            transfer_s=self.engine.transfer_s,
+            fresh=self.fresh,
+            load_s=self.load_s,
+        )
 
     def load(self, state: Steady) -> Array:
         dp = self.engine.candidate.shape.dp
@@ -314,6 +371,11 @@ class Precise:
         if self.load(found)[0] < load * (1 - 1e-4):
             found.ttft[:] = np.inf
         return found
+
+
+def found_by(engine: Engine, traffic: Traffic) -> Traffic:
+    """The requests with the share of their prompts that this engine finds."""
+    return traffic if engine.reuse is None else replace(traffic, hit_rate=engine.reuse.hit_rate)
 
 
 def full_step(limits: Limits, traffic: Traffic) -> int:

@@ -13,7 +13,8 @@ from itertools import pairwise
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import Gpu
 from planc.cost_model.collectives import Fabric
-from planc.planner.request import Request
+from planc.cost_model.offload import Name, constants
+from planc.planner.request import Nodes, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Group:
     names      node names, in order        usd       per GPU and hour
     spot       the nodes may be taken away
     islands    GPUs of each island         priced    True: the request states the price
+    stores     where caches may lie besides GPUs: (tier, GiB, bytes/s), each GPU's part
     """
 
     index: int
@@ -34,6 +36,7 @@ class Group:
     fabric: Fabric
     islands: tuple[int, ...]
     spot: bool = False
+    stores: tuple[tuple[Name, float, float], ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -51,6 +54,23 @@ class Group:
         if world <= island:
             return 1, world
         return (world // island, island) if world % island == 0 else None
+
+
+def _stores(
+    request: Request, nodes: Nodes, gpu: Gpu, fabric: Fabric
+) -> tuple[tuple[Name, float, float], ...]:
+    """The fastest first. Drives and a store without a stated speed cannot be planned with."""
+    share, each = constants()["share"], nodes.gpus_per_node
+    found: list[tuple[Name, float, float]] = []
+    if nodes.host_memory_gib is not None:
+        found.append(("host", nodes.host_memory_gib / each, gpu.pcie_gbytes_s * 1e9 * share["host"]))
+    if nodes.nvme_gib is not None and nodes.nvme_gbytes_s is not None:
+        found.append(("nvme", nodes.nvme_gib / each, nodes.nvme_gbytes_s * 1e9 / each * share["nvme"]))
+    store = request.inventory.cache_store_gib
+    if store is not None:
+        gpus = sum(n.count * n.gpus_per_node for n in request.inventory.nodes)
+        found.append(("store", store / gpus, fabric.outer(gpu).bytes_s * share["store"]))
+    return tuple(found)
 
 
 def groups(request: Request) -> tuple[Group, ...]:
@@ -83,6 +103,7 @@ def groups(request: Request) -> tuple[Group, ...]:
                 fabric=fabric,
                 islands=islands,
                 spot=bool(nodes.spot),
+                stores=_stores(request, nodes, gpu, fabric),
             )
         )
     return tuple(found)

@@ -29,6 +29,10 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _none(value: object) -> bool:
+    return value is None
+
+
 def _empty(value: dict[str, str] | str) -> bool:
     return not value
 
@@ -79,7 +83,8 @@ class Memory(_Part):
 class Replica(_Part):
     """One engine instance. `gpus` are "node/index", rank by rank (tp fastest, then pp, then dp). `formats`:
     parts of the model that take another than `weights`, `activations` or `kv`, as
-    `planc.cost_model.parts` writes them ("decoder:self_attn": "bf16/bf16"); left out where none does."""
+    `planc.cost_model.parts` writes them ("decoder:self_attn": "bf16/bf16"); left out where none does.
+    `kv_offload`: what the engine finds of prompts that recur, and where (`planner.techniques`)."""
 
     engine: str
     gpu: str
@@ -104,6 +109,7 @@ class Replica(_Part):
     chunked_prefill: bool = True
     prefix_caching: bool = False
     speculative: dict[str, Any] | None = None
+    kv_offload: dict[str, Any] | None = Field(default=None, exclude_if=_none)
     traffic_share: float
     memory: Memory
 

@@ -45,6 +45,9 @@ class Nodes(Part):
 
     gpu    a name of the catalogue, or a slice of one: "h100_sxm:3g.40gb" (then gpus_per_node counts slices)
     spot   the machines may be taken away; see `max_spot_share`
+
+    host_memory_gib, nvme_gib    of a machine, for caches that do not fit on its GPUs
+    nvme_gbytes_s                at which a machine reads its drives
     """
 
     gpu: str
@@ -52,14 +55,19 @@ class Nodes(Part):
     count: int = Field(default=1, ge=1, le=100_000)
     usd_per_gpu_hour: float | None = Field(default=None, ge=0)
     spot: bool | None = None
+    host_memory_gib: float | None = Field(default=None, gt=0)
+    nvme_gib: float | None = Field(default=None, gt=0)
+    nvme_gbytes_s: float | None = Field(default=None, gt=0)
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
 
 
 class Inventory(Part):
-    """`inter_node_gbps` is the network per GPU, one direction, Gbit/s; default the catalogue's."""
+    """`inter_node_gbps` is the network per GPU, one direction, Gbit/s; default the catalogue's.
+    `cache_store_gib`: a store on that network for caches, shared by all machines."""
 
     nodes: list[Nodes] = Field(min_length=1)
     inter_node_gbps: float | None = Field(default=None, gt=0)
+    cache_store_gib: float | None = Field(default=None, gt=0)
 
 
 # -- objectives and constraints ----------------------------------------------------------

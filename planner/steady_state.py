@@ -196,6 +196,8 @@ def steady(
     scale: float = 1.0,
     role: Part = "aggregated",
     transfer_s: Array | float = 0.0,
+    fresh: Array | float | None = None,
+    load_s: Array | float = 0.0,
 ) -> Steady:
     """The steady state with about `batch` sequences decoding on average per scheduler: the parameter
     that everything is explicit in. The result's own `batch` adds what bursts of prompts hold back.
@@ -205,18 +207,20 @@ def steady(
     scale       factor on every step time, for bands
     role        the part of the work that the engine does, where it is not all of it
     transfer_s  [N, 1] seconds that the cache of a prompt takes from the other pool, for its half of the work
+    fresh       [N, 1] prompt tokens that are computed, where engines find unlike shares; None: the traffic's
+    load_s      [N, 1] seconds that a request waits for what it finds elsewhere
     """
     traffic = traffic.of(role)
     if traffic.role == "decode":
         return _decode_only(times, traffic, batch, seats, scale, np.asarray(transfer_s, dtype=np.float64))
+    fresh = traffic.new_tokens if fresh is None else fresh
     if traffic.decode_steps == 0:
-        return _prompts_only(times, traffic, batch, seats, scale)
+        return _prompts_only(times, traffic, batch, seats, scale, fresh, load_s)
     known = priors()
     closed = traffic.concurrency is not None
     met = np.maximum(batch, 1.0) if closed else np.minimum(batch + 1.0, np.maximum(seats, 1.0))
     decode, mixed, full = (part * scale for part in times.at(met / times.pp))
     budget = np.maximum(times.budget - times.per_seq * met / times.pp, 1.0)
-    fresh = traffic.new_tokens
     chunks = np.maximum(fresh / budget, 1.0)
     steps = traffic.decode_steps / times.pace
     # several prompts share a step once more than one arrives per step; then their cost is the fluid one
@@ -241,7 +245,7 @@ def steady(
     # prompts that arrive after this one and still ride in its step (those before it are in the queue's wait)
     shared = np.clip(rate * mixed / 2 * fresh / room, 0.0, 1.0) * (1 - np.minimum(fresh / budget, 1.0))
     last = mixed + np.maximum(full - mixed, 0.0) * np.where(chunks <= 1, shared, 0.0)
-    own = (chunks - 2 + times.pp) * mixed + last + partial * decode
+    own = (chunks - 2 + times.pp) * mixed + last + partial * decode + load_s
     mixed_share = np.minimum(rate * chunks * mixed, 1.0)
     residual = 0.5 * ((1 - mixed_share) * decode + mixed_share * np.where(chunks <= 1, last, 0.0))
 
@@ -285,7 +289,15 @@ def steady(
     )
 
 
-def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array, scale: float) -> Steady:
+def _prompts_only(
+    times: StepTimes,
+    traffic: Traffic,
+    batch: Array,
+    seats: Array,
+    scale: float,
+    fresh: Array | float,
+    load_s: Array | float,
+) -> Steady:
     """Requests without decode steps: encoders, plain modules, one-token answers.
 
     `batch` / `seats` is the share of the highest stable rate. A step takes what has come, up to its budget:
@@ -295,7 +307,7 @@ def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array
     """
     known = priors()
     _, mixed, full = (part * scale for part in times.at(np.ones_like(batch)))
-    chunks = traffic.new_tokens / np.maximum(times.budget, 1.0)
+    chunks = fresh / np.maximum(times.budget, 1.0)
     service = chunks * full
     rate = batch / np.maximum(seats, 1.0) * known.stable / service
     busy = np.minimum(rate * service, known.stable)
@@ -307,7 +319,7 @@ def _prompts_only(times: StepTimes, traffic: Traffic, batch: Array, seats: Array
         together = np.minimum(come + np.exp(-come), most)
         step = np.minimum(mixed + (together - 1) * each, np.maximum(full, mixed))
     running = np.minimum(rate * step * np.maximum(chunks, 1.0) / together, 1.0)
-    own = (np.maximum(chunks, 1.0) - 1 + times.pp) * step
+    own = (np.maximum(chunks, 1.0) - 1 + times.pp) * step + load_s
     alone = _arrivals(traffic) + traffic.isl_cv2
     residual = running * step * np.maximum(chunks, 1.0) * (1 + traffic.isl_cv2 / together) / 2
     queue = busy**2 / (1 - busy) * service * alone / 2

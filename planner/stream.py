@@ -117,7 +117,7 @@ class Stream:
         for candidate in with_cuts(fitting, self.traffic.of(self.role), self.model):
             limits = room.get(candidate.key()) or self.room(candidate).all(caps, budgets)
             if limits:
-                found.append(Engine(candidate, self.model(candidate), limits))
+                found.append(self.room(candidate).engine(self.model(candidate), limits))
         return decoding(self.table, found, self.traffic) if self.role == "decode" else found
 
     def room(self, candidate: Candidate) -> Room:

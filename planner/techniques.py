@@ -1,11 +1,14 @@
-"""Techniques besides shapes and formats: speculative decoding as requests, plans and engines have it."""
+"""Techniques besides shapes and formats as requests and plans state them: speculative decoding, and caches
+that lie beyond the GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from planc.cost_model.offload import Reuse
 from planc.cost_model.speculative import Speculation
+from planc.planner.inventory import Group
 from planc.planner.request import Constraints
 
 
@@ -47,3 +50,27 @@ def read(found: Mapping[str, Any] | None) -> Speculation | None:
         str(found.get("model", "")),
         float(found.get("draft_parameters", 0.0)),
     )
+
+
+def offload(reuse: Reuse | None, group: Group, world: int) -> dict[str, Any] | None:
+    """As a plan's replica has it: the share of the input tokens that it finds and the mean time to load them;
+    per tier its part of the prefixes that recur, the speed at which a GPU loads them, and whether they are
+    loaded or, below the break-even bandwidth, computed again. `gib` is the whole engine's."""
+    if reuse is None:
+        return None
+    gib = {name: size * world for name, size, _ in group.stores}
+    return {
+        "hit_rate": reuse.hit_rate,
+        "load_ms": 1e3 * reuse.load_s,
+        "break_even_gbytes_s": reuse.break_even / 1e9,
+        "tiers": [
+            {
+                "tier": part.tier.name,
+                "share": part.share,
+                "loaded": part.loaded,
+                **({"gbytes_s": part.tier.bytes_s / 1e9} if part.tier.name in gib else {}),
+                **({"gib": gib[part.tier.name]} if part.tier.name in gib else {}),
+            }
+            for part in reuse.held
+        ],
+    }

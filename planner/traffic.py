@@ -40,6 +40,7 @@ class Traffic:
     concurrency   users of a closed loop, None when open
     arrival_cv2   squared coefficient of variation of the times between arrivals
     role          the part of the work that is meant: all of it, prompts, or decoding
+    prefix_tokens of all prefixes that recur; None: caches hold them all
     names, label  traffic classes, and the class of each sample point; hits: cached share of each class
     """
 
@@ -54,6 +55,7 @@ class Traffic:
     names: tuple[str, ...] = ("",)
     label: NDArray[np.intp] | None = None
     hits: tuple[float, ...] = ()
+    prefix_tokens: float | None = None
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -209,6 +211,7 @@ def traffic(request: Request, kind: str) -> Traffic:
             hits=tuple(c.prefix_hit_rate for c in workload.classes),
         )
         found = replace(found, hit_rate=found._hit_rate())
+    found = replace(found, prefix_tokens=workload.prefix_tokens)
     if workload.request_rate is not None:
         found = replace(found, rate=workload.request_rate)
     if workload.rate == "max":

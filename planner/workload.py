@@ -138,6 +138,8 @@ class Workload(Part):
     concurrency (closed loop) or `rate: max`. A trace brings its own rate.
 
     arrival_cv   coefficient of variation of the times between arrivals; 1 is Poisson
+    prefix_tokens  tokens of all prefixes that recur: prefix_hit_rate is then what a cache that holds them all
+                 would find, and engines find what theirs hold; left out: they hold them all
     load_test    how it is sent where `planc estimate` simulates it; plans do not depend on it
     """
 
@@ -147,6 +149,7 @@ class Workload(Part):
     concurrency: int | None = Field(default=None, ge=1, le=10_000_000)
     rate: Literal["max"] | None = None
     arrival_cv: float = Field(default=1.0, ge=0, le=100)
+    prefix_tokens: float | None = Field(default=None, gt=0)
     load_test: LoadTest | None = None
 
     @model_validator(mode="before")
@@ -219,6 +222,8 @@ class Workload(Part):
                 out[key] = getattr(self, key)
         if self.arrival_cv != 1.0:
             out["arrival_cv"] = self.arrival_cv
+        if self.prefix_tokens is not None:
+            out["prefix_tokens"] = plain(self.prefix_tokens)
         if self.load_test is not None:
             out["load_test"] = self.load_test.model_dump(mode="json", exclude_unset=True)
         return out

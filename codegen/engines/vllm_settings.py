@@ -18,6 +18,8 @@ from planc.planner.plan import Plan, Replica, Role
 _CPU_BLOCK = 32  # vLLM's CPU attention takes blocks of a multiple of this many tokens
 #: what a plan states of speculation for its own figures
 _OURS = ("acceptance_rate", "draft_parameters")
+#: host memory through which caches pass to drives where the plan keeps none there
+_STAGING_GIB = 4
 
 #: role of an engine's pool -> what vLLM calls an engine that gives caches away, or fetches them
 _TRANSFER = {"prefill": "kv_producer", "decode": "kv_consumer"}
@@ -66,6 +68,8 @@ def settings(
         )
     if role in _TRANSFER:
         out["kv-transfer-config"] = {"kv_connector": "NixlConnector", "kv_role": _TRANSFER[role]}
+    if role == "aggregated" and (outside := offload(replica)):
+        out["kv-transfer-config"] = outside
     if replica.speculative:
         out["speculative-config"] = {k: v for k, v in replica.speculative.items() if k not in _OURS}
     if multimodal(config):
@@ -73,6 +77,29 @@ def settings(
     if plan.model.kind == "encoder":
         out["runner"] = "pooling"
     return out
+
+
+def offload(replica: Replica) -> dict[str, Any] | None:
+    """The connector that keeps caches outside the GPU; None where the plan loads none from there.
+
+    Host memory comes first and holds whatever drives and stores do, so it is there for either. Drives and a
+    store on the network are folders: `root_dir` is to be mounted.
+    """
+    tiers = [tier for tier in (replica.kv_offload or {}).get("tiers", ()) if "gib" in tier]
+    used = [tier for tier in tiers if tier["loaded"]]
+    if not used:
+        return None
+    host = next((tier["gib"] for tier in tiers if tier["tier"] == "host"), _STAGING_GIB)
+    extra: dict[str, Any] = {"cpu_bytes_to_use": int(host * 2**30)}
+    folders = [tier["tier"] for tier in used if tier["tier"] != "host"]
+    if folders:
+        extra["spec_name"] = "TieringOffloadingSpec"
+        extra["secondary_tiers"] = [{"type": "fs", "root_dir": f"/mnt/kv-{name}"} for name in folders]
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+    }
 
 
 def _switch(option: str, on: bool) -> str:

@@ -1,4 +1,4 @@
-"""Speculative decoding as a decision: offered, priced, chosen where it wins, stated, simulated."""
+"""Speculative decoding and caches beyond the GPU as decisions: offered, priced, chosen, stated, simulated."""
 
 from __future__ import annotations
 
@@ -105,3 +105,65 @@ def test_tokens_of_one_step_come_together() -> None:
     found = planned(slo=slo, constraints=constrained(EAGLE)).predicted["itl_ms"]
     assert found.percentiles["p50"] == 0.0
     assert found.percentiles["p99"] > found.value
+
+
+# -- caches beyond the GPU -----------------------------------------------------------------
+
+REUSED = {"isl": 6000, "osl": 100, "request_rate": 1.5, "prefix_hit_rate": 0.8, "prefix_tokens": 2e6}
+
+
+def inventory(**stores: float) -> dict[str, Any]:
+    return {"nodes": [{"gpu": "l40s", "gpus_per_node": 4, "usd_per_gpu_hour": 1.0, **stores}]}
+
+
+def loaded(plan: Plan) -> dict[str, bool]:
+    return {
+        tier["tier"]: tier["loaded"]
+        for replica in plan.replicas()
+        for tier in (replica.kv_offload or {}).get("tiers", ())
+    }
+
+
+def test_without_a_stated_working_set_all_is_found() -> None:
+    workload = {k: v for k, v in REUSED.items() if k != "prefix_tokens"}
+    plan = planned(workload=workload, constraints=LIMITS, inventory=inventory(host_memory_gib=512))
+    assert all(replica.kv_offload is None for replica in plan.replicas())
+    assert "kv_offload" not in plan.replicas()[0].model_dump()
+
+
+def test_host_memory_makes_prompts_shorter() -> None:
+    bare = planned(workload=REUSED, constraints=LIMITS, inventory=inventory())
+    roomy = planned(workload=REUSED, constraints=LIMITS, inventory=inventory(host_memory_gib=1024))
+    (one, *_), (other, *_) = bare.replicas(), roomy.replicas()
+    assert one.kv_offload is not None
+    assert other.kv_offload is not None
+    assert one.kv_offload["hit_rate"] < 0.2 < 0.7 < other.kv_offload["hit_rate"]
+    assert other.kv_offload["load_ms"] > 0
+    assert loaded(roomy) == {"gpu": True, "host": True}
+    assert roomy.solver.value < bare.solver.value
+    both = request(workload=REUSED, constraints=LIMITS, inventory=inventory(host_memory_gib=1024))
+    assert check(roomy, table(), both) == []
+
+
+def test_slow_drives_are_left_alone() -> None:
+    """Below the break-even bandwidth a token is sooner computed than read."""
+    stores = {"nvme_gib": 4000.0, "nvme_gbytes_s": 0.5}
+    slow = planned(workload=REUSED, constraints=LIMITS, inventory=inventory(**stores))
+    fast = planned(
+        workload=REUSED, constraints=LIMITS, inventory=inventory(**{**stores, "nvme_gbytes_s": 50.0})
+    )
+    assert loaded(slow)["nvme"] is False
+    assert loaded(fast)["nvme"] is True
+
+
+def test_the_simulator_finds_the_same_time_to_first_token_with_loads() -> None:
+    slo = {"ttft_mean_ms": 3000}
+    search = Search(
+        request(workload=REUSED, slo=slo, constraints=LIMITS, inventory=inventory(host_memory_gib=1024)),
+        table(),
+    )
+    fleet = search.fleet()
+    assert fleet is not None
+    for verdict in Simulation().judge(search, fleet).verdicts:
+        expected = 1e3 * float(verdict.items[0].state(search.traffic).ttft[0, 0])
+        assert 1e3 * verdict.values["ttft_mean_ms"] == pytest.approx(expected, rel=0.3)
