@@ -226,20 +226,10 @@ class Menu:
             role: [tuple(shape) for shape in shapes[role]] for role in ("agg", "prefill", "decode")
         }
         self.same_tp: bool = shapes["same_tp"]
+        self.common = asked_of(task) | ({"moe_quant_mode": shapes["experts"]} if shapes["experts"] else {})
         self.choices: list[Choice] = []
         for name, formats in {"": {}, **task.formats}.items():
             self.choices += [*self._aggregated(name, formats), *self._halves(name, formats)]
-
-    def _common(self, formats: Formats) -> dict[str, Any]:
-        task = self.task
-        return {
-            "model_path": task.model,
-            "system_name": task.system,
-            "backend_name": task.backend,
-            "isl": task.isl,
-            "osl": task.osl,
-            **formats,
-        }
 
     def _aggregated(self, name: str, formats: Formats) -> Iterator[Choice]:
         """Whole prompts first; of shapes that come near the best of their size, every chunk size."""
@@ -261,7 +251,7 @@ class Menu:
     def _at(self, shape: Shape, sizes: Sequence[int], name: str, formats: Formats) -> Iterator[Choice]:
         task = self.task
         for tokens in sizes:
-            arguments = {"mode": "agg", **self._common(formats), **_degrees(shape), "ctx_tokens": tokens}
+            arguments = {"mode": "agg", **self.common, **formats, **_degrees(shape), "ctx_tokens": tokens}
             prompts = -(-tokens // task.isl)
 
             def loads(batches: Sequence[int], arguments: dict[str, Any] = arguments) -> list[float]:
@@ -289,7 +279,8 @@ class Menu:
         task = self.task
         common = {
             "mode": "disagg",
-            **self._common(formats),
+            **self.common,
+            **formats,
             "prefill_num_workers": 1,
             "decode_num_workers": 1,
             "prefill_batch_size": 1,
@@ -384,15 +375,19 @@ def confirmed(menu: Menu, fleet: Fleet) -> float:
     return whole
 
 
-def repriced(task: Task, row: Mapping[str, Any], oracle: Oracle) -> float:
-    """tokens/s of a row of `cli_default` on the inventory by `cli_estimate`; 0 when it cannot price it."""
-    common = {
+def asked_of(task: Task) -> dict[str, Any]:
+    """What all estimates of a task have."""
+    return {
         "model_path": task.model,
         "system_name": task.system,
         "backend_name": task.backend,
         "isl": task.isl,
         "osl": task.osl,
     }
+
+
+def repriced(menu: Menu, row: Mapping[str, Any]) -> float:
+    """tokens/s of a row of `cli_default` on the inventory by `cli_estimate`; 0 when it cannot price it."""
     if "(p)tp" in row:
         halves: dict[str, Any] = {}
         for role, mark in (("prefill", "(p)"), ("decode", "(d)")):
@@ -400,13 +395,13 @@ def repriced(task: Task, row: Mapping[str, Any], oracle: Oracle) -> float:
             halves |= _degrees(tuple(int(row[mark + n]) for n in names), f"{role}_")  # type: ignore[arg-type]
             halves[f"{role}_batch_size"] = int(row[f"{mark}bs"])
             halves[f"{role}_num_workers"] = int(row[f"{mark}workers"])
-        arguments = {"mode": "disagg", **common, **halves}
+        arguments = {"mode": "disagg", **menu.common, **halves}
     else:
         shape = tuple(int(row[n]) for n in ("tp", "pp", "dp", "moe_tp", "moe_ep"))
         settings = {"batch_size": int(row["bs"]), "ctx_tokens": int(row["ctx_tokens"])}
-        arguments = {"mode": "agg", **common, **_degrees(shape), **settings}  # type: ignore[arg-type]
-    answer = oracle.estimate([arguments])[0]
-    cells = task.gpus // int(row["num_total_gpus"])
+        arguments = {"mode": "agg", **menu.common, **_degrees(shape), **settings}  # type: ignore[arg-type]
+    answer = menu.oracle.estimate([arguments])[0]
+    cells = menu.task.gpus // int(row["num_total_gpus"])
     return cells * float(answer["tokens_s"]) if "error" not in answer else 0.0
 
 

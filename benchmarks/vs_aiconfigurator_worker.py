@@ -10,8 +10,9 @@ Writes one JSON line {"version"}, then reads one question a line from standard i
         -> {"seconds", "tokens_s", "ways": {"agg": row, "disagg": row}}
            tokens/s of the whole inventory, and the best row of each way of serving
     {"do": "shapes", "task": ...}
-        -> {"agg", "prefill", "decode": [[tp, pp, dp, moe_tp, moe_ep], ...], "same_tp"}
-           the shapes that its own search enumerates; whether both halves must have the same tp
+        -> {"agg", "prefill", "decode": [[tp, pp, dp, moe_tp, moe_ep], ...], "same_tp", "experts"}
+           the shapes that its own search enumerates; whether both halves must have the same tp; the format of
+           experts that it takes on this system ("" for dense models)
 
 Its list of installed databases, which every call reads anew from hundreds of files, is kept; nothing else is
 changed. Imports nothing of planc.
@@ -69,11 +70,13 @@ def default(task: dict[str, Any]) -> dict[str, Any]:
 def shapes(task: dict[str, Any]) -> dict[str, Any]:
     from aiconfigurator.cli.main import build_default_tasks
 
-    found: dict[str, Any] = {"agg": [], "prefill": [], "decode": [], "same_tp": False}
+    found: dict[str, Any] = {"agg": [], "prefill": [], "decode": [], "same_tp": False, "experts": ""}
     for name, part in build_default_tasks(**task).items():
         for role in ("agg",) if name == "agg" else ("prefill", "decode"):
             plain = {tuple(shape[:5]) for shape in part.iter_parallel(role) if shape[5] == 1}
             found[role] = sorted(plain)
+        if name == "agg" and part.is_moe:
+            found["experts"] = getattr(part.moe_quant_mode, "name", part.moe_quant_mode)
         if name == "disagg":
             found["same_tp"] = part.prefill_backend_name == "sglang"
     return found
