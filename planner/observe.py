@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 
 from planc.cost_model import catalogue
-from planc.planner.breakdown import replica_breakdown, steps
+from planc.cost_model.step import StepLoad, StepPart
 from planc.planner.evaluate import Bench, Engine
-from planc.planner.evidence import Curve, Evidence, Op, Roof, Seen, Step
-from planc.planner.offers import Fleet, Offer
-from planc.planner.plan import Plan, Pool, Replica
+from planc.planner.evidence import Curve, Evidence, Op, Phase, Roof, Seen, Step
+from planc.planner.offers import Deployed, Fleet, Offer
+from planc.planner.plan import Plan
 from planc.planner.predict import latencies, running
 from planc.planner.request import Metric
 from planc.planner.search import Search
@@ -30,70 +30,68 @@ _BELOW = 0.99  # of a load: right at its highest, latencies depend on the last d
 def observe(search: Search, fleet: Fleet, plan: Plan) -> Evidence:
     """The evidence for a plan that this search found. The same search gives the same evidence."""
     return Evidence(
-        steps=list(_steps(search, plan)),
+        steps=list(_steps(search, fleet)),
         roofs=[_roof(name) for name in dict.fromkeys(replica.gpu for replica in plan.replicas())],
         latency=list(_latency(search, fleet)),
         seen=list(_seen(search)),
     )
 
 
-def _kinds(plan: Plan) -> list[tuple[Pool, Replica]]:
-    """One replica of each kind, those that serve most requests first."""
-    found: dict[str, tuple[Pool, Replica]] = {}
-    share: dict[str, float] = {}
-    for pool in plan.pools:
-        for replica in pool.replicas:
-            key = pool.role + replica.model_dump_json(exclude={"gpus", "traffic_share"})
-            found.setdefault(key, (pool, replica))
-            share[key] = share.get(key, 0.0) + replica.traffic_share
-    order = sorted(found, key=lambda key: -share[key])[:_KINDS]
-    return [found[key] for key in found if key in order]
-
-
-def _steps(search: Search, plan: Plan) -> Iterator[Step]:
-    for pool, replica in _kinds(plan):
-        loads = dict(steps(plan, replica, search.traffic, search.table))
-        rows = replica_breakdown(replica, plan, search.table, search.request, search.traffic)
-        for phase, load in loads.items():
-            if pool.role in ("prefill", "decode") and phase != pool.role:
-                continue
-            ops = [
-                Op(
-                    layer_class=row["class"],
-                    site=row["site"],
-                    op=row["op"],
-                    ms=row["ms"],
-                    bound=row["bound"],
-                    source=row["source"],
-                    flops=row.get("flops", 0.0),
-                    nbytes=row.get("bytes", 0.0),
-                    precision=row.get("precision", "") if row.get("flops") else "",
-                )
-                for row in rows
-                if row["phase"] == phase
-            ]
-            seqs, tokens = float(np.ravel(load.decode_seqs)[0]), float(np.ravel(load.prefill_tokens)[0])
-            context = float(np.ravel(load.decode_context)[0])
-            words = (
-                f"{seqs:.3g} sequences decode, each with {context:,.0f} tokens in its cache"
-                if phase == "decode"
-                else f"{tokens:,.0f} prompt tokens"
-            )
+def _steps(search: Search, fleet: Fleet) -> Iterator[Step]:
+    order = sorted(range(len(fleet.items)), key=lambda i: -fleet.items[i].count * fleet.items[i].load)
+    for item in (fleet.items[i] for i in sorted(order[:_KINDS])):
+        for phase, load, words in _loads(search, item):
+            ops = [_op(part) for part in item.engine.model.breakdown(load)]
             yield Step(
-                role=pool.role,
-                engine=_label(replica),
-                gpu=replica.gpu,
-                phase=phase,  # type: ignore[arg-type]
+                role=item.role if search.table.model.kind == "causal_lm" else "encoder",
+                engine=_label(item),
+                gpu=item.candidate.group.gpu.name,
+                phase=phase,
                 load=words,
                 ms=sum(op.ms for op in ops),
                 ops=ops,
             )
 
 
-def _label(replica: Replica) -> str:
+def _loads(search: Search, item: Deployed) -> Iterator[tuple[Phase, StepLoad, str]]:
+    """Typical steps of one scheduler of an engine at its load, in words too: the sequences that decode there
+    at once (with pipeline stages: of a micro-batch), and a prompt's next chunk."""
+    flow = item.stream.traffic if item.stream is not None else search.traffic
+    limits, shape = item.limits, item.candidate.shape
+    chunk = float(min(limits.budget, max(flow.new_tokens, 1.0)))
+    if search.table.model.kind != "causal_lm":
+        tokens = chunk * limits.max_num_seqs
+        yield "prefill", StepLoad(0.0, 0.0, tokens, limits.max_num_seqs, 0.0), f"{tokens:,.0f} input tokens"
+        return
+    if item.role != "prefill":
+        batch = float(item.state(search.traffic).batch[0, 0])
+        seqs, context = max(min(batch, limits.max_num_seqs) / shape.pp, 1.0), flow.decode_context
+        words = f"{seqs:.3g} sequences decode, each with {context:,.0f} tokens in its cache"
+        yield "decode", StepLoad(seqs, context), words
+    if item.role != "decode":
+        yield "prefill", StepLoad(0.0, 0.0, chunk, 1.0, flow.prefill_context), f"{chunk:,.0f} prompt tokens"
+
+
+def _op(part: StepPart) -> Op:
+    done = part.done
+    return Op(
+        layer_class=part.layer_class,
+        site=part.site,
+        op=part.op,
+        ms=1e3 * part.seconds,
+        bound=part.bound,  # type: ignore[arg-type]
+        source=part.source,
+        flops=part.calls * done.flops if done else 0.0,
+        nbytes=part.calls * done.nbytes if done else 0.0,
+        precision=done.precision if done and done.flops else "",
+    )
+
+
+def _label(item: Deployed) -> str:
+    shape = item.candidate.shape
     degrees = ("tp", "pp", "dp", "ep", "cp")
-    layout = " ".join(f"{n.upper()}{getattr(replica, n)}" for n in degrees if getattr(replica, n) > 1)
-    return f"{len(replica.gpus)} x {replica.gpu} {layout}".strip()
+    layout = " ".join(f"{n.upper()}{getattr(shape, n)}" for n in degrees if getattr(shape, n) > 1)
+    return f"{shape.world} x {shape.gpu} {layout}".strip()
 
 
 def _roof(name: str) -> Roof:

@@ -27,7 +27,8 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Replicas that differ in nothing but their GPUs and traffic; `share` of the requests pass through."""
+    """Replicas that differ in nothing but their GPUs and traffic; `share` of the requests pass through.
+    `striped`: another kind has the colour too."""
 
     role: str
     classes: tuple[str, ...]
@@ -35,13 +36,27 @@ class Kind:
     count: int
     share: float
     colour: str
+    striped: bool
     memory: tuple[Slice, ...]
+
+    @property
+    def paint(self) -> str:
+        """Classes of the style sheet."""
+        return f"c-{self.colour}{' striped' if self.striped else ''}"
 
     @property
     def layout(self) -> str:
         degrees = ("tp", "pp", "dp", "ep", "cp")
         found = [f"{n.upper()}{getattr(self.replica, n)}" for n in degrees if getattr(self.replica, n) > 1]
         return " ".join(found) or "one GPU"
+
+    @property
+    def stages(self) -> str:
+        """Layers of each pipeline stage: "10 + 10 + 11", or "8 × 10"."""
+        layers = self.replica.pipeline_layers
+        if len(layers) > 2 and len(set(layers)) == 1:
+            return f"{len(layers)} × {layers[0]}"
+        return " + ".join(map(str, layers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +99,9 @@ def kinds(plan: Plan) -> list[Kind]:
     for members in found.values():
         role, classes, replica = members[0]
         hues = palette.ROLES[role]
-        hue = next(
-            (hue for hue in hues if hue not in {kind.colour for kind in made}), hues[len(made) % len(hues)]
-        )
+        used = {kind.colour for kind in made}
+        free = [hue for hue in (*hues, *palette.CLASSES) if hue not in used]
+        hue = free[0] if free else hues[len(made) % len(hues)]
         made.append(
             Kind(
                 role=role,
@@ -95,6 +110,7 @@ def kinds(plan: Plan) -> list[Kind]:
                 count=len(members),
                 share=sum(one.traffic_share for _, _, one in members),
                 colour=hue,
+                striped=not free,
                 memory=slices(replica.memory),
             )
         )
@@ -135,7 +151,7 @@ def placement(plan: Plan, found: Sequence[Kind]) -> list[Group]:
         for name in names:
             slots = [(f"{name}/{i}", seats.get(f"{name}/{i}")) for i in range(per_node)]
             blocks = tuple(_blocks(slots))
-            look = tuple((b.kind and b.kind.colour, b.caption, len(b.gpus)) for b in blocks)
+            look = tuple((b.kind and b.kind.paint, b.caption, len(b.gpus)) for b in blocks)
             pictures.setdefault(look, ([], blocks))[0].append(name)
         nodes = [Node(_range(members), len(members), blocks) for members, blocks in pictures.values()]
         used = sum(f"{name}/{i}" in seats for name in names for i in range(per_node))

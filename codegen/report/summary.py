@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from planc.codegen.report.draw import number
+from planc.codegen.report.draw import number, short
 from planc.planner.plan import Plan, Predicted
 
 #: name in a plan -> what it is and its unit
@@ -84,8 +84,10 @@ def tiles(plan: Plan) -> list[Tile]:
 
 
 def _figure(value: float) -> str:
-    """Three significant digits below a thousand."""
-    return f"{value:.3g}" if abs(value) < 1000 else number(value)
+    """Three significant digits below a thousand, thousands from a hundred of them on."""
+    if value >= 1e5:
+        return short(value)
+    return f"{value:.3g}" if value < 1000 else number(value)
 
 
 # -- the proof -----------------------------------------------------------------------------
