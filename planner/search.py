@@ -1,16 +1,15 @@
 """The search: streams of requests -> what each engine can carry of them -> columns -> fleet.
 
-A `Stream` prices all candidates by interpolated curves; the undominated offers, and those within 5 %
-of them, are evaluated again by the step model; the master problem sees only the latter.
+A `Stream` prices all candidates by interpolated curves; the offers that may matter are evaluated again by
+the step model (`planner.promising`); the master problem sees only the latter.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +20,9 @@ from planc.planner.candidates import Candidate
 from planc.planner.evaluate import Bench, Engine, Room, model_len
 from planc.planner.inventory import Group, groups
 from planc.planner.levels import by_level
-from planc.planner.offers import NEAR, Deployed, Fleet, Offer
+from planc.planner.offers import Deployed, Fleet, Offer
 from planc.planner.plan import Role
+from planc.planner.promising import left, promising
 from planc.planner.request import Request
 from planc.planner.shares import loads
 from planc.planner.slo import Slo
@@ -34,8 +34,6 @@ Progress = Callable[[str], None]
 #: GPUs from which the master problem stops at a gap of `_GAP` instead of proving the last dollar
 _LARGE = 256
 _GAP = 2e-3
-#: columns from which a first fleet of a family is made
-_CORE = 32
 
 
 class Search:
@@ -225,10 +223,10 @@ class Search:
             return None
         if self._by_price:
             return self._cheapest_token(offers, columns)
-        solution = solve.solve(columns, limits, time_limit=_left(deadline))
+        solution = solve.solve(columns, limits, time_limit=left(deadline))
         if solution is None and objective == "max_goodput":
             limits = replace(limits, demand=None)
-            solution = solve.solve(columns, limits, time_limit=_left(deadline))
+            solution = solve.solve(columns, limits, time_limit=left(deadline))
             return self.deployed(offers, columns, solution, None, "requests_s") if solution else None
         if solution is None:
             return None
@@ -258,73 +256,17 @@ class Search:
     def _columns(
         self, limits: solve.Limits, deadline: float | None, prune: bool = True
     ) -> tuple[list[Offer], list[solve.Column]]:
-        """Precise columns of the offers that may matter. Three bounds leave the others out, each with 5 %
-        more capacity than was interpolated: an offer that another of its family surely replaces; a family
-        whose linear relaxation is worse than the best fleet found; an engine whose reduced cost in it is
-        more than what lies between the two."""
-        rough = [(offer, offer.column(offer.capacity)) for offer in self._allowed_offers()]
-        hopeful = [replace(column, load=column.load / NEAR) for _, column in rough]
-        families: dict[str, list[int]] = {}
-        for mine in _alike([column for _, column in rough]).values():
-            for i in mine:
-                if not any(solve.replaces(rough[j][1], hopeful[i]) for j in mine if j != i):
-                    families.setdefault(rough[i][1].family, []).append(i)
-
-        def precise(chosen: Iterable[int]) -> tuple[list[Offer], list[solve.Column]]:
-            members = [rough[i][0].precise() for i in sorted(chosen)]
-            made = [offer.column(offer.capacity) for offer in members]
-            kept = solve.undominated(made)
-            return [members[i] for i in kept], [made[i] for i in kept]
-
-        found: tuple[list[Offer], list[solve.Column]] = [], []
-        if not prune:
-            for members in families.values():
-                _extend(found, precise(members))
-        else:
-            self._promising_columns(families, hopeful, limits, deadline, precise, found)
+        """Precise columns of the offers that may matter."""
+        rough = self.rough()
+        found = promising(rough, limits, deadline, every=not prune)
         self.pruned["dominated"] = len(rough) - len(found[1])
         return found
 
-    def _promising_columns(
-        self,
-        families: Mapping[str, list[int]],
-        hopeful: Sequence[solve.Column],
-        limits: solve.Limits,
-        deadline: float | None,
-        precise: Callable[[Iterable[int]], tuple[list[Offer], list[solve.Column]]],
-        found: tuple[list[Offer], list[solve.Column]],
-    ) -> None:
-        sign = 1.0 if limits.demand is not None else -1.0
-        relaxed = {}
-        for name, members in families.items():
-            relaxation = solve.relaxation([hopeful[i] for i in members], limits)
-            if relaxation is not None:
-                relaxed[name] = relaxation
-        best = math.inf
-        for name in sorted(relaxed, key=lambda name: (sign * relaxed[name].bound, name)):
-            bound, costs = (
-                sign * relaxed[name].bound,
-                dict(zip(families[name], relaxed[name].reduced_costs, strict=True)),
-            )
-            if bound > best + 1e-9 * abs(best):
-                break
-
-            def try_fleet(columns: list[solve.Column]) -> float:
-                fleet = solve.solve(columns, limits, time_limit=_left(deadline), first_only=True)
-                return math.inf if fleet is None else sign * fleet.value
-
-            cheapest = sorted(costs, key=lambda i: (costs[i], i))[:_CORE]
-            best = min(best, try_fleet(precise(cheapest)[1]))
-            members = [i for i in costs if costs[i] <= best - bound + 1e-6 * abs(bound)]
-            offers, columns = precise(members)
-            if len(members) > len(cheapest):
-                best = min(best, try_fleet(columns))
-            _extend(found, (offers, columns))
-
-    def _allowed_offers(self) -> list[Offer]:
+    def rough(self) -> list[tuple[Offer, solve.Column]]:
+        """All offers that may be used, with columns of their interpolated capacities."""
         allowed = self.request.constraints.serving
         return [
-            offer
+            (offer, offer.column(offer.capacity))
             for stream in self.streams
             if not (stream.role == "aggregated" and allowed and "aggregated" not in allowed)
             for offer in stream.offers
@@ -373,22 +315,3 @@ class Search:
                 )
         items.sort(key=lambda item: (item.stream.flow if item.stream else 0, item.candidate.key()))
         return Fleet(tuple(items), solution, objective)
-
-
-def _extend(
-    found: tuple[list[Offer], list[solve.Column]], more: tuple[list[Offer], list[solve.Column]]
-) -> None:
-    found[0].extend(more[0])
-    found[1].extend(more[1])
-
-
-def _alike(columns: Sequence[solve.Column]) -> dict[tuple[object, ...], list[int]]:
-    """Columns that could replace each other: the same pieces of the same group, family and flow."""
-    found: dict[tuple[object, ...], list[int]] = {}
-    for i, c in enumerate(columns):
-        found.setdefault((c.group, c.pieces, c.size, c.family, c.flow), []).append(i)
-    return found
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(deadline - time.perf_counter(), 0.02)

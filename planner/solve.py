@@ -56,6 +56,7 @@ class Column:
     watts                 power at this load
     family                formats: a fleet keeps to one family, so that all replicas answer alike
     flow                  index into `Limits.flows`
+    owner                 the model that it serves, where several share an inventory
     firm                  False: it may be taken away (spot instances)
     """
 
@@ -68,6 +69,7 @@ class Column:
     watts: float
     family: str = ""
     flow: int = 0
+    owner: int = 0
     firm: bool = True
 
     @property
@@ -135,7 +137,8 @@ def undominated(columns: Sequence[Column]) -> list[int]:
 def replaces(a: Column, b: Column) -> bool:
     """Whether `a` may stand in for `b` everywhere, at no loss."""
     return (
-        (a.group, a.pieces, a.size, a.family, a.flow) == (b.group, b.pieces, b.size, b.family, b.flow)
+        (a.owner, a.group, a.pieces, a.size, a.family, a.flow)
+        == (b.owner, b.group, b.pieces, b.size, b.family, b.flow)
         and a.load >= b.load
         and a.weight <= b.weight
         and a.drop <= b.drop
@@ -164,8 +167,7 @@ def solve(
     deadline = None if time_limit is None else time.perf_counter() + time_limit
     best: tuple[tuple[float, ...], Solution] | None = None
     bounds, proved = [], True
-    for family in dict.fromkeys(column.family for column in columns):
-        mine = [i for i, column in enumerate(columns) if column.family == family]
+    for mine in _families(columns):
         master = _Master([columns[i] for i in mine], limits, columns, deadline)
         found = master.run(first_only)
         if found is None:
@@ -193,6 +195,17 @@ def solve(
     whole_fleet = replace(best[1], bound=bound)
     met = proved or whole_fleet.gap == 0
     return replace(whole_fleet, status="optimal" if met else "feasible")
+
+
+def _families(columns: Sequence[Column]) -> list[list[int]]:
+    """Columns that are solved together: those of one family; all of them where several models have families
+    of their own to choose."""
+    if len({column.owner for column in columns}) > 1:
+        return [list(range(len(columns)))]
+    found: dict[str, list[int]] = {}
+    for i, column in enumerate(columns):
+        found.setdefault(column.family, []).append(i)
+    return list(found.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +250,8 @@ class _Master:
             for i, c in enumerate(columns)
         ]
         self._place()
+        if len({column.owner for column in columns}) > 1:
+            self._one_family_each()
         if limits.plain:
             self.carried = self._sum(self.loads)
             if limits.demand is not None:
@@ -256,6 +271,19 @@ class _Master:
 
     def _sum(self, factors: Sequence[float]) -> Any:
         return sum(f * n for f, n in zip(factors, self.counts, strict=True))
+
+    def _one_family_each(self) -> None:
+        """Every model keeps to one family."""
+        chosen: dict[int, dict[str, Any]] = {}
+        for i, column in enumerate(self.columns):
+            families = chosen.setdefault(column.owner, {})
+            if column.family not in families:
+                families[column.family] = self.model.add_variable(lb=0, ub=1, is_integer=self.whole_engines)
+            self.model.add_linear_constraint(
+                self.counts[i] <= self.counts[i].upper_bound * families[column.family]
+            )
+        for families in chosen.values():
+            self.model.add_linear_constraint(sum(families.values()) <= 1)
 
     def _carried(self) -> Any:
         """Constraints of the flows; returns the demand that they carry, as it is or to be maximised."""
