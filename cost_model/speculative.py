@@ -106,7 +106,8 @@ class Drafting:
         one = StepLoad(flat.seqs, flat.context, flat.tokens, flat.chunks, flat.cached)
         verified = (self.model.pieces(more).shared - self.model.pieces(one).shared).max(axis=0)
         drafted = np.where(flat.seqs > 0, self.fixed_s + self.per_sequence_s * flat.seqs, 0.0)
-        return (np.maximum(verified, 0.0) + drafted).reshape(flat.shape)
+        found: Array = (np.maximum(verified, 0.0) + drafted).reshape(flat.shape)
+        return found
 
 
 @lru_cache(maxsize=1024)
