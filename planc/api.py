@@ -71,10 +71,11 @@ def cost_table(
 ) -> CostTable:
     """The model's cost table: from the cache, or traced now (then torch is loaded)."""
     from planc.passes.tabulate import load_table
+    from planc.planner.expert_load import with_expert_load
 
     if progress:
         progress(f"tracing {request.model}")
-    return load_table(request.model_path(), trust_remote_code=trust_remote_code)
+    return with_expert_load(request, load_table(request.model_path(), trust_remote_code=trust_remote_code))
 
 
 def compile(
@@ -279,19 +280,22 @@ def diff(
     old, new = (plan if isinstance(plan, Plan) else load_plan(plan) for plan in (old, new))
     if not attribute or old == new or not same_model(old, new):
         return compare(old, new, without="it was not asked for")
-    source = new if new._model is not None else old
     if progress:
         progress("evaluating what lies between the plans")
-    try:
-        if kind_of(source._model or source.model.source) == "factory" and not trust_remote_code:
-            untrusted = f"{source.model.source} is code, which runs when it is trusted only"
-            return compare(old, new, without=untrusted)
-        table = _plan_table(source, trust_remote_code=trust_remote_code)
-        gpus = [gpu for plan in (old, new) for gpu in _gpus(make_request(plan.request))]
-    except PlancError as error:
-        return compare(old, new, without=str(error))
-    with with_profile(profile, gpus):
-        return compare(old, new, table)
+    missing: list[str] = []
+    for plan in sorted((old, new), key=lambda plan: (plan._model is None, plan.fingerprint.plan)):
+        try:
+            if kind_of(plan._model or plan.model.source) == "factory" and not trust_remote_code:
+                missing.append(f"{plan.model.source} is code, which runs when it is trusted only")
+                continue
+            table = _plan_table(plan, trust_remote_code=trust_remote_code)
+            gpus = [gpu for one in (old, new) for gpu in _gpus(make_request(one.request))]
+        except PlancError as error:
+            missing.append(str(error))
+            continue
+        with with_profile(profile, gpus):
+            return compare(old, new, table)
+    return compare(old, new, without=" ".join(dict.fromkeys(missing)))
 
 
 def sensitivities(

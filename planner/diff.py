@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from planc.cost_model.table import CostTable
-from planc.errors import PlancError
 from planc.planner.counterfactual import Impossible
 from planc.planner.diff_align import Pair, aligned
 from planc.planner.diff_attribution import Attribution, attribution
@@ -180,7 +179,7 @@ def _attributed(
         return None, without or "no cost table was given"
     try:
         return attribution(old, new, table), ""
-    except (Impossible, PlancError) as error:
+    except Impossible as error:
         return None, str(error)
 
 

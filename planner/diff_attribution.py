@@ -18,21 +18,20 @@ figure of the metric, so that their sums are exact in floating point, in any ord
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from planc.cost_model.table import CostTable
-from planc.planner.counterfactual import Evaluator, Outcome, flat
+from planc.errors import PlancError
+from planc.planner.counterfactual import Evaluator, Impossible, Outcome, flat
 from planc.planner.diff_mixture import Decision, Mixture
-from planc.planner.diff_walk import OLD, Between, Names, joined
+from planc.planner.diff_walk import OLD, Between, Metrics, Names, joined
 from planc.planner.plan import Plan
 
 _DIGITS = 40  # binary, of a metric's largest figure
 _SAME = 1e-3  # relative difference up to which the evaluator reproduces a plan's own number
 UNSEEN = "not evaluated"
-
-Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +102,17 @@ class Attribution:
 def attribution(old: Plan, new: Plan, table: CostTable) -> Attribution:
     """Shares out every metric that both plans state.
 
-    Raises Impossible where one of the plans cannot be evaluated, PlancError where its request cannot be read.
+    Raises Impossible where one of the plans cannot be evaluated.
     """
     mixture, evaluator = Mixture(old, new), Evaluator(table)
-    return shared_out(
-        mixture.decisions,
-        lambda state: evaluator.outcome(*mixture.at(state)),
-        (_stated(old), _stated(new)),
-        _unseen(old, new),
-    )
+
+    def evaluate(state: Names) -> Outcome:
+        try:
+            return evaluator.outcome(*mixture.at(state))
+        except PlancError as error:  # of files that the request names
+            raise Impossible(str(error)) from None
+
+    return shared_out(mixture.decisions, evaluate, (_stated(old), _stated(new)), _unseen(old, new))
 
 
 def shared_out(
@@ -128,7 +129,7 @@ def shared_out(
     Raises Impossible where one of the ends is.
     """
     between = Between([decision.name for decision in decisions], _snapping(evaluate, decisions, stated))
-    ends = [between.outcome(end).metrics for end in (OLD, between.new)]
+    ends = between.ends()
     walks = [list(between.walk(start)) for start in (OLD, between.new)]
     steps = [step for walk in walks for step in walk]
     metrics = {end: between.outcome(end).metrics for step in steps for end in step.ends}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from planc.errors import PlancError
 from planc.planner.counterfactual import Engines, Impossible, Place
 from planc.planner.diff_align import SETTINGS, Kind, Pair, aligned
 from planc.planner.inventory import Group, groups
@@ -59,12 +60,12 @@ class Decision:
 
 
 class Mixture:
-    """Two plans of one model and what lies between them. Raises what `make_request` does."""
+    """Two plans of one model and what lies between them. Raises Impossible for a request that is not one."""
 
     def __init__(self, old: Plan, new: Plan) -> None:
         self.plans = old, new
         self.pairs = aligned(old, new)
-        self.requests = make_request(old.request), make_request(new.request)
+        self.requests = _requests(old, new)
         self.demands = _offered(old, self.requests[0]), _offered(new, self.requests[1])
         self._twins = _twins(groups(self.requests[0]), groups(self.requests[1]))
 
@@ -197,6 +198,18 @@ class Mixture:
         if old.group is None or new.group is None or old.replica.gpu != new.replica.gpu:
             return False
         return not any((old.group.index, new.group.index) == (a.index, b.index) for a, b in self._twins)
+
+
+def _requests(old: Plan, new: Plan) -> tuple[Request, Request]:
+    found, wrong = [], set()
+    for plan in (old, new):
+        try:
+            found.append(make_request(plan.request))
+        except PlancError as error:
+            wrong.add(str(error))
+    if wrong:
+        raise Impossible("; ".join(sorted(wrong)))
+    return found[0], found[1]
 
 
 def _offered(plan: Plan, request: Request) -> float | None:

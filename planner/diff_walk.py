@@ -6,7 +6,7 @@ the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 
@@ -16,6 +16,7 @@ _TOGETHER = 3  # decisions taken at once before all that are left are
 _TRIES = 200  # sets of decisions looked at for one step
 
 Names = frozenset[str]
+Metrics = Mapping[str, float]
 OLD: Names = frozenset()
 
 
@@ -51,6 +52,18 @@ class Between:
         if isinstance(found, Impossible):
             raise found
         return found
+
+    def ends(self) -> tuple[Metrics, Metrics]:
+        """Figures of both plans. Raises Impossible, with all reasons, unless both can be."""
+        wrong = set()
+        for end in (OLD, self.new):
+            try:
+                self.outcome(end)
+            except Impossible as error:
+                wrong.add(str(error))
+        if wrong:
+            raise Impossible("; ".join(sorted(wrong)))
+        return self.outcome(OLD).metrics, self.outcome(self.new).metrics
 
     def walk(self, start: Names) -> Iterator[Step]:
         """From one end to the other; the steps of a walk from the new end are those of its way back."""

@@ -137,6 +137,47 @@ def test_what_cannot_be_attributed_says_why(plans: dict[str, Plan]) -> None:
     tight = b.model_copy(update={"pools": [pool.model_copy(update={"replicas": [replica]})]})
     assert "does not fit" in diff(a, tight, table()).unattributed
     assert diff(a, tight, table()).mirrored() == diff(tight, a, table())
+    unread = a.model_copy(update={"request": {"model": "x"}})
+    assert diff(unread, tight, table()).unattributed == diff(tight, unread, table()).unattributed != ""
+
+
+def test_pools_of_their_own_for_traffic_classes(plans: dict[str, Plan]) -> None:
+    """One pool for all requests against one for each class: engines move, classes keep their figures."""
+    replica = plans["fp8"].replicas()[0]
+    two = {
+        "classes": [
+            {"name": "chat", "isl": 500, "osl": 200, "weight": 3},
+            {"name": "docs", "isl": 1500, "osl": 100, "weight": 1},
+        ],
+        "request_rate": 4,
+    }
+
+    def pool(first: int, count: int, share: float, *classes: str) -> Any:
+        each = [
+            replica.model_copy(update={"gpus": [f"node0/{first + i}"], "traffic_share": share / count})
+            for i in range(count)
+        ]
+        return plans["fp8"].pools[0].model_copy(update={"classes": list(classes), "replicas": each})
+
+    request = plans["fp8"].request | {"workload": two}
+    predicted = plans["fp8"].predicted | {
+        "requests_s": plans["fp8"].predicted["requests_s"].model_copy(update={"value": 4.0})
+    }
+    base = plans["fp8"].model_copy(update={"request": request, "predicted": predicted})
+    shared = base.model_copy(update={"pools": [pool(0, 2, 1.0)]})
+    apart = base.model_copy(update={"pools": [pool(0, 1, 0.75, "chat"), pool(1, 2, 0.25, "docs")]})
+    there, back = diff(shared, apart, table()), diff(apart, shared, table())
+    assert back == there.mirrored()
+    assert there.attribution is not None, there.unattributed
+    add_up(there.attribution)
+    assert [pair.name for pair in there.pairs] == ["aggregated(all|chat)", "aggregated(docs)"]
+    one = part(there.attribution, "pools")
+    assert one.decisions[0].changes == (("", "aggregated", "aggregated for chat and aggregated for docs"),)
+    assert one.changes["usd_per_hour"] + part(there.attribution, "replicas").changes["usd_per_hour"] == 1.0
+    busier = apart.model_copy(
+        update={"request": request | {"workload": {**two, "classes": [two["classes"][0]]}}}
+    )
+    assert "docs" in diff(apart, busier, table()).unattributed
 
 
 def test_a_thousand_replicas_are_a_few_kinds(plans: dict[str, Plan]) -> None:
