@@ -79,9 +79,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Nodes of one entry of the inventory."""
+    """Nodes of one entry of the inventory; `sliced`: what they hold are MIG slices."""
 
     title: str
+    sliced: bool
     nodes: tuple[Node, ...]
     used: int
     gpus: int
@@ -146,7 +147,7 @@ def placement(plan: Plan, found: Sequence[Kind]) -> list[Group]:
     """Every node of the inventory with what runs on it; nodes that look alike are one picture."""
     seats = _seats(plan, found)
     drawn = []
-    for title, names, per_node in _nodes(plan):
+    for title, sliced, names, per_node in _nodes(plan):
         pictures: dict[object, tuple[list[str], tuple[Block, ...]]] = {}
         for name in names:
             slots = [(f"{name}/{i}", seats.get(f"{name}/{i}")) for i in range(per_node)]
@@ -156,7 +157,7 @@ def placement(plan: Plan, found: Sequence[Kind]) -> list[Group]:
         nodes = [Node(_range(members), len(members), blocks) for members, blocks in pictures.values()]
         used = sum(f"{name}/{i}" in seats for name in names for i in range(per_node))
         left = sum(node.count for node in nodes[_MOST_NODES:])
-        drawn.append(Group(title, tuple(nodes[:_MOST_NODES]), used, len(names) * per_node, left))
+        drawn.append(Group(title, sliced, tuple(nodes[:_MOST_NODES]), used, len(names) * per_node, left))
     return drawn
 
 
@@ -172,23 +173,23 @@ def _seats(plan: Plan, found: Sequence[Kind]) -> dict[str, _Seat]:
     return seats
 
 
-def _nodes(plan: Plan) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """(title, node names, GPUs per node) of the inventory; of the plan's own GPUs where its request is not
-    to be read (plans made by hand)."""
+def _nodes(plan: Plan) -> Iterator[tuple[str, bool, tuple[str, ...], int]]:
+    """(title, MIG slices?, node names, GPUs per node) of the inventory; of the plan's own GPUs where its
+    request is not to be read (plans made by hand)."""
     try:
         inventory = groups(make_request(plan.request))
     except PlancError:
         places = [gpu.rsplit("/", 1) for replica in plan.replicas() for gpu in replica.gpus]
         names = tuple(dict.fromkeys(place[0] for place in places))
         widest = max((int(place[1]) for place in places if place[1:] and place[1].isdigit()), default=0)
-        yield "", names, widest + 1
+        yield "", False, names, widest + 1
         return
     for group in inventory:
         price = f"{group.usd:.4g} USD per GPU and hour" + ("" if group.priced else " (list price)")
         title = f"{len(group.names)} × {group.per_node} {group.gpu.label} · {price}" + (
             " · spot" if group.spot else ""
         )
-        yield title, group.names, group.per_node
+        yield title, bool(group.gpu.slice_of), group.names, group.per_node
 
 
 def _blocks(slots: Sequence[tuple[str, _Seat | None]]) -> Iterator[Block]:

@@ -49,6 +49,13 @@ def split() -> Plan:
     return plan(request(inventory={"nodes": nodes}, workload=load, constraints=limits), table())
 
 
+def sliced() -> Plan:
+    """MIG slices."""
+    nodes = [{"gpu": "h100_sxm:3g.40gb", "gpus_per_node": 16, "count": 2, "usd_per_gpu_hour": 1.0}]
+    limits = {**FEW, "serving": ["aggregated"]}
+    return plan(request(inventory={"nodes": nodes}, constraints=limits), table())
+
+
 def front() -> Plan:
     return plan(request(objective="pareto", constraints={**FEW, "weights": ["fp8"], "pp": [1]}), table())
 
@@ -71,7 +78,7 @@ def hostile() -> Plan:
     return by_hand(replica(gpus=["<img src=//a.example/x>/0"], weights="w" * 40), name=name)
 
 
-PLANS = {f.__name__: cache(f) for f in (chat, mixed, split, front, classes, hostile)}
+PLANS = {f.__name__: cache(f) for f in (chat, mixed, split, sliced, front, classes, hostile)}
 SECTIONS = ("summary", "fleet", "memory", "predicted", "layers", "rejected", "proof", "coverage")
 DRAWN = ("tradeoff", "time", "roofline", "latency", "objectives")
 
