@@ -20,6 +20,7 @@ from planc.cost_model.catalogue import Provenance
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.collectives import Kind as CollectiveKind
 from planc.cost_model.features import Array
+from planc.cost_model.routing import ExpertLoad
 
 Bound = npt.NDArray[np.int8]
 BOUNDS = ("compute", "memory", "launch", "link")
@@ -54,6 +55,7 @@ class GroupedGemm:
     hidden, inner     elements of a pair's vector that enters and leaves, and of what lies between the
                       products (this rank's share of the width)
     ranks             EP ranks that experts are spread over whole; 1 where they are divided by width
+    load              how often each expert is chosen, where that was counted
     """
 
     experts: float
@@ -66,6 +68,7 @@ class GroupedGemm:
     weights: str
     activations: str
     ranks: int = 1
+    load: ExpertLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)

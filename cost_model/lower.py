@@ -17,6 +17,7 @@ from planc.cost_model.collectives import Kind as CollectiveKind
 from planc.cost_model.formats import fmt
 from planc.cost_model.kernels import Attention, Gemm, GroupedGemm, Part
 from planc.cost_model.local import activation_format, factors, unquantized, weight_format
+from planc.cost_model.routing import ExpertLoad
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, FusionOffer, Phase, Row
 from planc.ir.work import NONE, Amount, Family, total
@@ -86,7 +87,8 @@ def kernels(
     norms = fusions is None and shape.tp > 1 and gpu(shape.gpu).arch in profile.fused_all_reduce
     blocks = table.model.block_scales
     overlaps = profile.overlaps_shared_experts
-    found = [_kernel_of(row, part, shape, rides, blocks, overlaps) for part, row in parts(table)]
+    load = table.expert_load
+    found = [_kernel_of(row, part, shape, rides, blocks, overlaps, load) for part, row in parts(table)]
     found = [replace(k, launches=0.0) if norms and _follows_all_reduce(k, table) else k for k in found]
     after_attention = {
         id(two) for one, two in pairwise(found) if isinstance(one.spec, Attention) and _same_class(one, two)
@@ -141,7 +143,15 @@ def _key(row: Row) -> tuple[str, str, str, int]:
     return row.layer_class, row.site, row.op, row.calls
 
 
-def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool, blocks: bool, overlaps: bool) -> Kernel:
+def _kernel_of(
+    row: Row,
+    part: Part,
+    shape: EngineShape,
+    rides: bool,
+    blocks: bool,
+    overlaps: bool,
+    load: ExpertLoad | None,
+) -> Kernel:
     work, divided = row.work, factors(row, shape)
     weights, acts = weight_format(row, shape), activation_format(row, shape)
     if blocks and weights == acts == "fp8":
@@ -174,7 +184,7 @@ def _kernel_of(row: Row, part: Part, shape: EngineShape, rides: bool, blocks: bo
         spec = Gemm(n * divided.n, k * divided.k, weights, acts, wide)
         return replace(base, spec=spec, rows=rows)
     if work.family == "grouped_gemm":
-        return _grouped(row, base, shape, weights, acts)
+        return _grouped(row, base, shape, weights, acts, load)
     if work.family in ("attention", "recurrence"):
         return _attention(row, base, shape, wide, weight_bytes)
     moved = base.reads + base.writes + base.kv * (fmt(shape.kv_format(row.layer_class)).bytes / wide)
@@ -234,7 +244,9 @@ def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_b
     return replace(base, spec=spec)
 
 
-def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str) -> Kernel:
+def _grouped(
+    row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str, load: ExpertLoad | None
+) -> Kernel:
     work, ranks = row.work, shape.tp * shape.dp
     dims, experts, top_k = work.dims, work.dims["experts"], work.dims["top_k"]
     flops = work.flops.terms.get("T", 0.0)
@@ -252,6 +264,7 @@ def _grouped(row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str
         weights=weights,
         activations=acts,
         ranks=shape.ep,
+        load=load,
     )
     return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from planc.cost_model.routing import ExpertLoad
 from planc.ir.work import NONE, Amount, Work
 
 Phase = Literal["prefill", "decode"]
@@ -114,19 +115,25 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class CostTable:
-    """All rows of both phases. Encoders and plain modules have the "prefill" phase only."""
+    """All rows of both phases. Encoders and plain modules have the "prefill" phase only.
+
+    expert_load   how often experts are chosen in the traffic that is planned for; not the model's, so it is
+                  not written with it
+    """
 
     model: ModelFacts
     fingerprint: str
     classes: tuple[LayerClass, ...]
     rows: Mapping[Phase, tuple[Row, ...]]
     fusions: tuple[FusionOffer, ...] = ()
+    expert_load: ExpertLoad | None = None
 
     def kv_elements_per_token(self) -> int:
         return sum(c.count * c.kv_elements for c in self.classes)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        written = {key: value for key, value in asdict(self).items() if key != "expert_load"}
+        return json.dumps(written, sort_keys=True, separators=(",", ":"))
 
     @staticmethod
     def from_json(text: str) -> CostTable:

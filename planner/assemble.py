@@ -208,8 +208,11 @@ def coverage(search: Search) -> Coverage:
     if search.request.workload.trace is not None:
         modelled.append("length distribution, arrival rate and burstiness of the trace")
         missing.append("correlation and drift of the trace's arrivals")
-    if facts.experts:
-        missing.append("imbalance between experts")
+    if search.table.expert_load is not None:
+        modelled.append("how often experts are chosen, as counted, and where they lie")
+        missing.append("what moving experts costs while an engine runs")
+    elif facts.experts:
+        missing.append("imbalance between experts of this model (a power law is assumed)")
     if facts.generic_ops:
         missing.append("arithmetic of ops costed by their bytes only: " + ", ".join(facts.generic_ops))
     if any(not group.priced for group in search.groups):

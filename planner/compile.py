@@ -10,6 +10,7 @@ from planc.errors import CheckFailed, Infeasible
 from planc.planner import assemble
 from planc.planner.alternatives import rejected
 from planc.planner.check import check
+from planc.planner.expert_load import with_expert_load
 from planc.planner.observe import observe
 from planc.planner.offers import Fleet
 from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
@@ -37,6 +38,7 @@ def plan(
     Raises Infeasible (with the smallest single relaxations that were found to help), InvalidField.
     """
     start = time.perf_counter()
+    table = with_expert_load(request, table)
     if request.objective == "pareto":
         from planc.planner.pareto import front
 

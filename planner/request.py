@@ -199,7 +199,8 @@ class Request(Part):
         named = [x.histogram for x in lengths if x.histogram is not None]
         measured = self.constraints.sensitivities
         traces = [self.workload.trace.file] if self.workload.trace else []
-        return tuple(named + traces + ([measured] if measured else []))
+        counted = self.workload.expert_load
+        return tuple(named + traces + [name for name in (measured, counted) if name])
 
     def changed(self, **changes: Any) -> Request:
         """A copy with some fields replaced (already validated parts), same base folder."""

@@ -140,6 +140,7 @@ class Workload(Part):
     arrival_cv   coefficient of variation of the times between arrivals; 1 is Poisson
     prefix_tokens  tokens of all prefixes that recur: prefix_hit_rate is then what a cache that holds them all
                  would find, and engines find what theirs hold; left out: they hold them all
+    expert_load  a file with the tokens of each expert in each layer; left out, a power law is assumed
     load_test    how it is sent where `planc estimate` simulates it; plans do not depend on it
     """
 
@@ -150,6 +151,7 @@ class Workload(Part):
     rate: Literal["max"] | None = None
     arrival_cv: float = Field(default=1.0, ge=0, le=100)
     prefix_tokens: float | None = Field(default=None, gt=0)
+    expert_load: str | None = None
     load_test: LoadTest | None = None
 
     @model_validator(mode="before")
@@ -224,6 +226,8 @@ class Workload(Part):
             out["arrival_cv"] = self.arrival_cv
         if self.prefix_tokens is not None:
             out["prefix_tokens"] = plain(self.prefix_tokens)
+        if self.expert_load is not None:
+            out["expert_load"] = self.expert_load
         if self.load_test is not None:
             out["load_test"] = self.load_test.model_dump(mode="json", exclude_unset=True)
         return out

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planc.errors import InvalidField
-from planc.planner.expert_placement import contiguous, physical_map, place_experts
+from planc.cost_model.expert_placement import contiguous, physical_map, place_experts
 
 
 def best(load: list[int], ranks: int, extra: int) -> float:

@@ -1,0 +1,90 @@
+"""Routing statistics in a request: they price experts, decide where they lie, and are checked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from planc.cost_model import catalogue
+from planc.cost_model.collectives import Fabric
+from planc.cost_model.routing import ExpertLoad, routed
+from planc.cost_model.shape import EngineShape
+from planc.cost_model.step import StepLoad, StepModel
+from planc.errors import FileMissing, FileUnreadable, InvalidField
+from planc.planner.expert_load import read, with_expert_load
+from tests.planner.cases import request
+from tests.sample_tables import llama8b, qwen235b
+
+TABLE = qwen235b()
+EXPERTS = TABLE.model.experts
+
+
+def skewed(layers: int = 4) -> np.ndarray:
+    return np.random.default_rng(0).pareto(1.5, (layers, EXPERTS)) + 0.1
+
+
+def seconds(load: ExpertLoad | None) -> float:
+    shape = EngineShape("vllm", "h200_sxm", tp=8, ep=8)
+    table = replace(TABLE, expert_load=load)
+    gpu, profile = catalogue.gpu("h200_sxm"), catalogue.engine("vllm")
+    return float(StepModel(table, shape, gpu, Fabric(), profile).seconds(StepLoad(256, 1000, 4096, 1)))
+
+
+def test_placing_by_counts_is_faster_than_the_order_of_experts() -> None:
+    even = ExpertLoad(np.ones((1, EXPERTS)))
+    placed, ordered = ExpertLoad(skewed()), ExpertLoad(skewed(), placed=False)
+    assert placed.imbalance(8) < ordered.imbalance(8)
+    assert seconds(even) <= seconds(placed) < seconds(ordered)
+
+
+def test_equal_counts_load_all_ranks_alike() -> None:
+    load = ExpertLoad(np.ones((2, EXPERTS)))
+    found = routed(EXPERTS, 8, 8, load)
+    whole = routed(EXPERTS, 8, 1, load)
+    assert found.pairs[-1] == pytest.approx(whole.pairs[-1] / 8, rel=0.02)
+    assert load.imbalance(8) == pytest.approx(1.0)
+
+
+def test_a_request_prices_the_table_once(tmp_path: Path) -> None:
+    (tmp_path / "load.csv").write_text("\n".join(",".join(f"{v:g}" for v in row) for row in skewed()))
+    asked = request(workload={"isl": 100, "osl": 100, "request_rate": 1, "expert_load": "load.csv"})
+    asked._base = tmp_path
+    priced = with_expert_load(asked, TABLE)
+    assert priced.expert_load is not None
+    assert priced.expert_load.counts.shape == (4, EXPERTS)
+    assert with_expert_load(asked, priced) is priced
+    assert priced.to_json() == TABLE.to_json(), "counts are not the model's"
+    assert asked.dump()["workload"]["expert_load"] == "load.csv"
+    assert "load.csv" in asked.files()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error", "word"),
+    [
+        ("a.csv", None, FileMissing, "relative"),
+        ("a.csv", "one,two", FileUnreadable, "one"),
+        ("a.json", "{}", FileUnreadable, "list of lists"),
+        ("a.json", "[[null]]", FileUnreadable, "counts"),
+        ("a.csv", "", InvalidField, "no layer"),
+        ("a.csv", "1,2,3", InvalidField, "3 counts"),
+        ("a.json", json.dumps([[-1.0] * EXPERTS]), InvalidField, "below zero"),
+        ("a.json", json.dumps([[0] * EXPERTS]), InvalidField, "without any token"),
+    ],
+)
+def test_bad_files_are_refused(
+    tmp_path: Path, name: str, text: str | None, error: type[Exception], word: str
+) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=word):
+        read(tmp_path / name, TABLE)
+
+
+def test_dense_models_have_no_experts_to_count(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("1,2")
+    with pytest.raises(InvalidField, match="no routed experts"):
+        read(tmp_path / "a.csv", llama8b())
