@@ -94,6 +94,31 @@ def test_export_packs_the_formats_of_the_plan(planc: Planc, model: Path, tmp_pat
     assert "there already" in again.err
 
 
+def test_formats_of_parts_are_run_verified_and_exported(planc: Planc, model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    formats = {"decoder:self_attn": "bf16/bf16", "decoder[0-1]:mlp": "bf16/bf16"}
+    bundle = compiled(model, tmp_path, weights=["int8"], activations=["int8"], formats=formats)
+    checked = planc("verify", bundle, "--weights", model, "--json")
+    assert checked.code == 0, checked.out
+    (tmp_path / "ids.json").write_text("[[11, 42, 7, 100]]")
+    words = ["run", bundle, "--input", tmp_path / "ids.json", "--weights", model, "--max-new-tokens", 4]
+    assert len(planc(*words, "--json").json()["token_ids"][0]) == 4
+    out = tmp_path / "exported"
+    result = planc("export", bundle, "--engine", "vllm", "--weights", model, "-o", out, "--json")
+    assert result.code == 0, result.err
+    assert result.json()["checkpoint"]["packed"] == 6  # three products in each of the last two layers
+    stored = load_file(out / "model/model.safetensors")
+    kinds = {
+        name: str(stored[f"model.layers.{name}.weight"].dtype) for name in ("1.mlp.up_proj", "3.mlp.up_proj")
+    }
+    assert kinds == {"1.mlp.up_proj": "torch.float32", "3.mlp.up_proj": "torch.int8"}
+    stated = json.loads((out / "model/config.json").read_text())["quantization_config"]
+    (planned,) = (bundle / "engines/vllm").glob("*/quantization_config.json")
+    assert json.loads(planned.read_text())["config_groups"] == stated["config_groups"]
+    assert sum(name.startswith("re:") for name in stated["ignore"]) == 2
+
+
 def test_run_needs_weights(planc: Planc, bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "ids.json").write_text("[[1, 2]]")
     result = planc("run", bundle, "--input", tmp_path / "ids.json")
