@@ -24,9 +24,10 @@ from planc.planner.predict import memory
 from planc.planner.search import Search
 
 
-def pools(search: Search, fleet: Fleet) -> list[Pool]:
+def pools(search: Search, fleet: Fleet, homes: list[list[str]] | None = None) -> list[Pool]:
     """The replicas, placed: a pool for each role and set of traffic classes, identical ones together."""
-    homes = placement(search.groups, [i.candidate for i in fleet.items for _ in range(i.count)])
+    if homes is None:
+        homes = placement(search.groups, [i.candidate for i in fleet.items for _ in range(i.count)])
     total = sum(item.count * item.load for item in fleet.items if item.role != "decode")
     found: dict[tuple[Role, tuple[str, ...]], list[Replica]] = {}
     position = 0

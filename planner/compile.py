@@ -10,7 +10,7 @@ from planc.errors import CheckFailed, Infeasible
 from planc.planner import assemble
 from planc.planner.alternatives import rejected
 from planc.planner.check import check
-from planc.planner.expert_load import with_expert_load
+from planc.planner.expert_load import expert_maps, with_expert_load
 from planc.planner.observe import observe
 from planc.planner.offers import Fleet
 from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
@@ -77,10 +77,20 @@ def never_accepted(search: Search) -> Infeasible:
     )
 
 
-def assembled(search: Search, fleet: Fleet, seconds: float, judgement: Judgement | None = None) -> Plan:
-    """The plan document of a fleet; `judgement` is what a referee found of it."""
+def assembled(
+    search: Search,
+    fleet: Fleet,
+    seconds: float,
+    judgement: Judgement | None = None,
+    homes: list[list[str]] | None = None,
+) -> Plan:
+    """The plan document of a fleet.
+
+    judgement   what a referee found of it
+    homes       GPUs of each replica, where others lie on the same inventory
+    """
     table = search.table
-    pools = assemble.pools(search, fleet)
+    pools = assemble.pools(search, fleet, homes)
     numbers = predicted(fleet.items, search.traffic, search.slos)
     totals = [r.memory.total_gib for pool in pools for r in pool.replicas]
     numbers["memory_gib"] = Predicted(value=max(totals), low=max(totals), high=max(totals), source="assumed")
@@ -107,6 +117,7 @@ def assembled(search: Search, fleet: Fleet, seconds: float, judgement: Judgement
         simulated=dict(judgement.latencies) if judgement else {},
         pools=pools,
         layers=assemble.layers(table, fleet),
+        experts=expert_maps(table, pools),
         rejected=rejected(search, fleet),
         coverage=assemble.coverage(search),
     ).sealed()

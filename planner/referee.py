@@ -70,8 +70,8 @@ def accepted(
         found = referee.judge(search, fleet)
         if found.accepted or number == _ROUNDS - 1:
             break
-        proved |= {key: min(load, proved.get(key, 1.0)) for key, load in _cuts(found.verdicts, 0.0).items()}
-        search = search.with_cuts({**search.cuts, **_cuts(found.verdicts, _STEP)})
+        proved |= {key: min(load, proved.get(key, 1.0)) for key, load in cuts_of(found.verdicts, 0.0).items()}
+        search = search.with_cuts({**search.cuts, **cuts_of(found.verdicts)})
         following = search.fleet(time_limit)
         if following is None:
             return None
@@ -88,7 +88,7 @@ def _bounded(solution: Solution, best: Fleet | None) -> Solution:
     return replace(solution, bound=bound, status=solution.status if same else "feasible")
 
 
-def _cuts(verdicts: Sequence[Verdict], step: float) -> Cuts:
+def cuts_of(verdicts: Sequence[Verdict], step: float = _STEP) -> Cuts:
     """Shares of capacity left to engines that failed; with a step of 0 all below the load of the failure."""
     found: Cuts = {}
     for verdict in verdicts:

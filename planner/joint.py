@@ -1,0 +1,284 @@
+"""Several models on one inventory: one master problem over the engines of all of them, a plan for each.
+
+A file of this kind has, in place of `model`, `workload` and `slo`, a list `models` of parts with a `name` and
+these keys. The inventory is theirs together; the fleet of all is as cheap as can be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from planc.cost_model.table import CostTable
+from planc.errors import CheckFailed, FileMissing, FileUnreadable, Infeasible, InvalidField
+from planc.planner import assemble, solve
+from planc.planner.check import check
+from planc.planner.compile import assembled
+from planc.planner.mistakes import translated
+from planc.planner.offers import Fleet, Offer
+from planc.planner.overrides import apply_overrides
+from planc.planner.plan import Plan
+from planc.planner.promising import promising
+from planc.planner.referee import Judgement, Referee, cuts_of
+from planc.planner.request import Inventory, Request, make_request, read_bytes
+from planc.planner.search import Progress, Search
+from planc.planner.workload import Part
+
+_ROUNDS = 12
+_OWN = ("max_gpus", "max_replicas", "max_power_kw", "max_spot_share", "spare_replicas")
+
+
+class Together(Part):
+    """Limits of the whole fleet."""
+
+    max_gpus: int | None = Field(default=None, ge=1)
+    max_power_kw: float | None = Field(default=None, gt=0)
+
+
+class Member(Part):
+    """One model: keys as in a request, checked as such."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    model: str = Field(min_length=1)
+    workload: Any
+    slo: Any = Field(default_factory=dict)
+    constraints: Any = Field(default_factory=dict)
+
+
+class JointRequest(Part):
+    """Several models that share an inventory."""
+
+    inventory: Inventory
+    models: list[Member] = Field(min_length=1)
+    constraints: Together = Field(default_factory=Together)
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """Requests by name, in order, and the limits of the fleet that serves them all."""
+
+    requests: Mapping[str, Request]
+    limits: Together
+
+
+@dataclass(frozen=True, slots=True)
+class JointPlan:
+    """A plan per model; `solution` is that of the whole fleet, in USD per hour."""
+
+    plans: Mapping[str, Plan]
+    solution: solve.Solution
+
+    @property
+    def gpus(self) -> int:
+        return sum(len(replica.gpus) for plan in self.plans.values() for replica in plan.replicas())
+
+    @property
+    def usd_per_hour(self) -> float:
+        return sum(plan.predicted["usd_per_hour"].value for plan in self.plans.values())
+
+
+def is_joint(path: str | Path) -> bool:
+    """Does a request file list several models?"""
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(raw, dict) and "models" in raw
+
+
+def load_joint(path: str | Path, overrides: Iterable[str] = ()) -> Joint:
+    """Reads a file with several models; paths in it are relative to it. Raises as `load_request` does."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileMissing(what="request", path=path, mend="Name a request file (YAML).")
+    try:
+        raw = yaml.safe_load(read_bytes(file, "request").decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise FileUnreadable(
+            what="request", path=path, format="YAML", reason=reason, mend="See examples/requests."
+        ) from None
+    raw = apply_overrides(raw, overrides)
+    where = f"request '{path}'"
+    try:
+        found = JointRequest.model_validate(raw)
+    except ValidationError as error:
+        raise translated(error, JointRequest, raw, where) from None
+    requests: dict[str, Request] = {}
+    for number, member in enumerate(found.models):
+        inside = f"{where}, models[{number}]"
+        if member.name in requests:
+            raise InvalidField(
+                where=inside,
+                field="name",
+                value=member.name,
+                reason="two models have this name",
+                mend="Give each a name of its own.",
+            )
+        own = {key: value for key, value in raw["models"][number].items() if key != "name"}
+        request = make_request({**own, "inventory": raw["inventory"]}, inside)
+        request._base = file.parent
+        requests[member.name] = _alone(request, inside)
+    return Joint(requests, found.constraints)
+
+
+def _alone(request: Request, where: str) -> Request:
+    """A request that can be planned beside others: its load is a rate, its limits are the fleet's."""
+    for key in _OWN:
+        value = getattr(request.constraints, key)
+        if value is not None:
+            raise InvalidField(
+                where=where,
+                field=f"constraints.{key}",
+                value=value,
+                reason="several models share the inventory",
+                mend="Give max_gpus and max_power_kw for all of them, at the top level.",
+            )
+    if request.objective != "min_cost" or request.workload.concurrency or request.workload.rate:
+        raise InvalidField(
+            where=where,
+            field="workload" if request.objective == "min_cost" else "objective",
+            value=request.objective,
+            reason="several models are planned for the lowest price of stated request rates",
+            mend="Give each workload a request_rate.",
+        )
+    return request
+
+
+def plans(
+    joint: Joint,
+    tables: Mapping[str, CostTable],
+    *,
+    time_limit: float | None = None,
+    progress: Progress | None = None,
+    referee: Referee | None = None,
+) -> JointPlan:
+    """The cheapest fleet that serves all models, as one plan for each.
+
+    Raises Infeasible when the inventory does not carry them together, and what `compile.plan` raises.
+    """
+    start = time.perf_counter()
+    say: Callable[[str], None] = progress or (lambda message: None)
+    searches = {
+        name: Search(request, tables[name], progress=progress) for name, request in joint.requests.items()
+    }
+    found: tuple[dict[str, Fleet], solve.Solution] | None = None
+    judged: dict[str, Judgement] = {}
+    for number in range(_ROUNDS if referee else 1):
+        say("solving")
+        found = _fleets(searches, joint.limits, time_limit)
+        if found is None:
+            raise _infeasible(joint, searches, number)
+        if referee is None:
+            break
+        say(f"simulating proposal {number + 1}")
+        judged = {name: referee.judge(searches[name], fleet) for name, fleet in found[0].items()}
+        if all(judgement.accepted for judgement in judged.values()):
+            break
+        searches = {
+            name: search.with_cuts({**search.cuts, **cuts_of(judged[name].verdicts)})
+            for name, search in searches.items()
+        }
+    assert found is not None
+    fleets, solution = found
+    items = [item for fleet in fleets.values() for item in fleet.items for _ in range(item.count)]
+    groups = next(iter(searches.values())).groups
+    homes = assemble.placement(groups, [item.candidate for item in items])
+    made: dict[str, Plan] = {}
+    for name, fleet in fleets.items():
+        count = sum(item.count for item in fleet.items)
+        mine, homes = homes[:count], homes[count:]
+        plan = assembled(searches[name], fleet, time.perf_counter() - start, judged.get(name), homes=mine)
+        wrong = check(plan, tables[name], joint.requests[name])
+        if wrong:
+            raise CheckFailed(what=f"the plan of {name}", reason=wrong[0], mend="Please report the request.")
+        made[name] = plan
+    _apart(made)
+    return JointPlan(made, solution)
+
+
+def _fleets(
+    searches: Mapping[str, Search], limits: Together, time_limit: float | None
+) -> tuple[dict[str, Fleet], solve.Solution] | None:
+    """Fleets by model and the solution of the master problem over all of them."""
+    total = sum(search.demand or 0.0 for search in searches.values())
+    classes: list[float] = []
+    flows: list[solve.Flow] = []
+    rough: list[tuple[Offer, solve.Column]] = []
+    count = sum(len(search.traffic.shares) for search in searches.values())
+    for owner, search in enumerate(searches.values()):
+        first, before = len(flows), len(classes)
+        part = (search.demand or 0.0) / total
+        classes += [share * part for share in search.traffic.shares]
+        for flow in search.flows:
+            after = count - before - len(flow.shares)
+            shares = (0.0,) * before + flow.shares + (0.0,) * after
+            flows.append(replace(flow, shares=shares, split=flow.split + first if flow.split else 0))
+        rough += [
+            (offer, replace(column, flow=column.flow + first, owner=owner))
+            for offer, column in search.rough()
+        ]
+    every = next(iter(searches.values()))
+    whole = replace(
+        every.master_limits(total),
+        classes=tuple(classes),
+        flows=tuple(flows),
+        max_gpus=limits.max_gpus,
+        max_watts=limits.max_power_kw * 1e3 if limits.max_power_kw is not None else None,
+    )
+    deadline = None if time_limit is None else time.perf_counter() + time_limit
+    offers, columns = promising(rough, whole, deadline)
+    if not columns:
+        return None
+    solution = solve.solve(columns, whole, time_limit=time_limit)
+    if solution is None:
+        return None
+    fleets = {}
+    for owner, (name, search) in enumerate(searches.items()):
+        mine = [i for i, column in enumerate(columns) if column.owner == owner]
+        own = [offers[i].column(offers[i].capacity) for i in mine]
+        bought = tuple(solution.counts[i] for i in mine)
+        usd = sum(n * column.weight for n, column in zip(bought, own, strict=True))
+        bound = usd * solution.bound / solution.value
+        alone = solve.Solution(bought, solution.status, usd, bound)
+        fleets[name] = search.deployed([offers[i] for i in mine], own, alone, search.demand, "usd_per_hour")
+    return fleets, solution
+
+
+def _infeasible(joint: Joint, searches: Mapping[str, Search], rounds: int) -> Infeasible:
+    """Why the models do not fit together: one that does not fit alone, or all of them."""
+    if rounds:
+        reason = "no fleet kept the objectives of all models when their workloads were simulated"
+    else:
+        lone = [name for name, search in searches.items() if search.fleet() is None]
+        reason = (
+            f"{lone[0]} alone does not fit the inventory (compile it by itself to see what would help)"
+            if lone
+            else "each model fits the inventory, all of them together do not"
+        )
+    return Infeasible(
+        reason=reason,
+        relaxations="\nAdd nodes, lower a request_rate, or loosen an objective.",
+        changes=["add nodes", "lower a request_rate", "loosen an objective"],
+    )
+
+
+def _apart(plans: Mapping[str, Plan]) -> None:
+    """No GPU serves two models."""
+    used: dict[str, str] = {}
+    for name, plan in plans.items():
+        for replica in plan.replicas():
+            for gpu in replica.gpus:
+                if gpu in used:
+                    raise CheckFailed(
+                        what="the fleet",
+                        reason=f"{gpu} is planned for {used[gpu]} and {name}",
+                        mend="Please report the request.",
+                    )
+                used[gpu] = name
