@@ -4,6 +4,7 @@
     model/config.json       the model's own configuration, where it has one
     kernels/                one Triton file per kernel, manifest.json
     engines/<engine>/       configuration and launch scripts
+    experts/ep<ranks>.json  where routed experts lie, where their load was stated
     front.json, front/      the other plans of a Pareto front, where one was asked for
     report.html, README.md  for people; report.json is what the report is drawn from besides the plan
 
@@ -52,6 +53,9 @@ def files(plan: Plan, config: Mapping[str, Any] | None = None) -> dict[str, str]
                 out[front.file(plan._front, number)] = point.plan.canonical()
     if config is not None:
         out["model/config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    for experts in plan.experts:
+        placed = {"physical_to_logical_map": experts.physical_to_logical}
+        out[f"experts/ep{experts.ranks}.json"] = json.dumps(placed, separators=(",", ":")) + "\n"
     for engine in engines_of(plan):
         if engine in WRITERS:
             for name, text in writer(engine).render(plan, config).items():

@@ -21,6 +21,7 @@ from planc.cost_model.speculative import drafting
 from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable
 from planc.planner import techniques
+from planc.planner.expert_load import with_expert_load
 from planc.planner.formats import accuracy
 from planc.planner.plan import Plan, Replica
 from planc.planner.request import Request, make_request
@@ -41,9 +42,11 @@ def check(plan: Plan, table: CostTable, request: Request | None = None) -> list[
     from planc.planner.check_disaggregated import check_disaggregated
 
     found = request or make_request(plan.request)
+    table = with_expert_load(request, table) if request else table
     return [
         *_placement(plan, found),
         *_limits(plan, found, table),
+        *_experts(plan, table),
         *_memory(plan, table),
         *_objectives(plan, found),
         *(_operating_points(plan, found, table) if request or not found.files() else ()),
@@ -128,6 +131,20 @@ def _limits(plan: Plan, request: Request, table: CostTable) -> Iterator[str]:
         profile = catalogue.engine(replica.engine)
         for refusal in refusals(shape, table, catalogue.gpu(replica.gpu), profile):
             yield f"replica {number}: {refusal.reason}"
+
+
+def _experts(plan: Plan, table: CostTable) -> Iterator[str]:
+    """Every layer's map holds all experts, as many slots on every rank, and none twice on one."""
+    for experts in plan.experts:
+        for number, row in enumerate(experts.physical_to_logical):
+            slots = len(row) // experts.ranks
+            ranks = [row[i : i + slots] for i in range(0, len(row), slots)]
+            if set(row) != set(range(table.model.experts)) or slots * experts.ranks != len(row):
+                yield f"experts on {experts.ranks} ranks: layer {number} does not hold each of them"
+            elif any(len(set(rank)) < slots for rank in ranks):
+                yield f"experts on {experts.ranks} ranks: layer {number} has one twice on a rank"
+        if experts.imbalance < experts.bound * (1 - 1e-6):
+            yield f"experts on {experts.ranks} ranks: imbalance {experts.imbalance:.4g} is below its bound"
 
 
 def _shares(plan: Plan, request: Request) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from planc.cost_model.expert_placement import physical_map
 from planc.cost_model.routing import ExpertLoad
 from planc.cost_model.table import CostTable
 from planc.errors import FileUnreadable, InvalidField
+from planc.planner.plan import ExpertMap, Pool
 from planc.planner.request import Request, read_bytes
 
 
@@ -27,6 +30,23 @@ def with_expert_load(request: Request, table: CostTable) -> CostTable:
     if name is None or table.expert_load is not None:
         return table
     return replace(table, expert_load=read(request.path(name), table))
+
+
+def expert_maps(table: CostTable, pools: Sequence[Pool]) -> list[ExpertMap]:
+    """Where experts lie in a plan's expert-parallel engines, once for each number of ranks."""
+    load = table.expert_load
+    degrees = sorted({replica.ep for pool in pools for replica in pool.replicas if replica.ep > 1})
+    if load is None:
+        return []
+    return [
+        ExpertMap(
+            ranks=ranks,
+            imbalance=load.imbalance(ranks),
+            bound=float(np.mean([layer.bound / layer.tokens.mean() for layer in load.placements(ranks)])),
+            physical_to_logical=physical_map(load.placements(ranks)),
+        )
+        for ranks in degrees
+    ]
 
 
 def read(path: Path, table: CostTable) -> ExpertLoad:

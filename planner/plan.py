@@ -33,6 +33,10 @@ def _none(value: object) -> bool:
     return value is None
 
 
+def _no_maps(value: list[ExpertMap]) -> bool:
+    return not value
+
+
 def _empty(value: dict[str, str] | str) -> bool:
     return not value
 
@@ -169,6 +173,17 @@ class ModelSummary(_Part):
     kv_bytes_per_token: int
 
 
+class ExpertMap(_Part):
+    """Where routed experts lie on `ranks` ranks: per layer the expert in each slot, rank after rank (a single
+    layer stands for all). imbalance: the fullest rank over the mean, averaged over layers; bound: what no
+    placement gets below."""
+
+    ranks: int
+    imbalance: float
+    bound: float
+    physical_to_logical: list[list[int]]
+
+
 class Plan(_Part):
     """`simulated`: latencies of the workload played against the plan, metric -> mean, p50, p90, p95, p99."""
 
@@ -183,6 +198,7 @@ class Plan(_Part):
     simulated: dict[str, dict[str, float]] = Field(default_factory=dict)
     pools: list[Pool]
     layers: list[LayerPlan]
+    experts: list[ExpertMap] = Field(default_factory=list, exclude_if=_no_maps)
     rejected: list[Rejected]
     coverage: Coverage
 

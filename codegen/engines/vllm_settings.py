@@ -43,6 +43,8 @@ def settings(
         out["prefill-context-parallel-size"] = replica.cp
     if replica.ep > 1:
         out["enable-expert-parallel"] = True
+        if any(experts.ranks == replica.ep for experts in plan.experts):
+            out["enable-eplb"] = True  # vLLM finds the placement by the load it sees; it reads none
     if world > 1:
         out["distributed-executor-backend"] = "mp"
     out |= {

@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from planc.codegen.bundle import files
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.routing import ExpertLoad, routed
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepLoad, StepModel
 from planc.errors import FileMissing, FileUnreadable, InvalidField
+from planc.planner.check import check
+from planc.planner.compile import plan
 from planc.planner.expert_load import read, with_expert_load
+from planc.planner.plan import Plan
 from tests.planner.cases import request
 from tests.sample_tables import llama8b, qwen235b
 
@@ -60,6 +64,30 @@ def test_a_request_prices_the_table_once(tmp_path: Path) -> None:
     assert priced.to_json() == TABLE.to_json(), "counts are not the model's"
     assert asked.dump()["workload"]["expert_load"] == "load.csv"
     assert "load.csv" in asked.files()
+
+
+def test_a_plan_carries_the_placement_to_its_engines(tmp_path: Path) -> None:
+    (tmp_path / "load.json").write_text(json.dumps(skewed(1).tolist()))
+    asked = request(
+        inventory={"nodes": [{"gpu": "h200_sxm", "gpus_per_node": 8, "usd_per_gpu_hour": 3.0}]},
+        workload={"isl": 1000, "osl": 200, "request_rate": 2, "expert_load": "load.json"},
+        slo={"tpot_mean_ms": 60},
+        constraints={"tp": [8], "pp": [1], "dp": [1], "ep": [8], "weights": ["fp8"], "kv": ["fp8"]},
+    )
+    asked._base = tmp_path
+    found = plan(asked, TABLE)
+    (experts,) = found.experts
+    assert experts.ranks == 8
+    assert 1.0 <= experts.bound <= experts.imbalance < ExpertLoad(skewed(1), placed=False).imbalance(8)
+    (read_back,) = Plan.model_validate_json(found.canonical()).experts
+    assert read_back.physical_to_logical == experts.physical_to_logical
+    made = files(found)
+    held = json.loads(made["experts/ep8.json"])["physical_to_logical_map"]
+    assert sorted(held[0]) == list(range(EXPERTS))
+    assert any("enable-eplb: true" in text for name, text in made.items() if name.endswith(".yaml"))
+    assert check(found, TABLE, asked) == check(found, with_expert_load(asked, TABLE), asked) == []
+    moved = found.model_copy(update={"experts": [experts.model_copy(update={"imbalance": 0.5})]})
+    assert any("below its bound" in line for line in check(moved, with_expert_load(asked, TABLE), asked))
 
 
 @pytest.mark.parametrize(
