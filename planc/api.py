@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planc.errors import FileMissing, InvalidField, PlancError
+from planc.files import whole
 from planc.planner.plan import Plan, load_plan
 from planc.planner.request import Request, load_request
 
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
     from planc.planner.diff import PlanDiff
     from planc.planner.estimate import Estimate
     from planc.planner.explain import Explanation
+    from planc.planner.joint import JointPlan
     from planc.runtime.simulator.replay import Replay
     from planc.runtime.validation.report import ValidationReport
 
 __all__ = [
     "compile",
+    "compile_joint",
     "cost_table",
     "diff",
     "estimate",
@@ -39,6 +42,7 @@ __all__ = [
     "validate",
     "with_profile",
     "write_bundle",
+    "write_joint",
 ]
 
 
@@ -109,6 +113,54 @@ def compile(
         found = plan(request, table, time_limit=time_limit, progress=progress, referee=referee)
     found._model = request.model_path()
     return found
+
+
+def compile_joint(
+    path: str | Path,
+    overrides: Iterable[str] = (),
+    *,
+    time_limit: float | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str], None] | None = None,
+    profile: ProfileDocument | str | Path | None = None,
+    simulate: bool = True,
+) -> JointPlan:
+    """Compiles a file that lists several models (`models:`) to a plan for each, on GPUs of their own.
+
+    Raises as `compile` does.
+    """
+    from planc.planner.joint import load_joint, plans
+
+    joint = load_joint(path, overrides)
+    tables = {
+        name: cost_table(request, trust_remote_code=trust_remote_code, progress=progress)
+        for name, request in joint.requests.items()
+    }
+    referee = None
+    if simulate:
+        from planc.runtime.referee import Simulation
+
+        referee = Simulation()
+    with with_profile(profile, {gpu for request in joint.requests.values() for gpu in _gpus(request)}):
+        found = plans(joint, tables, time_limit=time_limit, progress=progress, referee=referee)
+    for name, plan in found.plans.items():
+        plan._model = joint.requests[name].model_path()
+    return found
+
+
+def write_joint(plan: JointPlan, folder: str | Path) -> None:
+    """Writes a bundle for each model, FOLDER/NAME, and `fleet.json`, which sums them up.
+
+    Raises InvalidBundle where one of these is something other than a bundle.
+    """
+    import json
+
+    from planc.planner.joint import document
+
+    for name, one in plan.plans.items():
+        write_bundle(one, Path(folder) / name)
+    with whole(Path(folder) / "fleet.json") as file:
+        file.write(json.dumps(document(plan), indent=2) + "\n")
 
 
 def estimate(

@@ -83,6 +83,28 @@ class JointPlan:
         return sum(plan.predicted["usd_per_hour"].value for plan in self.plans.values())
 
 
+def document(plan: JointPlan) -> dict[str, Any]:
+    """`fleet.json`: what the models take together, and where each one's bundle lies."""
+    return {
+        "objective": "usd_per_hour",
+        "value": plan.solution.value,
+        "bound": plan.solution.bound,
+        "gap": plan.solution.gap,
+        "status": plan.solution.status,
+        "gpus": plan.gpus,
+        "models": {
+            name: {
+                "bundle": name,
+                "plan": one.fingerprint.plan,
+                "gpus": sum(len(replica.gpus) for replica in one.replicas()),
+                "usd_per_hour": one.predicted["usd_per_hour"].value,
+                "requests_s": one.predicted["requests_s"].value,
+            }
+            for name, one in plan.plans.items()
+        },
+    }
+
+
 def is_joint(path: str | Path) -> bool:
     """Does a request file list several models?"""
     try:

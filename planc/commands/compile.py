@@ -46,12 +46,19 @@ def compile_command(
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
-    """Compile REQUEST (YAML) to a plan and write its bundle."""
+    """Compile REQUEST (YAML) to a plan and write its bundle.
+
+    A request that lists several `models` gives a bundle for each, in folders below the one named.
+    """
     from planc import api
     from planc.codegen.engines import WRITERS, engines_of
     from planc.planner.front import document
+    from planc.planner.joint import is_joint
 
     start = time.perf_counter()
+    if is_joint(request_file):
+        _several(request_file, output, settings, time_limit, simulate, trust_remote_code, as_json)
+        return
     overrides = [*settings, *([f"constraints.engines=[{engine}]"] if engine else [])]
     request = api.load_request(request_file, overrides)
     with progress() as say:
@@ -88,3 +95,43 @@ def compile_command(
                 f"! planc writes no files for {engine} yet: the bundle is the plan only", style="yellow"
             )
     console.print(f"\nbundle {plan.fingerprint.plan} written to [bold]{output}[/] in {seconds:.1f} s")
+
+
+def _several(
+    request_file: str,
+    output: str,
+    settings: tuple[str, ...],
+    time_limit: float | None,
+    simulate: bool,
+    trust_remote_code: bool,
+    as_json: bool,
+) -> None:
+    from planc import api
+    from planc.planner.joint import document
+
+    start = time.perf_counter()
+    with progress() as say:
+        found = api.compile_joint(
+            request_file,
+            settings,
+            time_limit=time_limit,
+            trust_remote_code=trust_remote_code,
+            progress=say,
+            simulate=simulate,
+        )
+        say("writing the bundles")
+        api.write_joint(found, output)
+    seconds = time.perf_counter() - start
+    if as_json:
+        emit_json({"bundle": output, "seconds": round(seconds, 3), "fleet": document(found)})
+        return
+    console = out()
+    for name, plan in found.plans.items():
+        console.print(f"[bold]{name}[/]")
+        show.summary(plan, console)
+        console.print()
+    solution = found.solution
+    console.print(
+        f"{len(found.plans)} models on {found.gpus} GPUs, {found.usd_per_hour:.4g} USD/h: {solution.status}, "
+        f"gap {100 * solution.gap:.2g} %; bundles written to [bold]{output}[/] in {seconds:.1f} s"
+    )
