@@ -127,6 +127,10 @@ class Cluster:
     def answer(self, where: int, found: Finished) -> None:
         raise NotImplementedError
 
+    def alone(self, where: int) -> float:
+        """Seconds in which nothing that another replica begins now can reach this one."""
+        return 0.0
+
     def later(self, at: float, action: Callable[[float], None]) -> None:
         """`action` is called with the time when it has come."""
         heappush(self._later, (at, next(self._number), action))
@@ -166,7 +170,7 @@ class Cluster:
             _, where = heappop(ready)
             until = soon
             if self.coupled and ready:
-                until = min(soon, max(ready[0][0], now + _MOMENT))
+                until = min(soon, max(ready[0][0] + self.alone(where), now + _MOMENT))
             self._at[where] = math.inf
             replica = self.replicas[where]
             queued = replica.scheduler.queued

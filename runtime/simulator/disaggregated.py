@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planc.runtime.simulator.cluster import Clients, Cluster, Front, fronted, sending, together
 from planc.runtime.simulator.load import Load
@@ -37,6 +38,7 @@ class Disaggregated(Cluster):
     """`replicas` are the prefilling ones, then the decoding ones; each pool has its router.
 
     served_by, decoded_by   the prefilling and the decoding replica of each request
+    shortest_s              no prompt is computed in less time: so long a decoding replica runs by itself
     """
 
     coupled = True
@@ -49,10 +51,12 @@ class Disaggregated(Cluster):
         journal: Journal,
         transfer_s: Transfer,
         first_token: FirstToken = "prefill",
+        shortest_s: float = 0.0,
     ) -> None:
         super().__init__([*prefill.replicas, *decode.replicas], clients)
         self.prefill, self.decode, self.journal, self.transfer_s = prefill, decode, journal, transfer_s
         self.first, self.first_token = len(prefill.replicas), first_token
+        self.shortest_s = shortest_s
         self.served_by = np.full(journal.requests, -1, dtype=np.int32)
         self.decoded_by = np.full(journal.requests, -1, dtype=np.int32)
         self._open: dict[int, Sent] = {}
@@ -61,6 +65,9 @@ class Disaggregated(Cluster):
         self._coming = [0] * len(decode.replicas)
         self._sending = [0.0] * len(prefill.replicas)
         self._receiving = [0.0] * len(decode.replicas)
+
+    def alone(self, where: int) -> float:
+        return self.shortest_s if where >= self.first else 0.0
 
     def arrive(self, sent: Sent) -> None:
         where = self.prefill.choose(sent)
@@ -161,6 +168,13 @@ def simulate_disaggregated(
         journal,
         lambda source, target, tokens: transfer_s(tokens),
         first_token,
+        _shortest(prefill_servers, prompt) if load.prefix is None else 0.0,
     )
     run.run()
     return together(run.replicas, journal, prompt, output, load.concurrency or 0)
+
+
+def _shortest(servers: Sequence[Server], prompt: NDArray[np.int64]) -> float:
+    """Seconds of the shortest prompt by itself on the fastest engine; no budget makes it shorter."""
+    least = int(prompt.min())
+    return min(server.clock.mixed(0, 0.0, [(least, 0)])[0] for server in servers)

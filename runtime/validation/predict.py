@@ -19,7 +19,7 @@ from planc.planner.priors import priors
 from planc.runtime.simulator import Clock, Load, Records, Rules, Server, closed_loop, simulate
 from planc.runtime.simulator.load import Lengths, uniform
 from planc.runtime.validation.constants import Constants
-from planc.runtime.validation.disaggregated import simulate_pools
+from planc.runtime.validation.disaggregated import simulate_pools, slices
 from planc.runtime.validation.harness import hidden_launch_us
 from planc.runtime.validation.lint import mean_lengths
 from planc.runtime.validation.setups import Engine, Setup
@@ -143,15 +143,10 @@ class Predictor:
         return records.only(np.arange(load.requests + warm) >= warm)
 
     def _pools(self, setup: Setup, prefill: Engine, constants: Constants) -> Records:
-        return simulate_pools(
-            setup,
-            prefill,
-            self.clock(setup, prefill, constants),
-            self.clock(setup, setup.decode, constants),
-            constants,
-            clients(setup, 1),
-            self.seed,
-        )
+        prompts = self._server(setup, prefill, constants)
+        decodes = self._server(setup, setup.decode, constants)
+        load = clients(setup, slices(setup, prefill))
+        return simulate_pools(setup, prefill, prompts, decodes, load, self.seed)
 
 
 def _hidden_us(model: StepModel) -> float:
