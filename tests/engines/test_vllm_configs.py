@@ -41,6 +41,14 @@ PROCESSORS: Mapping[str, Mapping[str, Any]] = {
     }
 }
 
+
+def offloaded(*tiers: str) -> dict[str, Any]:
+    """As a plan states it: what recurs is loaded from these."""
+    gpu = {"tier": "gpu", "share": 0.1, "loaded": True}
+    others = [{"tier": t, "share": 0.4, "loaded": True, "gbytes_s": 9.0, "gib": 64.0} for t in tiers]
+    return {"hit_rate": 0.5, "load_ms": 3.0, "break_even_gbytes_s": 4.0, "tiers": [gpu, *others]}
+
+
 #: A plan's settings, one thing at a time, on a small dense and a mixture-of-experts model.
 SHAPES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "tp, fp8 weights and KV": (
@@ -64,6 +72,8 @@ SHAPES: Mapping[str, tuple[str, dict[str, Any]]] = {
         "deepseek-r1",
         {"tp": 8, "speculative": {"method": "mtp", "num_speculative_tokens": 1, "acceptance_rate": 0.8}},
     ),
+    "caches in host memory": ("llama-3.1-8b", {"prefix_caching": True, "kv_offload": offloaded("host")}),
+    "caches on drives": ("llama-3.1-8b", {"prefix_caching": True, "kv_offload": offloaded("host", "nvme")}),
     "cpu": (
         "qwen3-0.6b",
         {"gpu": "cpu", "tp": 2, "weights": "fp32", "activations": "fp32", "kv": "fp32", "block_size": 32},
@@ -134,6 +144,7 @@ def test_accepted_as_meant(name: str, commands: dict[str, dict[str, Any]]) -> No
     assert theirs["max_num_seqs"] == mine.max_num_seqs
     assert theirs["max_model_len"] == mine.max_model_len
     assert theirs["prefix_caching"] == mine.prefix_caching
+    assert theirs["kv_role"] == ("kv_both" if mine.kv_offload else None)
     assert theirs["cache_dtype"] == ("fp8" if mine.kv == "fp8" else "auto")
     if mine.gpu != "cpu":
         assert theirs["gpu_memory_utilization"] == pytest.approx(mine.gpu_memory_utilization)
