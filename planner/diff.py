@@ -26,10 +26,10 @@ _MIRROR: Mapping[Direction, Direction] = {"+": "-", "-": "+", "~": "~"}
 #: order in which sections are shown
 SECTIONS = ("model", "request", "pools", "layers", "predicted", "solver", "coverage", "other")
 #: parts of a plan that have a section of their own, or that say nothing about what it does
-_TREATED = (
+_TREATED = {
     *("model", "request", "pools", "layers", "predicted", "predicted_by_class", "simulated", "solver"),
     *("coverage", "planc_version", "schema_version", "fingerprint", "rejected"),
-)
+}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -149,11 +149,7 @@ def diff(old: Plan, new: Plan, table: CostTable | None = None, *, without: str =
             _solver(old, new),
             _named("coverage", "modelled", old.coverage.modelled, new.coverage.modelled),
             _named("coverage", "not modelled", old.coverage.not_modelled, new.coverage.not_modelled),
-            *(
-                _values("other", name, *(plan.model_dump(mode="json")[name] for plan in (old, new)))
-                for name in Plan.model_fields
-                if name not in _TREATED
-            ),
+            _values("other", "", *(plan.model_dump(mode="json", exclude=_TREATED) for plan in (old, new))),
         )
         for change in part
     )

@@ -19,12 +19,12 @@ from planc.planner.plan import Plan
 from planc.planner.request import Request, make_request
 
 #: what follows from the other settings
-_DERIVED = ("kv_blocks", "block_size", "pipeline_layers")
+_DERIVED = ("kv_blocks", "block_size", "pipeline_layers", "kv_offload")
 #: decisions that set more than the field of their name
 _FIELDS: Mapping[str, tuple[str, ...]] = {"pp": ("pp", "pipeline_layers")}
 _ENGINE = tuple(name for name in SETTINGS if name not in _DERIVED)
 #: decisions in the order in which they are tried: what is asked, what it costs, what serves, how, how many
-ORDER = ("workload", "slo", "prices", "network", "pools", "nodes", *_ENGINE, "replicas", "traffic split")
+ORDER = ("workload", "slo", "prices", "machines", "pools", "nodes", *_ENGINE, "replicas", "traffic split")
 
 
 _LISTED = 3  # changes of one decision that are named in a line
@@ -87,14 +87,18 @@ class Mixture:
         if name in ("workload", "slo"):
             old, new = (dict(_leaves(plan.request.get(name, {}))) for plan in self.plans)
             yield from ((key, old.get(key), new.get(key)) for key in sorted({*old, *new}))
-        elif name in ("prices", "network"):
+        elif name in ("prices", "machines"):
             used = {kind.replica.gpu for pair in self.pairs for kind in (pair.old, pair.new) if kind}
+            view = _price if name == "prices" else _machine
             for a, b in self._twins:
                 if a.gpu.name in used:
-                    yield (a.gpu.name, a.usd, b.usd) if name == "prices" else (a.gpu.name, *_fabrics(a, b))
+                    yield from (
+                        (f"{a.gpu.name} {key}".strip(), view(a)[key], view(b)[key]) for key in view(a)
+                    )
         elif name == "pools":
-            before, after = (" and ".join(map(_pool, sorted(side))) for side in self._shares)
-            yield "", before, after
+            mine, other = (side.keys() for side in self._shares)
+            gone, come = (" + ".join(map(_pool, sorted(side))) for side in (mine - other, other - mine))
+            yield "", gone or None, come or None
         elif name == "replicas":
             yield from ((label(p.name), _count(p.old), _count(p.new)) for p in self.pairs if p.kept)
         elif name == "traffic split":
@@ -160,12 +164,12 @@ class Mixture:
         return Engines(place, replica, count, share, self._priced(kind.group, side, new))
 
     def _priced(self, group: Group, side: int, new: frozenset[str]) -> Group:
-        """The group with price and fabric of the sides that `new` says, where both inventories have it."""
+        """The group with price and machines of the sides that `new` says, where both inventories have it."""
         twin = next((t for t in self._twins if t[side].index == group.index), None)
         if twin is None:
             return group
-        price, fabric = twin["prices" in new], twin["network" in new].fabric
-        return replace(group, usd=price.usd, priced=price.priced, fabric=fabric)
+        price = twin["prices" in new]
+        return replace(twin["machines" in new], usd=price.usd, priced=price.priced)
 
     # -- parts ---------------------------------------------------------------------------
 
@@ -239,17 +243,24 @@ def _twins(old: Sequence[Group], new: Sequence[Group]) -> list[tuple[Group, Grou
     return found
 
 
-def _fabrics(old: Group, new: Group) -> tuple[str, str]:
-    """What differs between two fabrics."""
-    views = [dict(_leaves({f: getattr(g.fabric, f) for f in type(g.fabric).__slots__})) for g in (old, new)]
-    changed = [key for key in views[0] if views[0][key] != views[1][key]]
-    before, after = (", ".join(f"{key} {view[key]}" for key in changed) for view in views)
-    return before, after
+def _price(group: Group) -> dict[str, Any]:
+    return {"": group.usd}
+
+
+def _machine(group: Group) -> dict[str, Any]:
+    """What matters of nodes besides their GPUs and price."""
+    network = group.fabric.inter_node_gbit_s
+    return {
+        "nodes": len(group.names),
+        "GPUs per node": group.per_node,
+        "network": "default" if network is None else f"{network:g} Gbit/s",
+        "caches": ", ".join(f"{name} {gib:g} GiB" for name, gib, _ in group.stores) or "none",
+    }
 
 
 def _pool(place: Place) -> str:
     role, classes = place
-    return f"{role} for {', '.join(classes)}" if classes else role
+    return f"{role} ({', '.join(classes)})" if classes else role
 
 
 def _percent(share: float) -> str:

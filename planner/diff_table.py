@@ -73,6 +73,11 @@ class Sheet:
     parts: tuple[Part, ...]
     idle: tuple[Part, ...]
 
+    @property
+    def moved(self) -> tuple[Column, ...]:
+        """Columns that some part changes, be it there and back."""
+        return tuple(column for column in self.columns if any(column.parts))
+
 
 def percentiles(plans: Iterable[Plan]) -> list[str]:
     """Figures that the plans' requests set objectives for, other than means: "ttft_ms.p99"."""

@@ -109,13 +109,13 @@ def _explain(console: Console, plans: tuple[Plan, Plan], found: PlanDiff) -> Non
     made = sheet(found.attribution, percentiles(plans))
     table = Table(box=None, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("why", max_width=_LABEL, overflow="fold")
-    for column in made.columns:
+    for column in made.moved:
         table.add_column("\n".join(column.head), justify="right", no_wrap=True)
-    table.add_row("old", *(column.text(column.old) for column in made.columns), style="bold")
+    table.add_row("old", *(column.text(column.old) for column in made.moved), style="bold")
     for number, part in enumerate(made.parts):
-        cells = (_cell(column, column.parts[number]) for column in made.columns)
+        cells = (_cell(column, column.parts[number]) for column in made.moved)
         table.add_row(escape(part.text()), *cells)
-    table.add_row("new", *(column.text(column.new) for column in made.columns), style="bold")
+    table.add_row("new", *(column.text(column.new) for column in made.moved), style="bold")
     console.print(table)
     if made.idle:
         names = ", ".join(part.name for part in made.idle)

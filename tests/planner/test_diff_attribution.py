@@ -109,7 +109,7 @@ def test_formats_without_kernels_between_them_change_together(plans: dict[str, P
 
 def test_pools_of_another_role_are_one_decision(plans: dict[str, Plan]) -> None:
     found = attribution(plans["plain"], plans["halves"], table())
-    assert part(found, "pools").decisions[0].changes == (("", "aggregated", "decode and prefill"),)
+    assert part(found, "pools").decisions[0].changes == (("", "aggregated", "decode + prefill"),)
     assert part(found, "pools").changes["usd_per_hour"] > 0
 
 
@@ -172,7 +172,7 @@ def test_pools_of_their_own_for_traffic_classes(plans: dict[str, Plan]) -> None:
     add_up(there.attribution)
     assert [pair.name for pair in there.pairs] == ["aggregated(all|chat)", "aggregated(docs)"]
     one = part(there.attribution, "pools")
-    assert one.decisions[0].changes == (("", "aggregated", "aggregated for chat and aggregated for docs"),)
+    assert one.decisions[0].changes == (("", "aggregated", "aggregated (chat) + aggregated (docs)"),)
     assert one.changes["usd_per_hour"] + part(there.attribution, "replicas").changes["usd_per_hour"] == 1.0
     busier = apart.model_copy(
         update={"request": request | {"workload": {**two, "classes": [two["classes"][0]]}}}
