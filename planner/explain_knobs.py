@@ -38,6 +38,7 @@ class Knob:
     step         one unit in the looser direction, signed; an integer where only whole values count
     at           the variation with another value
     without      the variation without the constraint; None where that has no meaning
+    instead      what `without` has in its place
     reached      what a plan makes of it, in the same unit; None where that is not one number
     far          a value so loose that nothing looser gains; None: what the plan of `without` makes of it
     least        smallest value that can be asked for
@@ -50,6 +51,7 @@ class Knob:
     step: float = 0.0
     at: Callable[[float], Variation] | None = None
     without: Variation | None = None
+    instead: str = "left out"
     reached: Callable[[Outcome], float] | None = None
     far: float | None = None
     least: float = 1e-9
@@ -93,6 +95,7 @@ def _demand(start: Variation, base: Outcome) -> Iterator[Knob]:
         -max(1, round(demand / 100)) if closed else -demand / 100,
         at,
         at(half) if request.objective != "max_goodput" else None,
+        "half of it",
         lambda found: _capacity(found.plan),
         half,
     )
@@ -111,7 +114,9 @@ def _objective(start: Variation, slo: Slo) -> Knob:
     def at(limit: float) -> Variation:
         return replace(start, request=with_objective(start.request, key, limit, slo.traffic_class))
 
-    return Knob(f"slo.{slo.key}", "ms", 1e3 * slo.limit, 1.0, at, at(NEVER), lambda found: found.latency(slo))
+    return Knob(
+        f"slo.{slo.key}", "ms", 1e3 * slo.limit, 1.0, at, at(NEVER), reached=lambda found: found.latency(slo)
+    )
 
 
 def _node_count(start: Variation, position: int) -> Knob:
@@ -131,6 +136,7 @@ def _node_count(start: Variation, position: int) -> Knob:
         1,
         at,
         at(mine.count * MANY_NODES) if start.request.objective != "max_goodput" else None,
+        f"{MANY_NODES} times as many",
         reached,
         least=0 if len(old) > 1 else 1,
         sure=False,
@@ -194,7 +200,7 @@ def _numbers(start: Variation) -> Iterator[Knob]:
             step,
             at,
             start.constrained(**{name: lifted(name)}),
-            _REACHED.get(name),
+            reached=_REACHED.get(name),
             far=None if name in _REACHED else 0.0 if step < 0 else 1.0,
         )
 
@@ -211,7 +217,12 @@ def _lists(start: Variation, native: str) -> Iterator[Knob]:
     limits = start.request.constraints
     for name in LISTS:
         if getattr(limits, name) is not None:
-            yield Knob(f"constraints.{name}", without=start.constrained(**{name: left_open(name)}))
+            yield Knob(
+                f"constraints.{name}",
+                without=start.constrained(**{name: left_open(name)}),
+                instead="anything",
+            )
     if limits.weights is None and limits.max_accuracy_drop is None:
         kept = f"constraints.weights (left out: {native} is kept)"
-        yield Knob(kept, without=start.constrained(max_accuracy_drop=_BUDGET))
+        wider = start.constrained(max_accuracy_drop=_BUDGET)
+        yield Knob(kept, without=wider, instead=f"max_accuracy_drop: {_BUDGET:g}")

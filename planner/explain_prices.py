@@ -32,7 +32,7 @@ class Price:
     looser, tighter    the objective's gain from one unit looser, and its loss from one unit tighter
     tighter_fails      one unit tighter is infeasible
     pays_at, pays      the nearest looser value that gains anything, and what it gains
-    without            gain from leaving the constraint out
+    without, instead   gain from leaving the constraint out, and what is in its place then
     """
 
     name: str
@@ -47,6 +47,7 @@ class Price:
     pays_at: float | None = None
     pays: float | None = None
     without: float | None = None
+    instead: str = "left out"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,7 +59,7 @@ def prices(resolver: Resolver, base: Outcome) -> Iterator[Price]:
     late = False
     for knob in knobs(resolver, base):
         reached = None if knob.reached is None else knob.reached(base)
-        found = Price(knob.name, knob.unit, knob.stated, knob.step, reached)
+        found = Price(knob.name, knob.unit, knob.stated, knob.step, reached, instead=knob.instead)
         if not late:
             resolver.say(f"pricing {knob.name}")
             try:

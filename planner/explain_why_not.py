@@ -178,8 +178,12 @@ def _compared(resolver: Resolver, base: Outcome, about: WhyNot, found: Outcome) 
         terms=terms,
     )
     if gain is None:
-        return replace(result, verdict="worse", reason=f"it can only be had as {found.objective}")
-    words = f"{abs(gain):.4g} {base.objective}"
+        return replace(
+            result,
+            verdict="worse",
+            reason=f"there is no plan of the same kind: it can only be had by {found.objective}",
+        )
+    words = f"{abs(gain):.4g} {base.unit}"
     if gain < 0:
         share = abs(gain) / abs(base.value)
         verb = "carries less" if resolver.maximising else "costs more"
@@ -213,15 +217,13 @@ def _tie(mine: Plan, plan: Plan, base: Outcome, found: Outcome) -> str:
     """Equal in the objective: what decided."""
     here, there = (max(i.candidate.drop for i in o.fleet.items) for o in (base, found))
     if there > here + 1e-12:
-        return (
-            f"equal in {base.objective}, but its formats lose more accuracy ({there:.2%} against {here:.2%})"
-        )
+        return f"equal in {base.unit}, but its formats lose more accuracy ({there:.2%} against {here:.2%})"
     if found.fleet.capacity < base.fleet.capacity * (1 - 1e-6):
         return (
-            f"equal in {base.objective}, but it has less to spare: it carries up to "
+            f"equal in {base.unit}, but it has less to spare: it carries up to "
             f"{found.fleet.capacity:.4g} against {base.fleet.capacity:.4g}"
         )
-    return f"equal in {base.objective}; of equal plans the first in a fixed order is taken"
+    return f"equal in {base.unit}; of equal plans the first in a fixed order is taken"
 
 
 # -- a stated number of replicas -----------------------------------------------------------
@@ -254,6 +256,6 @@ def _counted(resolver: Resolver, base: Outcome, about: WhyNot) -> WhyNot:
         return replace(result, verdict="no better", reason="it meets the objectives too")
     gain = (result.value - base.value) * (1 if resolver.maximising else -1)
     if gain < -1e-9 * abs(base.value):
-        words = f"{abs(gain):.4g} {base.objective} ({abs(gain) / abs(base.value):.1%})"
+        words = f"{abs(gain):.4g} {base.unit} ({abs(gain) / abs(base.value):.1%})"
         return replace(result, verdict="worse", reason=f"it is worse by {words}")
-    return replace(result, verdict="no better", reason=f"equal in {base.objective}")
+    return replace(result, verdict="no better", reason=f"equal in {base.unit}")

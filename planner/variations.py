@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 
 #: candidate engines up to which every variation is solved over all layouts, not the promising ones alone
 ALL_LAYOUTS = 200
+#: units of what `Fleet.objective` names
+UNITS = {
+    "usd_per_hour": "USD/h",
+    "usd_per_million_tokens": "USD per 1M tokens",
+    "requests_s": "requests/s",
+    "e2e_mean_ms": "ms",
+    "watts": "W",
+}
 #: relative difference of objective values that counts as none
 SAME = 1e-6
 
@@ -92,6 +100,10 @@ class Outcome:
     @property
     def objective(self) -> str:
         return self.fleet.objective
+
+    @property
+    def unit(self) -> str:
+        return UNITS.get(self.objective, self.objective)
 
     def latency(self, slo: Slo) -> float:
         """What an objective is about, ms, as the plan predicts it."""

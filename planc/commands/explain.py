@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from planc.planner.explain_why_not import WhyNot
 
 _OPS = 12  # ops of a step that are listed
-_OBJECTIVES = {
-    "usd_per_hour": "USD/h",
-    "usd_per_million_tokens": "USD per 1M tokens",
-    "requests_s": "requests/s",
-    "e2e_mean_ms": "ms",
-    "watts": "W",
-}
 _STYLES = {"binds": "bold red", "limits": "yellow", "slack": "dim", "not tried": "dim"}
 
 
@@ -61,6 +54,7 @@ def explain_command(
     """Explain the plan of BUNDLE (or a plan.json): which constraints bind and what a unit more of each would
     buy, what each decision bought, where time and memory go; or why a named alternative lost."""
     from planc import api
+    from planc.planner.variations import UNITS as OBJECTIVE_UNITS
 
     with progress() as say:
         found = api.explain(
@@ -70,7 +64,7 @@ def explain_command(
         emit_json(found.to_json())
         return
     console = out()
-    unit = _OBJECTIVES.get(found.objective, found.objective)
+    unit = OBJECTIVE_UNITS.get(found.objective, found.objective)
     console.print(f"[bold]{escape(found.model)}[/]: {escape(found.fleet)}")
     console.print(f"{number(found.value)} {unit}, {found.status}\n")
     if found.why_not is not None:
@@ -101,7 +95,7 @@ def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: C
                 _step(price, sign),
                 _tighter(price, "-" if maximising else "+"),
                 "" if price.pays_at is None else f"{number(price.pays_at)}: {_signed(sign, price.pays)}",
-                _signed(sign, price.without),
+                "" if price.without is None else f"{price.instead}: {_signed(sign, price.without)}",
             )
         )
     heads = (
