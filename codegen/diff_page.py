@@ -31,7 +31,7 @@ _SECTIONS = {
 }
 _TILES = ("ttft_ms", "tpot_ms", "output_tok_s", "usd_per_hour", "usd_per_million_tokens", "joules_per_token")
 #: share of the largest figure above which an axis need not start at 0
-_CUT = 0.6
+_CUT = 0.8
 
 
 @dataclass(frozen=True, slots=True)
