@@ -14,6 +14,9 @@ from planc.cost_model.table import CostTable
 from planc.planner.inventory import Group
 from planc.planner.request import Constraints, Request
 
+#: layers from which on the first and last quarter of a class are told apart from those between
+_HALVED = 8
+
 #: weights, activations, kv
 Formats = tuple[str, str, str]
 
@@ -94,7 +97,8 @@ class Accuracy:
     @cached_property
     def parts(self) -> tuple[Held, ...]:
         """The parts whose formats are decided one by one: all modules of all layer classes, in the bands of
-        layers that were measured. No matrix lies in two."""
+        layers that were measured, else with the outer half of the layers apart from the inner one. No matrix
+        lies in two. What comes first stays wide where two are as good."""
         named: dict[tuple[str, str], set[tuple[int, ...]]] = {}
         for entry in self.measured.parts if self.measured else ():
             where = entry.where
@@ -102,9 +106,13 @@ class Accuracy:
                 named.setdefault((where.layer_class, where.module), set()).add(where.layers)
         found = []
         for part in held(self.table):
+            layers = self._layers[part.layer_class]
             bands = sorted(named.get((part.layer_class, part.module), ()))
+            if self.measured is None and not part.cached and len(layers) >= _HALVED:
+                quarter = len(layers) // 4
+                bands = [(*layers[:quarter], *layers[-quarter:])]
             known = {layer for band in bands for layer in band}
-            rest = tuple(layer for layer in self._layers[part.layer_class] if layer not in known)
+            rest = tuple(layer for layer in layers if layer not in known)
             if bands and rest:
                 bands.append(rest)
             found += [replace(part, layers=band, count=len(band)) for band in bands] or [part]

@@ -39,7 +39,7 @@ _CUTS, MOST = 3, 4
 GAIN = 0.02
 
 #: losses closer than this are the same: sums of shares are not exact
-_SAME = 1e-12
+_SAME, _DIGITS = 1e-12, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def front(parts: Sequence[Sequence[Choice]], budget: float) -> list[Assignment]:
     """The assignments within the budget that no other beats in both cost and drop, by rising drop.
 
     Exact: a partial assignment that another beats in both cannot be part of a better whole. Of equal ones
-    the first stays.
+    that stays in which earlier parts take earlier choices.
     """
     costs, drops = np.zeros(1), np.zeros(1)
     picks = np.zeros((1, 0), dtype=np.int16)
@@ -73,10 +73,11 @@ def front(parts: Sequence[Sequence[Choice]], budget: float) -> list[Assignment]:
         costs = (costs[:, None] + np.array([choice.cost for choice in choices])).ravel()
         drops = (drops[:, None] + np.array([choice.drop for choice in choices])).ravel()
         picks = np.column_stack([np.repeat(picks, count, axis=0), np.tile(np.arange(count), len(picks))])
-        order = np.lexsort((np.arange(costs.size), costs, drops))
+        cost, drop = np.round(costs / costs.max(initial=1e-300), _DIGITS), np.round(drops, _DIGITS)
+        order = np.lexsort((np.arange(costs.size), cost, drop))
         order = order[drops[order] <= budget + _SAME]
-        least = np.minimum.accumulate(costs[order])
-        keep = order[np.concatenate([[True], costs[order][1:] < least[:-1]])[: order.size]]
+        least = np.minimum.accumulate(cost[order])
+        keep = order[np.concatenate([[True], cost[order][1:] < least[:-1]])[: order.size]]
         costs, drops, picks = costs[keep], drops[keep], picks[keep]
     return [
         Assignment(tuple(choices[pick].scheme for choices, pick in zip(parts, row, strict=True)), cost, drop)
@@ -168,7 +169,9 @@ def assigned(parts: Sequence[Held], schemes: Sequence[str]) -> tuple[Formats, Ex
             bands.setdefault((part.layer_class, part.module, name), []).extend(part.layers)
     exceptions = []
     for (layer_class, module, name), layers in bands.items():
-        exceptions.append((str(Part(layer_class, module, tuple(sorted(layers)))), name))
+        held = sum(p.count for p in parts if (p.layer_class, p.module) == (layer_class, module))
+        named = () if len(layers) == held else tuple(sorted(layers))
+        exceptions.append((str(Part(layer_class, module, named)), name))
     return (weights, activations, kv), tuple(sorted(exceptions))
 
 

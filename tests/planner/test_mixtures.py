@@ -60,7 +60,7 @@ SCHEMES = [("fp8", "fp8"), ("w4a16", "bf16"), ("bf16", "bf16")]
 H100, VLLM = catalogue.gpu("h100_sxm"), catalogue.engine("vllm")
 
 
-@pytest.mark.parametrize(("name", "schemes"), [("llama8b", SCHEMES), ("deepseek_v3", SCHEMES[:2])])
+@pytest.mark.parametrize(("name", "schemes"), [("llama8b", SCHEMES), ("qwen235b", SCHEMES[:2])])
 def test_the_best_assignment_is_the_best_of_all_engines(name: str, schemes: list[tuple[str, str]]) -> None:
     """Every assignment is made an engine and priced as one: none within the budget decodes a batch of 64
     faster than the front's last, and its kernels take what its parts were said to."""
@@ -86,6 +86,17 @@ def test_the_best_assignment_is_the_best_of_all_engines(name: str, schemes: list
 
 def kernels(model: StepModel) -> float:
     return sum(float(each[0]) for _, each in model.kernel_seconds(StepLoad([64], 2000)))
+
+
+def test_outer_layers_stay_wide_where_it_makes_no_difference() -> None:
+    losses = Accuracy(table())
+    (group,) = groups(request(inventory={"nodes": [{"gpu": "h100_sxm", "gpus_per_node": 1}]}))
+    shape = EngineShape("vllm", "h100_sxm")
+    choices = choices_of(losses, shape, group, VLLM, [("bf16", "bf16"), ("w4a16", "bf16")], ["bf16"])[0]
+    usual, exceptions = assigned(losses.parts, front(choices, 0.006)[-1].schemes)
+    narrow = dict(exceptions) if usual[0] == "bf16" else {}
+    assert narrow["block[8-23]:mlp"] == "w4a16/bf16"
+    assert not any("[0-7" in part for part, taken in exceptions if taken == "w4a16/bf16")
 
 
 def test_losses_of_parts_add_up_to_that_of_everything() -> None:
