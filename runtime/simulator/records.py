@@ -110,6 +110,8 @@ class Timeline:
 
     def means(self, duration: float) -> dict[str, Any]:
         """Averages over each bin up to `duration`, and over all of it."""
+        while duration > self.width * self.bins:  # nothing was there towards the end
+            self._double()
         used = max(math.ceil(duration / self.width), 1)
         spans = np.minimum(np.arange(1, used + 1) * self.width, duration) - np.arange(used) * self.width
         names = ("busy", "running", "waiting", "kv")
