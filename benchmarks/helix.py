@@ -1,6 +1,6 @@
 """Layer placement on the two clusters of Helix (ASPLOS 2025): our flow, bound and time beside theirs.
 
-    python benchmarks/helix.py --data DIR [--seconds 60] [--partial]
+    python benchmarks/helix.py --data DIR [--seconds 60] [--gap 0.001] [--partial]
 
 DIR holds the artefact's cluster files and LLaMA-2-70B's time tables (PLANC_DATA/helix). A machine's tokens/s
 with k layers follow their model managers: how many requests its KV blocks hold, the share of a round trip
@@ -137,6 +137,7 @@ def main() -> None:
         "--data", type=Path, default=Path(home) / "helix" if home else None, required=not home
     )
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--gap", type=float, default=0.001, help="stop once this close to the bound")
     parser.add_argument("--partial", action="store_true", help="machines may take over inside their range")
     parser.add_argument("--csv", type=Path, help="also write our placements there")
     options = parser.parse_args()
@@ -153,7 +154,7 @@ def main() -> None:
                 f"Helix; measured here {flow:.2f}"
             )
         ours: LayerPlacement = place_layers(
-            machines, links, LAYERS, partial=options.partial, time_limit=options.seconds
+            machines, links, LAYERS, partial=options.partial, time_limit=options.seconds, gap=options.gap
         )
         print(
             f"{'':28} {'all':7} {ours.tokens_s:9.2f} {ours.bound:10.1f} {ours.gap:8.2%} {ours.seconds:8.1f}  "
