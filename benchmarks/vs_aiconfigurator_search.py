@@ -217,9 +217,12 @@ def best_batch(loads: Callable[[Sequence[int]], Sequence[float]], least: int, mo
 
 
 class Menu:
-    """Every engine of one task that may be worth buying."""
+    """Every engine of one task that may be worth buying.
 
-    def __init__(self, task: Task, oracle: Oracle) -> None:
+    by_task   prices are those of aiconfigurator's `Task`, where `cli_estimate` has unlike kernels
+    """
+
+    def __init__(self, task: Task, oracle: Oracle, *, by_task: bool = False) -> None:
         self.task, self.oracle = task, oracle
         shapes = oracle.ask("shapes", task)
         self.shapes: dict[str, list[Shape]] = {
@@ -227,9 +230,15 @@ class Menu:
         }
         self.same_tp: bool = shapes["same_tp"]
         self.common = asked_of(task) | ({"moe_quant_mode": shapes["experts"]} if shapes["experts"] else {})
+        if by_task:
+            self.common["task"] = task.asked
         self.choices: list[Choice] = []
-        for name, formats in {"": {}, **task.formats}.items():
+
+    def priced(self) -> Menu:
+        """With the best settings of every engine found."""
+        for name, formats in {"": {}, **self.task.formats}.items():
             self.choices += [*self._aggregated(name, formats), *self._halves(name, formats)]
+        return self
 
     def _aggregated(self, name: str, formats: Formats) -> Iterator[Choice]:
         """Whole prompts first; of shapes that come near the best of their size, every chunk size."""
@@ -387,7 +396,7 @@ def asked_of(task: Task) -> dict[str, Any]:
 
 
 def repriced(menu: Menu, row: Mapping[str, Any]) -> float:
-    """tokens/s of a row of `cli_default` on the inventory by `cli_estimate`; 0 when it cannot price it."""
+    """tokens/s of a row of `cli_default` on the inventory, asked for one by one; 0 when it is refused."""
     if "(p)tp" in row:
         halves: dict[str, Any] = {}
         for role, mark in (("prefill", "(p)"), ("decode", "(d)")):

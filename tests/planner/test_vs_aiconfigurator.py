@@ -86,7 +86,7 @@ def test_nothing_within_limits(search: Any) -> None:
 
 def test_replicas_of_unlike_shapes_use_every_gpu(search: Any) -> None:
     task = search.Task("m", "s", 7, tpot_ms=5)
-    menu = search.Menu(task, Made(DENSE, halves=False))
+    menu = search.Menu(task, Made(DENSE, halves=False)).priced()
     fleet = menu.fleet(chunks=True, formats=True)
     assert fleet.status == "optimal"
     assert sum(count * choice.gpus for choice, count in fleet.items) == 7
@@ -97,7 +97,7 @@ def test_replicas_of_unlike_shapes_use_every_gpu(search: Any) -> None:
 
 def test_every_choice_keeps_the_objectives(search: Any) -> None:
     task = search.Task("m", "s", 8, tpot_ms=12, ttft_ms=1000)
-    menu = search.Menu(task, Made(DENSE))
+    menu = search.Menu(task, Made(DENSE)).priced()
     assert {choice.role for choice in menu.choices} == {"agg", "prefill", "decode"}
     for choice in menu.choices:
         (answer,) = menu.oracle.estimate([dict(choice.arguments)])
@@ -110,7 +110,7 @@ def test_every_choice_keeps_the_objectives(search: Any) -> None:
 
 def test_more_freedom_is_never_worse(search: Any) -> None:
     task = search.Task("m", "s", 8, tpot_ms=12, formats={"fast": {"gemm_quant_mode": "fast"}})
-    menu = search.Menu(task, Made(DENSE))
+    menu = search.Menu(task, Made(DENSE)).priced()
     fleets = [
         menu.fleet(chunks=False, formats=False),
         menu.fleet(chunks=True, formats=False),
@@ -126,7 +126,7 @@ def test_more_freedom_is_never_worse(search: Any) -> None:
 
 def test_halves_of_like_width_only_where_caches_ask_for_it(search: Any) -> None:
     task = search.Task("m", "s", 8, tpot_ms=9, ttft_ms=1000)
-    menu = search.Menu(task, Made(DENSE, same_tp=True))
+    menu = search.Menu(task, Made(DENSE, same_tp=True)).priced()
     menu.choices = [choice for choice in menu.choices if choice.role != "agg"]
     fleet = menu.fleet(chunks=True, formats=True)
     widths: dict[str, set[int]] = {"prefill": set(), "decode": set()}
@@ -137,13 +137,13 @@ def test_halves_of_like_width_only_where_caches_ask_for_it(search: Any) -> None:
 
 def test_engines_over_several_nodes_take_them_whole(search: Any) -> None:
     assert search.Task("m", "s", 20).islands == (8, 8, 4)
-    menu = search.Menu(search.Task("m", "s", 20), Made([[16, 1, 1, 1, 1]], halves=False))
+    menu = search.Menu(search.Task("m", "s", 20), Made([[16, 1, 1, 1, 1]], halves=False)).priced()
     fleet = menu.fleet(chunks=True, formats=True)
     assert [(choice.gpus, count) for choice, count in fleet.items] == [(16, 1)]
 
 
 def test_a_row_of_theirs_is_priced_as_it_was_asked(search: Any) -> None:
-    menu = search.Menu(search.Task("m", "s", 7), Made(DENSE))
+    menu = search.Menu(search.Task("m", "s", 7), Made(DENSE)).priced()
     row = {
         "tp": 2,
         "pp": 1,
