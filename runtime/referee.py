@@ -171,7 +171,8 @@ def _servers(search: Search, item: Deployed) -> list[Server]:
     rules = Rules.of(
         catalogue.engine(replica.engine),
         replica.max_num_seqs,
-        replica.max_num_batched_tokens * replica.pp,  # a step is a cycle of pp micro-batches
+        # a step with decoding sequences is a cycle of pp micro-batches
+        replica.max_num_batched_tokens * (1 if item.role == "prefill" else replica.pp),
         prefix_caching=flow.hit_rate > 0,
         speculative=speculation(found[0]),
     )
