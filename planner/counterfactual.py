@@ -20,6 +20,7 @@ from planc.planner.candidates import Candidate
 from planc.planner.check import shape_of
 from planc.planner.disaggregated import splits, transfer_seconds
 from planc.planner.evaluate import Engine, Limits, Precise, Room
+from planc.planner.expert_load import with_expert_load
 from planc.planner.inventory import Group
 from planc.planner.offers import Deployed
 from planc.planner.plan import Predicted, Replica, Role
@@ -110,6 +111,7 @@ class Evaluator:
 
     def __init__(self, table: CostTable) -> None:
         self.table = table
+        self._tables: dict[str | None, CostTable] = {}
         self._models: dict[object, StepModel] = {}
         self._traffic: dict[tuple[str, ...], Traffic] = {}
         self._carried: dict[object, float] = {}
@@ -159,6 +161,13 @@ class Evaluator:
             self._traffic[key] = every.only(*classes) if classes else every
         return self._traffic[key]
 
+    def _table(self, request: Request) -> CostTable:
+        """The table, priced for the routing statistics that the request names."""
+        name = request.workload.expert_load
+        if name not in self._tables:
+            self._tables[name] = with_expert_load(request, self.table)
+        return self._tables[name]
+
     # -- engines -------------------------------------------------------------------------
 
     def _ready(self, present: Sequence[Engines], request: Request) -> list[_Ready]:
@@ -166,12 +175,14 @@ class Evaluator:
         for item, share in zip(present, _shares(present, self._load(request)), strict=True):
             served = self._load(request, *item.place[1])
             slos = tuple(slo for slo in request.slos() if slo.traffic_class in ("", *served.names))
-            found.append(self._one(item, share, served, slos))
+            found.append(self._one(self._table(request), item, share, served, slos))
         return [replace(one, engine=self._reached(one, found)) for one in found]
 
-    def _one(self, item: Engines, share: float, served: Traffic, slos: tuple[Slo, ...]) -> _Ready:
+    def _one(
+        self, table: CostTable, item: Engines, share: float, served: Traffic, slos: tuple[Slo, ...]
+    ) -> _Ready:
         """Raises Impossible where the engine would not start, or not take the requests."""
-        replica, table = item.replica, self.table
+        replica = item.replica
         shape, gpu = shape_of(replica), item.group.gpu
         profile = catalogue.engine(replica.engine)
         for refusal in refusals(shape, table, gpu, profile):
@@ -191,7 +202,7 @@ class Evaluator:
         if seats < 1:
             raise Impossible(f"{candidate.label()} does not fit into {gpu.memory_gib:g} GiB")
         limits = Limits(*caps, seats)
-        key = shape, gpu.name, item.group.fabric
+        key = id(table), shape, gpu.name, item.group.fabric
         if key not in self._models:
             self._models[key] = StepModel(table, shape, gpu, item.group.fabric, profile)
         engine = room.engine(self._models[key], (limits,))
@@ -223,7 +234,7 @@ class Evaluator:
     def _capacity(self, one: _Ready, slos: tuple[Slo, ...]) -> float:
         """The most that one engine carries within some objectives."""
         engine = one.engine
-        how = id(engine.model), engine.candidate.speculation, engine.transfer_s, one.limits
+        how = id(engine.model), engine.candidate.speculation, engine.transfer_s, engine.reuse, one.limits
         key = *how, id(one.served), one.role, slos
         if key not in self._carried:
             self._carried[key] = one.precise.capacity(slos)

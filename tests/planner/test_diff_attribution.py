@@ -113,6 +113,27 @@ def test_pools_of_another_role_are_one_decision(plans: dict[str, Plan]) -> None:
     assert part(found, "pools").changes["usd_per_hour"] > 0
 
 
+def test_speculation_and_caches_beyond_the_gpu() -> None:
+    """Techniques are evaluated, too: drafts by the replica, caches by the machines."""
+    load = {"isl": 3000, "osl": 200, "request_rate": 1, "prefix_hit_rate": 0.6, "prefix_tokens": 2e6}
+    limits = {"weights": ["fp8"], "tp": [1], "pp": [1], "serving": ["aggregated"]}
+    limits |= {"max_num_seqs": [32], "max_num_batched_tokens": [2048]}
+    nodes = {"gpu": "l40s", "gpus_per_node": 4, "usd_per_gpu_hour": 1.0}
+    machine = {**nodes, "host_memory_gib": 512}
+    few = planned(workload=load, constraints=limits, inventory={"nodes": [nodes]})
+    more = planned(workload=load, constraints=limits, inventory={"nodes": [machine]})
+    found = attribution(few, more, table())
+    assert part(found, "machines").decisions[0].changes == (("l40s caches", "none", "host 128 GiB"),)
+    assert part(found, "machines").changes["ttft_ms"] < 0
+    assert found.unseen is None
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "acceptance_rate": 0.8}
+    replica = few.replicas()[0].model_copy(update={"speculative": draft})
+    pool = few.pools[0].model_copy(update={"replicas": [replica]})
+    faster = attribution(few, few.model_copy(update={"pools": [pool]}), table())
+    assert part(faster, "speculative").changes["tpot_ms"] < 0
+    assert faster.unseen is not None  # the document still says what it did without
+
+
 def test_figures_that_the_evaluator_does_not_see(plans: dict[str, Plan]) -> None:
     one = plans["plain"]
     tpot = one.predicted["tpot_ms"]
