@@ -22,7 +22,7 @@ from planc.planner.request import make_request
 from planc.planner.search import Search
 
 ROOT = Path(__file__).parents[1]
-MODELS = ("llama-3.1-8b", "llama-3.1-70b", "qwen3-32b", "qwen3-235b-a22b", "mixtral-8x7b")
+MODELS = ("llama-3.1-70b", "qwen3-32b", "qwen3-235b-a22b")
 GPUS = ("h100_sxm", "l40s")
 BUDGETS = (0.001, 0.003, 0.006, 0.009)
 
