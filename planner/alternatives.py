@@ -1,4 +1,5 @@
-"""Why the others lost: for every decision, the best plan that decides it otherwise, with its numbers."""
+"""Why the others lost: for every decision, the best fleet of one kind of engine that decides it otherwise,
+with its numbers. What the search saw suffices for that; `planner.explain` solves anew."""
 
 from __future__ import annotations
 
@@ -17,6 +18,8 @@ def rejected(search: Search, fleet: Fleet) -> list[Rejected]:
     """One entry per decision and other value, nearest to the plan first, then what was pruned unevaluated."""
     taken = {name: {getattr(i.candidate.shape, name) for i in fleet.items} for name in DECISIONS}
     found: list[tuple[float, Rejected]] = []
+    if any(item.role != "aggregated" for item in fleet.items):
+        found.append(_best_of(search, fleet, "serving=aggregated", search.offers) or _unserved())
     for name in DECISIONS:
         values = {getattr(c.shape, name) for c in search.found} - taken[name]
         for value in sorted(values, key=str):
@@ -30,19 +33,33 @@ def rejected(search: Search, fleet: Fleet) -> list[Rejected]:
     ]
 
 
+def _unserved() -> tuple[float, Rejected]:
+    reason = "no engine that does both meets the objectives at any load"
+    return math.inf, Rejected(decision="serving=aggregated", reason=reason)
+
+
 def _best_with(search: Search, fleet: Fleet, name: str, value: object) -> tuple[float, Rejected]:
     decision = f"{name}={value}"
     offers = [o for o in search.offers if getattr(o.engine.candidate.shape, name) == value]
+    found = _best_of(search, fleet, decision, offers)
+    return found or (math.inf, Rejected(decision=decision, reason=_dead(search, name, value)))
+
+
+def _best_of(
+    search: Search, fleet: Fleet, decision: str, offers: Sequence[Offer]
+) -> tuple[float, Rejected] | None:
+    """The best fleet of one of these, or the most that one of them carries; None without offers."""
     ranked = sorted(_fleets(search, offers), key=lambda both: both[0])
     if ranked:
         (cost, _), item = ranked[0]
         return cost, _lost(search, fleet, decision, item)
-    if offers:
-        best = max(offers, key=lambda o: o.capacity * _room(search, o))
-        carried = best.capacity * _room(search, best)
-        reason = f"carries {carried:.3g} of {search.demand:.3g} {_unit(search)} with all GPUs of its kind"
-        return math.inf, Rejected(decision=decision, reason=reason, predicted={"capacity": carried})
-    return math.inf, Rejected(decision=decision, reason=_dead(search, name, value))
+    if not offers:
+        return None
+    best = max(offers, key=lambda o: o.capacity * _room(search, o))
+    carried = best.capacity * _room(search, best)
+    whole = f"{carried:.3g} of {search.demand:.3g} {_unit(search)}"
+    reason = f"one kind of engine carries {whole} with all GPUs of its kind"
+    return math.inf, Rejected(decision=decision, reason=reason, predicted={"capacity": carried})
 
 
 def _fleets(search: Search, offers: Sequence[Offer]) -> Iterator[tuple[tuple[float, float], Deployed]]:

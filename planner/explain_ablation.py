@@ -243,6 +243,11 @@ def _techniques(start: Variation, plan: Plan, table: CostTable, base: Outcome) -
         methods = sorted({str(r.speculative["method"]) for r in plan.replicas() if r.speculative})
         plain = start.constrained(speculative=None)
         yield Decision(f"speculation ({', '.join(methods)})", "every token by the model itself", [plain])
+    if any(replica.kv_offload for replica in plan.replicas()):
+        inventory = start.request.inventory
+        nodes = [n.model_copy(update=dict.fromkeys(("host_memory_gib", "nvme_gib"))) for n in inventory.nodes]
+        bare = inventory.model_copy(update={"nodes": nodes, "cache_store_gib": None})
+        yield Decision("caches beyond the GPU", "on the GPUs alone", [start.changed(inventory=bare)])
     if not any(replica.prefix_caching for replica in plan.replicas()):
         return
     workload = start.request.workload
