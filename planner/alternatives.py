@@ -57,7 +57,8 @@ def _best_of(
         return None
     best = max(offers, key=lambda o: o.capacity * _room(search, o))
     carried = best.capacity * _room(search, best)
-    whole = f"{carried:.3g} of {search.demand:.3g} {_unit(search)}"
+    asked = f" of {search.demand:.3g}" if search.demand is not None else ""
+    whole = f"{carried:.3g}{asked} {_unit(search)}"
     reason = f"one kind of engine carries {whole} with all GPUs of its kind"
     return math.inf, Rejected(decision=decision, reason=reason, predicted={"capacity": carried})
 
