@@ -55,7 +55,8 @@ def files(plan: Plan, config: Mapping[str, Any] | None = None) -> dict[str, str]
         out["model/config.json"] = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     for experts in plan.experts:
         placed = {"physical_to_logical_map": experts.physical_to_logical}
-        out[f"experts/ep{experts.ranks}.json"] = json.dumps(placed, separators=(",", ":")) + "\n"
+        copies = f"-copies{experts.copies}" if experts.copies else ""
+        out[f"experts/ep{experts.ranks}{copies}.json"] = json.dumps(placed, separators=(",", ":")) + "\n"
     for engine in engines_of(plan):
         if engine in WRITERS:
             for name, text in writer(engine).render(plan, config).items():

@@ -67,7 +67,7 @@ class Curve:
 
 def terms(spec: GroupedGemm, weight_bytes: float, bytes_s: float, flops_s: float) -> Array:
     """Seconds per unit of each constant, [constants, tokens]; weight_bytes is per element with its scales."""
-    load = routed(spec.total_experts, spec.top_k, spec.ranks, spec.load)
+    load = routed(spec.total_experts, spec.top_k, spec.ranks, spec.load, spec.copies)
     micro, one = 1e-6, np.ones(TOKENS.size)
     return np.stack(
         [

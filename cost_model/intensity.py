@@ -61,7 +61,7 @@ def done(kernel: Kernel, features: Mapping[str, float]) -> Done:
 
 def _routed(spec: GroupedGemm, tokens: float) -> tuple[float, float]:
     """(experts touched, pairs) of the fullest rank, between the points of `routing.TOKENS`."""
-    load = routed(spec.total_experts, spec.top_k, spec.ranks, spec.load)
+    load = routed(spec.total_experts, spec.top_k, spec.ranks, spec.load, spec.copies)
     at = np.log(np.clip(tokens, 1.0, TOKENS[-1]))
     beyond = max(tokens / TOKENS[-1], 1.0)
     touched = float(np.interp(at, np.log(TOKENS), load.touched))

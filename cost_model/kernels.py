@@ -56,6 +56,7 @@ class GroupedGemm:
                       products (this rank's share of the width)
     ranks             EP ranks that experts are spread over whole; 1 where they are divided by width
     load              how often each expert is chosen, where that was counted
+    copies            of this rank's slots, how many more there are than experts over ranks
     """
 
     experts: float
@@ -69,6 +70,7 @@ class GroupedGemm:
     activations: str
     ranks: int = 1
     load: ExpertLoad | None = None
+    copies: int = 0
 
 
 @dataclass(frozen=True, slots=True)

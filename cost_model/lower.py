@@ -247,17 +247,17 @@ def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_b
 def _grouped(
     row: Row, base: Kernel, shape: EngineShape, weights: str, acts: str, load: ExpertLoad | None
 ) -> Kernel:
-    work, ranks = row.work, shape.tp * shape.dp
+    work = row.work
     dims, experts, top_k = work.dims, work.dims["experts"], work.dims["top_k"]
     flops = work.flops.terms.get("T", 0.0)
     if dims["matrices"] == 1:  # a bare grouped product: its rows are (token, expert) pairs already
         top_k = max(round(flops / (2 * dims["k"] * dims["n"])), 1)
     width = factors(row, shape).n
     spec = GroupedGemm(
-        experts=experts / shape.ep,
+        experts=experts / shape.ep + shape.copies,
         total_experts=experts,
         top_k=top_k,
-        elements=work.weights / ranks,
+        elements=work.weights * factors(row, shape).weights,
         flops_per_pair=flops / top_k * width,
         hidden=dims["k"],
         inner=dims["n"] / dims["matrices"] * width,
@@ -265,6 +265,7 @@ def _grouped(
         activations=acts,
         ranks=shape.ep,
         load=load,
+        copies=shape.copies,
     )
     return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))
 

@@ -9,11 +9,11 @@ lie on ranks as `planc.cost_model.expert_placement` puts them instead of in thei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
 from planc.cost_model.expert_placement import ExpertPlacement, contiguous, place_experts
 from planc.cost_model.features import Array
@@ -56,32 +56,36 @@ class ExpertLoad:
 
     counts: Array
     placed: bool = True
-    _placements: dict[int, tuple[ExpertPlacement, ...]] = field(default_factory=dict)
+    _placements: dict[tuple[int, int], tuple[ExpertPlacement, ...]] = field(default_factory=dict)
 
-    def placements(self, ranks: int) -> tuple[ExpertPlacement, ...]:
-        """Where the experts of each layer lie on so many ranks."""
-        if ranks not in self._placements:
-            place = place_experts if self.placed else contiguous
-            self._placements[ranks] = tuple(place(layer, ranks) for layer in self.counts)
-        return self._placements[ranks]
+    def placements(self, ranks: int, copies: int = 0) -> tuple[ExpertPlacement, ...]:
+        """Where the experts of each layer lie on so many ranks, each with so many slots for second copies."""
+        if (ranks, copies) not in self._placements:
+            self._placements[ranks, copies] = tuple(
+                place_experts(layer, ranks, copies) if self.placed or copies else contiguous(layer, ranks)
+                for layer in self.counts
+            )
+        return self._placements[ranks, copies]
 
-    def imbalance(self, ranks: int) -> float:
+    def imbalance(self, ranks: int, copies: int = 0) -> float:
         """The fullest rank over the mean, averaged over layers."""
-        return float(np.mean([layer.imbalance for layer in self.placements(ranks)]))
+        return float(np.mean([layer.imbalance for layer in self.placements(ranks, copies)]))
 
 
 @cache
-def routed(experts: int, top_k: int, ranks: int = 1, load: ExpertLoad | None = None) -> Routed:
+def routed(
+    experts: int, top_k: int, ranks: int = 1, load: ExpertLoad | None = None, copies: int = 0
+) -> Routed:
     """Loads for a layer of `experts`, `top_k` per token, spread whole over `ranks`: means over draws of the
     power law, or of routers whose choices were counted."""
     top_k, found = min(top_k, experts), []
-    held = None if load is None else np.stack([layer.experts for layer in load.placements(ranks)])
+    placed = () if load is None else load.placements(ranks, copies)
     for tokens in TOKENS:
-        if load is None or held is None:
+        if load is None:
             counts = _counts(float(tokens), experts, top_k)
             grouped = _in_order(counts, ranks)
         else:
-            grouped = _sampled(load.counts, held, float(tokens), top_k)
+            grouped = _sampled(load.counts, placed, float(tokens), top_k)
         fullest = grouped[np.arange(len(grouped)), grouped.sum(axis=2).argmax(axis=1)]
         tiles = np.ceil(fullest / TILE) * TILE
         found.append(((fullest > 0).sum(axis=1).mean(), fullest.sum(axis=1).mean(), tiles.sum(axis=1).mean()))
@@ -99,14 +103,16 @@ def _in_order(counts: Array, ranks: int) -> Array:
     return found
 
 
-def _sampled(popularity: Array, held: npt.NDArray[np.intp], tokens: float, top_k: int) -> Array:
+def _sampled(popularity: Array, placed: Sequence[ExpertPlacement], tokens: float, top_k: int) -> Array:
     """[draws, ranks, slots]: routers draw experts by their popularity; every layer is drawn from in turn."""
     expected = np.minimum(top_k * popularity / popularity.sum(axis=1, keepdims=True), 1.0)
     shares = expected / expected.sum(axis=1, keepdims=True)
     rng, found = np.random.default_rng(_SEED), []
     for draw in range(max(_DRAWS, len(popularity))):
         layer = draw % len(popularity)
-        found.append(np.minimum(rng.multinomial(round(tokens * top_k), shares[layer]), tokens)[held[layer]])
+        counts = np.minimum(rng.multinomial(round(tokens * top_k), shares[layer]), tokens)
+        each = np.ceil(counts / placed[layer].copies)  # copies share an expert's tokens
+        found.append(each[placed[layer].experts])
     return np.array(found, dtype=np.float64)
 
 

@@ -23,6 +23,7 @@ class EngineShape:
     formats   (part, scheme) pairs that differ from `weights`, `activations` and `kv`, as
               `planc.cost_model.parts` writes them: ("decoder:self_attn", "bf16/bf16")
     pipeline_layers   layers of each stage; () is the engine's even split
+    copies    slots of every rank for second copies of busy experts, with expert parallelism
     eager     True: no CUDA graphs
     """
 
@@ -38,6 +39,7 @@ class EngineShape:
     kv: str = "bf16"
     formats: Exceptions = ()
     pipeline_layers: tuple[int, ...] = ()
+    copies: int = 0
     eager: bool = False
 
     @property
@@ -107,6 +109,8 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
             say("ep", f"tp*dp = {shape.tp * shape.dp} ranks do not divide into {shape.ep} groups")
         elif experts % shape.ep:
             say("ep", f"{experts} experts do not divide by {shape.ep}")
+    if shape.copies and (shape.ep == 1 or shape.copies + experts // shape.ep > experts):
+        say("copies", "second copies need ranks that hold whole experts, and not all of them")
     if shape.pp > table.model.layers:
         say("pp", f"{shape.pp} stages for {table.model.layers} layers")
     if shape.pipeline_layers and (

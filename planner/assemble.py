@@ -71,6 +71,7 @@ def replica(search: Search, item: Deployed, gpus: list[str], share: float) -> Re
         cuda_graph_sizes=list(found.graph_sizes),
         gpu_memory_utilization=allowed.gpu_memory_utilization or profile.gpu_memory_utilization,
         pipeline_layers=pipeline_layers(search.table, shape),
+        expert_copies=shape.copies,
         chunked_prefill=search.table.model.kind == "causal_lm",
         prefix_caching=search.traffic.hit_rate > 0,
         speculative=techniques.stated(item.candidate.speculation),

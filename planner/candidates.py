@@ -80,6 +80,7 @@ class Candidate:
             s.kv,
             s.formats,
             s.pipeline_layers,
+            s.copies,
             self.speculation.label if self.speculation else "",
         )
 
@@ -95,6 +96,8 @@ class Candidate:
         degrees = "".join(f" {n}={getattr(s, n)}" for n in ("pp", "dp", "ep", "cp") if getattr(s, n) > 1)
         if s.pipeline_layers:
             degrees += " stages=" + "/".join(map(str, s.pipeline_layers))
+        if s.copies:
+            degrees += f" copies={s.copies}"
         formats = f"weights={s.weights} activations={s.activations} kv={s.kv}"
         drafts = [f"speculative={self.speculation.label}"] if self.speculation else []
         return " ".join(

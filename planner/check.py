@@ -139,7 +139,8 @@ def _experts(plan: Plan, table: CostTable) -> Iterator[str]:
         for number, row in enumerate(experts.physical_to_logical):
             slots = len(row) // experts.ranks
             ranks = [row[i : i + slots] for i in range(0, len(row), slots)]
-            if set(row) != set(range(table.model.experts)) or slots * experts.ranks != len(row):
+            whole = table.model.experts + experts.ranks * experts.copies
+            if set(row) != set(range(table.model.experts)) or len(row) != whole:
                 yield f"experts on {experts.ranks} ranks: layer {number} does not hold each of them"
             elif any(len(set(rank)) < slots for rank in ranks):
                 yield f"experts on {experts.ranks} ranks: layer {number} has one twice on a rank"
@@ -180,6 +181,7 @@ def shape_of(replica: Replica) -> EngineShape:
         replica.kv,
         tuple(sorted(replica.formats.items())),
         tuple(replica.pipeline_layers) if replica.pp > 1 else (),
+        replica.expert_copies,
     )
 
 

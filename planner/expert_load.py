@@ -20,8 +20,15 @@ from planc.cost_model.expert_placement import physical_map
 from planc.cost_model.routing import ExpertLoad
 from planc.cost_model.table import CostTable
 from planc.errors import FileUnreadable, InvalidField
+from planc.planner.candidates import Candidate
 from planc.planner.plan import ExpertMap, Pool
 from planc.planner.request import Request, read_bytes
+
+#: engines that place experts by load, with copies (vLLM: --enable-eplb)
+_BALANCING = frozenset({"vllm"})
+
+#: slots of every rank that may hold second copies, and by what share the fullest rank must get lighter
+_COPIES, _WORTH = (1, 2, 4), 0.02
 
 
 def with_expert_load(request: Request, table: CostTable) -> CostTable:
@@ -33,20 +40,42 @@ def with_expert_load(request: Request, table: CostTable) -> CostTable:
 
 
 def expert_maps(table: CostTable, pools: Sequence[Pool]) -> list[ExpertMap]:
-    """Where experts lie in a plan's expert-parallel engines, once for each number of ranks."""
+    """Where experts lie in a plan's expert-parallel engines, once for each number of ranks and copies."""
     load = table.expert_load
-    degrees = sorted({replica.ep for pool in pools for replica in pool.replicas if replica.ep > 1})
+    replicas = [replica for pool in pools for replica in pool.replicas if replica.ep > 1]
+    degrees = sorted({(replica.ep, replica.expert_copies) for replica in replicas})
     if load is None:
         return []
     return [
         ExpertMap(
             ranks=ranks,
-            imbalance=load.imbalance(ranks),
-            bound=float(np.mean([layer.bound / layer.tokens.mean() for layer in load.placements(ranks)])),
-            physical_to_logical=physical_map(load.placements(ranks)),
+            copies=copies,
+            imbalance=load.imbalance(ranks, copies),
+            bound=float(np.mean([one.bound / one.tokens.mean() for one in load.placements(ranks, copies)])),
+            physical_to_logical=physical_map(load.placements(ranks, copies)),
         )
-        for ranks in degrees
+        for ranks, copies in degrees
     ]
+
+
+def with_copies(candidates: Sequence[Candidate], table: CostTable) -> list[Candidate]:
+    """The candidates, and expert-parallel ones again with slots for second copies of busy experts, where the
+    counts say that these make the fullest rank lighter. What they cost in memory, the search weighs."""
+    load, found = table.expert_load, []
+    for candidate in candidates:
+        found.append(candidate)
+        shape = candidate.shape
+        if load is None or shape.ep == 1 or shape.engine not in _BALANCING:
+            continue
+        best = load.imbalance(shape.ep)
+        for copies in _COPIES:
+            if copies + table.model.experts // shape.ep > table.model.experts:
+                break
+            lighter = load.imbalance(shape.ep, copies)
+            if lighter < best * (1 - _WORTH):
+                best = lighter
+                found.append(replace(candidate, shape=replace(shape, copies=copies)))
+    return found
 
 
 def read(path: Path, table: CostTable) -> ExpertLoad:

@@ -33,6 +33,10 @@ def _none(value: object) -> bool:
     return value is None
 
 
+def _zero(value: int) -> bool:
+    return value == 0
+
+
 def _no_maps(value: list[ExpertMap]) -> bool:
     return not value
 
@@ -110,6 +114,7 @@ class Replica(_Part):
     cuda_graph_sizes: list[int]
     gpu_memory_utilization: float
     pipeline_layers: list[int]
+    expert_copies: int = Field(default=0, exclude_if=_zero)
     chunked_prefill: bool = True
     prefix_caching: bool = False
     speculative: dict[str, Any] | None = None
@@ -175,10 +180,14 @@ class ModelSummary(_Part):
 
 class ExpertMap(_Part):
     """Where routed experts lie on `ranks` ranks: per layer the expert in each slot, rank after rank (a single
-    layer stands for all). imbalance: the fullest rank over the mean, averaged over layers; bound: what no
-    placement gets below."""
+    layer stands for all).
+
+    copies      slots of a rank beyond its share of the experts
+    imbalance   the fullest rank over the mean, averaged over layers; no placement gets below `bound`
+    """
 
     ranks: int
+    copies: int = 0
     imbalance: float
     bound: float
     physical_to_logical: list[list[int]]

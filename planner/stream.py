@@ -21,6 +21,7 @@ from planc.planner import solve
 from planc.planner.candidates import BATCH_LIMITS, Candidate, candidates
 from planc.planner.disaggregated import decoding
 from planc.planner.evaluate import Bench, Engine, Limits, Precise, Room, token_budgets
+from planc.planner.expert_load import with_copies
 from planc.planner.formats import accuracy
 from planc.planner.inventory import Group
 from planc.planner.offers import HEADROOM, SAME, Offer
@@ -75,6 +76,8 @@ class Stream:
         self.found, self.pruned = candidates(
             table, groups, request.constraints, slos if bench else (), traffic, role, accuracy(request, table)
         )
+        if bench:
+            self.found = with_copies(self.found, table)
         if layouts is not None:
             self.found = [candidate for candidate in self.found if candidate.layout in layouts]
         self.considered = len(self.found) + sum(self.pruned.values())

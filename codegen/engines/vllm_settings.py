@@ -45,6 +45,8 @@ def settings(
         out["enable-expert-parallel"] = True
         if any(experts.ranks == replica.ep for experts in plan.experts):
             out["enable-eplb"] = True  # vLLM finds the placement by the load it sees; it reads none
+            if replica.expert_copies:
+                out["eplb-config"] = {"num_redundant_experts": replica.expert_copies * replica.ep}
     if world > 1:
         out["distributed-executor-backend"] = "mp"
     out |= {

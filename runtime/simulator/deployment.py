@@ -175,7 +175,10 @@ def shape_of(replica: Replica) -> EngineShape:
     formats = tuple(sorted(replica.formats.items()))
     cut = tuple(replica.pipeline_layers) if replica.pp > 1 else ()
     return EngineShape(
-        **{name: getattr(replica, name) for name in names}, formats=formats, pipeline_layers=cut
+        **{name: getattr(replica, name) for name in names},
+        formats=formats,
+        pipeline_layers=cut,
+        copies=replica.expert_copies,
     )
 
 

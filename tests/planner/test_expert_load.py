@@ -12,6 +12,7 @@ import pytest
 from planc.codegen.bundle import files
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
+from planc.cost_model.memory import memory_map
 from planc.cost_model.routing import ExpertLoad, routed
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepLoad, StepModel
@@ -88,6 +89,43 @@ def test_a_plan_carries_the_placement_to_its_engines(tmp_path: Path) -> None:
     assert check(found, TABLE, asked) == check(found, with_expert_load(asked, TABLE), asked) == []
     moved = found.model_copy(update={"experts": [experts.model_copy(update={"imbalance": 0.5})]})
     assert any("below its bound" in line for line in check(moved, with_expert_load(asked, TABLE), asked))
+
+
+def test_copies_of_busy_experts_are_a_decision(tmp_path: Path) -> None:
+    """One expert of each layer takes a fifth of the tokens: only copies even that out, and the most goodput
+    takes them; they cost weights."""
+    counts = np.ones((2, EXPERTS))
+    counts[:, 7] = EXPERTS / 4
+    (tmp_path / "load.json").write_text(json.dumps(counts.tolist()))
+    asked = request(
+        objective="max_goodput",
+        inventory={"nodes": [{"gpu": "h200_sxm", "gpus_per_node": 8, "usd_per_gpu_hour": 3.0}]},
+        workload={"isl": 2000, "osl": 200, "request_rate": "max", "expert_load": "load.json"},
+        slo={"tpot_mean_ms": 60},
+        constraints={"tp": [8], "pp": [1], "dp": [1], "ep": [8], "weights": ["fp8"], "kv": ["fp8"]},
+    )
+    asked._base = tmp_path
+    found = plan(asked, TABLE)
+    (replica,) = found.replicas()
+    (experts,) = found.experts
+    assert replica.expert_copies == experts.copies > 0
+    assert experts.imbalance < 1.05 < ExpertLoad(counts).imbalance(8)
+    assert check(found, TABLE, asked) == []
+    made = files(found)
+    settings = next(text for name, text in made.items() if name.endswith("config.yaml"))
+    assert f"num_redundant_experts: {8 * experts.copies}" in settings
+    assert f"experts/ep8-copies{experts.copies}.json" in made
+
+
+def test_copies_weigh_what_their_experts_weigh() -> None:
+    gpu, profile = catalogue.gpu("h200_sxm"), catalogue.engine("vllm")
+    limits = {"max_num_seqs": 64, "max_num_batched_tokens": 8192, "max_model_len": 4096}
+    shape = EngineShape("vllm", "h200_sxm", tp=8, ep=8, weights="fp8", activations="fp8")
+    plain, more = (
+        memory_map(TABLE, one, gpu, profile, **limits).weights for one in (shape, replace(shape, copies=2))
+    )
+    expert = sum(row.work.weights for row in TABLE.rows["decode"] if row.shard.kind == "experts") / EXPERTS
+    assert more - plain == pytest.approx(2 * expert * TABLE.model.layers, rel=0.02)
 
 
 @pytest.mark.parametrize(
