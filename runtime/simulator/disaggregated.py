@@ -35,9 +35,10 @@ class Handover(NamedTuple):
 
 
 class Disaggregated(Cluster):
-    """`replicas` are the prefilling ones, then the decoding ones; each pool has its router.
+    """`replicas` are the prefilling ones, then the decoding ones, then those that do both; each pool has its
+    router. Requests go to the one or the other way in turn, by the shares of their replicas.
 
-    served_by, decoded_by   the prefilling and the decoding replica of each request
+    served_by, decoded_by   the replica that had each request first, and the decoding one (-1 for none)
     shortest_s              no prompt is computed in less time: so long a decoding replica runs by itself
     """
 
@@ -52,8 +53,12 @@ class Disaggregated(Cluster):
         transfer_s: Transfer,
         first_token: FirstToken = "prefill",
         shortest_s: float = 0.0,
+        whole: Front | None = None,
     ) -> None:
-        super().__init__([*prefill.replicas, *decode.replicas], clients)
+        both = list(whole.replicas) if whole else []
+        super().__init__([*prefill.replicas, *decode.replicas, *both], clients)
+        self.whole, self.last = whole, len(prefill.replicas) + len(decode.replicas)
+        self._turns = [0, 0]
         self.prefill, self.decode, self.journal, self.transfer_s = prefill, decode, journal, transfer_s
         self.first, self.first_token = len(prefill.replicas), first_token
         self.shortest_s = shortest_s
@@ -67,18 +72,36 @@ class Disaggregated(Cluster):
         self._receiving = [0.0] * len(decode.replicas)
 
     def alone(self, where: int) -> float:
-        return self.shortest_s if where >= self.first else 0.0
+        return self.shortest_s if self.first <= where < self.last else 0.0
 
     def arrive(self, sent: Sent) -> None:
-        where = self.prefill.choose(sent)
+        front = self._way_of_next()
+        if front is self.prefill:
+            where = front.choose(sent)
+            self.replicas[where].offer(sent._replace(output=1))
+        else:
+            where = self.last + front.choose(sent)
+            self.replicas[where].offer(sent)
         self.served_by[sent.id] = where
         self._open[sent.id] = sent
-        replica = self.replicas[where]
-        replica.offer(sent._replace(output=1))
         self.touched(where)
+
+    def _way_of_next(self) -> Front:
+        """Whose turn it is: the way that is furthest behind its share."""
+        if self.whole is None:
+            return self.prefill
+        ways = self.prefill, self.whole
+        shares = [sum(target.weight for target in way.targets) for way in ways]
+        chosen = min((0, 1), key=lambda i: (self._turns[i] + 1) / shares[i])
+        self._turns[chosen] += 1
+        return ways[chosen]
 
     def answer(self, where: int, found: Finished) -> None:
         sent = self._open[found.id]
+        if self.whole is not None and where >= self.last:
+            self.whole.answered(where - self.last, sent.prompt, found.at)
+            self._done(found)
+            return
         if where >= self.first:
             self.decode.answered(where - self.first, sent.prompt, found.at)
             self._recall(found.id)

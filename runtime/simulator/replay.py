@@ -177,7 +177,8 @@ def replay(
     notes: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> Replay:
-    """Sends a trace through a deployment: one pool, or one that prefills and one that decodes.
+    """Sends a trace through a deployment: replicas that do both, or some that prefill and some that decode,
+    or all of these.
 
     Raises UnknownName for a router, InvalidField for pools that do not go together or requests none of
     which can be served.
@@ -185,15 +186,15 @@ def replay(
     prefill = [site for site in sites if site.role == "prefill"]
     decode = [site for site in sites if site.role == "decode"]
     whole = [site for site in sites if site.role == "aggregated"]
-    if len(whole) != len(sites) and (whole or not prefill or not decode):
+    if len(prefill) + len(decode) + len(whole) != len(sites) or bool(prefill) != bool(decode):
         raise InvalidField(
             where="replay",
             field="pools",
             value=sorted({site.role for site in sites}),
-            reason="requests are served by aggregated replicas, or by prefill and decode ones",
-            mend="Give a plan of either kind; encoders and modules cannot be replayed.",
+            reason="prompts and decoding need replicas for both, and nothing else can be replayed",
+            mend="Give a plan for a language model, with both pools if it has one of them.",
         )
-    ordered = tuple(whole or [*prefill, *decode])
+    ordered = (*prefill, *decode, *whole)
     servers = [_server(site) for site in ordered]
     journal = Journal(trace.requests)
     prefix = (
@@ -213,13 +214,14 @@ def replay(
         return fronted(router, chosen, [site.weight for site in mine], seed, prefix)
 
     run: Aggregated | Disaggregated
-    if whole:
+    if not prefill:
         run = Aggregated(replicas, clients, front(whole, 0), trace.requests)
     else:
         move = _transfer(prefill, decode, groups)
         first_token = catalogue.engine(decode[0].plan.engine).serving.first_token
         fronts = front(prefill, 0), front(decode, len(prefill))
-        run = Disaggregated(clients, *fronts, journal, move, first_token)
+        both = front(whole, len(prefill) + len(decode)) if whole else None
+        run = Disaggregated(clients, *fronts, journal, move, first_token, whole=both)
     run.run()
     count = len(admission.rows)
     if not count:

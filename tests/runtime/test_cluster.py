@@ -10,12 +10,13 @@ import pytest
 
 from planc.cost_model import catalogue
 from planc.planner.trace import MOONCAKE_BLOCK, read
-from planc.runtime.simulator import closed_loop, open_loop
-from planc.runtime.simulator.cluster import simulate_cluster
+from planc.runtime.simulator import closed_loop, disaggregated, open_loop
+from planc.runtime.simulator.cluster import fronted, sending, simulate_cluster, together
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
 from planc.runtime.simulator.energy import joules
 from planc.runtime.simulator.load import Load, fixed, poisson, uniform
 from planc.runtime.simulator.records import Records
+from planc.runtime.simulator.replica import FirstToken, Journal, Replica
 from planc.runtime.simulator.router import ROUTERS
 from tests.runtime.simulated import Linear, server, simulate
 
@@ -122,6 +123,52 @@ def test_one_request_step_by_step() -> None:
     assert found.finish_s[0] == pytest.approx(first + 0.3 + steps, rel=1e-3)
     assert found.gaps.count == 10
     assert found.gaps.total == pytest.approx(float(found.finish_s[0] - found.first_token_s[0]))
+
+
+@pytest.mark.parametrize(("first", "later"), [("prefill", 0), ("decode", 0), ("again", 1)])
+def test_where_the_first_token_comes_from(first: FirstToken, later: int) -> None:
+    """Made again, it takes a step more, and the decoding engine hears of the request 0.2 s later."""
+    one = server(Linear(0.01), 4000, request_ms=200)
+    load = open_loop([0.0], fixed(1000), fixed(11))
+    found = simulate_disaggregated([one], [one], load, transfer_s=lambda tokens: 0.5, first_token=first)
+    prefilled = 0.2 + 0.01
+    came = prefilled + 0.2 * later + 0.5
+    at = {"prefill": prefilled, "decode": came, "again": came + 0.01}[first]
+    assert found.first_token_s[0] == pytest.approx(at)
+    assert found.finish_s[0] == pytest.approx(came + 0.01 * (10 + later))
+
+
+@pytest.mark.parametrize("load", [OPEN, CLOSED], ids=["open", "closed"])
+def test_decoding_replicas_run_ahead_of_nothing_that_reaches_them(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as no prompt can be done, decoding goes on by itself: nearly the same as step by step."""
+    ahead = apart(load, decoders=3)
+    monkeypatch.setattr(disaggregated, "_shortest", lambda servers, prompt: 0.0)
+    exact = apart(load, decoders=3)
+    for name in ("first_token_s", "finish_s"):
+        assert np.abs(getattr(ahead, name) - getattr(exact, name)).mean() < 0.05
+    assert ahead.events < 0.8 * exact.events
+    assert np.nanmean(ahead.tpot_s) == pytest.approx(np.nanmean(exact.tpot_s), rel=0.02)
+
+
+@pytest.mark.parametrize("load", [OPEN, CLOSED], ids=["open", "closed"])
+def test_replicas_that_do_both_take_their_share(load: Load) -> None:
+    journal, (prompt, output) = Journal(load.requests), load.lengths(0)
+    one = server(CLOCK, 4000, max_num_seqs=32)
+    fronts = [fronted("least_loaded", [Replica(one, journal)], [share], 0, 0) for share in (0.75, 0.75, 0.25)]
+    run = disaggregated.Disaggregated(
+        sending(load, journal, prompt.tolist(), output.tolist()),
+        *fronts[:2],
+        journal,
+        lambda source, target, tokens: 0.002,
+        whole=fronts[2],
+    )
+    run.run()
+    sound(together(run.replicas, journal, prompt, output))
+    both = run.served_by == 2
+    assert both.mean() == pytest.approx(0.25, abs=0.01)
+    assert ((run.decoded_by == -1) == (both | (output == 1))).all()
 
 
 def test_one_token_answers_never_reach_the_decode_pool() -> None:
