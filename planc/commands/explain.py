@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from planc.planner.explain_why_not import WhyNot
 
 _OPS = 12  # ops of a step that are listed
+_IN_CACHE = 1.1  # share of the memory's bandwidth above which operands cannot have come from it
 _STYLES = {"binds": "bold red", "limits": "yellow", "slack": "dim", "not tried": "dim"}
 
 
@@ -108,7 +109,9 @@ def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: C
         "first that pays",
         "without",
     )
-    console.print(_table(heads, rows, f"What binds ({unit})", left=(3,)))
+    table = _table(heads, rows, f"What binds ({unit})", left=(3,))
+    table.columns[0].no_wrap = True
+    console.print(table)
     console.print(
         "binds: one unit more is worth something; limits: more would be; slack: nothing looser helps. "
         "Each figure is the difference of two optima, not a dual price.\n",
@@ -180,7 +183,7 @@ def steps(engine: Engine, console: Console) -> None:
                 row["bound"],
                 number(row["intensity"]) if row.get("flops") else "",
                 f"{row['peak_compute']:.0%}" if row.get("flops") else "",
-                f"{row['peak_bandwidth']:.0%}" if row.get("bytes") else "",
+                _bandwidth(row["peak_bandwidth"]) if row.get("bytes") else "",
                 row["source"],
             )
             for row in mine[:_OPS]
@@ -197,6 +200,11 @@ def steps(engine: Engine, console: Console) -> None:
     capacity, total = memory.pop("capacity"), memory.pop("total")
     parts = ", ".join(f"{name.replace('_', ' ')} {size:.1f}" for name, size in memory.items())
     console.print(f"memory of each GPU: {total:.1f} of {capacity:.1f} GiB: {parts}\n", markup=False)
+
+
+def _bandwidth(share: float) -> str:
+    """Of the memory's; small operands come from the cache before it, faster than that."""
+    return "in cache" if share > _IN_CACHE else f"{share:.0%}"
 
 
 def _place(site: str, op: str) -> str:
