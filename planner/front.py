@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from planc.errors import InvalidBundle
-from planc.planner.plan import Plan, load_plan
+from planc.planner.plan import Plan, Predicted, load_plan
 
 #: how the balanced plan is picked. It does not depend on how far the front was followed at its ends.
 RULE = "least price times latency (geometric mean): a percent of one is worth a percent of the other"
@@ -39,11 +39,11 @@ class Axis:
         metric, stat, unit = key.split("_")
         return Axis(key, f"{metric.upper()} {stat}", unit)
 
-    def value(self, plan: Plan) -> float:
-        if self.key in plan.predicted:
-            return plan.predicted[self.key].value
+    def value(self, predicted: Mapping[str, Predicted]) -> float:
+        if self.key in predicted:
+            return predicted[self.key].value
         metric, stat, unit = self.key.split("_")
-        found = plan.predicted[f"{metric}_{unit}"]
+        found = predicted[f"{metric}_{unit}"]
         return found.value if stat == "mean" else found.percentiles[stat]
 
     def loss(self, value: float) -> float:
@@ -88,7 +88,17 @@ class Front:
         return plan
 
 
-def undominated(points: Sequence[Point], along: Sequence[Axis]) -> list[Point]:
+class Valued(Protocol):
+    """Something with a value for each axis."""
+
+    @property
+    def values(self) -> tuple[float, ...]: ...
+
+
+T = TypeVar("T", bound=Valued)
+
+
+def undominated(points: Sequence[T], along: Sequence[Axis]) -> list[T]:
     """Points that no other is at least as good as in every axis; of equal ones the first. Ordered by the
     axes' values, first axis first."""
     losses = [tuple(a.loss(v) for a, v in zip(along, p.values, strict=True)) for p in points]
@@ -104,12 +114,12 @@ def undominated(points: Sequence[Point], along: Sequence[Axis]) -> list[Point]:
     return [points[i] for i in sorted(kept, key=lambda i: losses[i])]
 
 
-def balanced(points: Sequence[Point], along: Sequence[Axis]) -> int:
+def balanced(points: Sequence[Valued], along: Sequence[Axis]) -> int:
     """The number of the point that `RULE` picks; the first of equals."""
     price = next(i for i, axis in enumerate(along) if axis.title == "Price")
     latencies = [i for i, axis in enumerate(along) if axis.key.endswith("_ms")]
 
-    def product(point: Point) -> float:
+    def product(point: Valued) -> float:
         logs = [math.log(max(value, 1e-300)) for value in point.values]
         return logs[price] + sum(logs[i] for i in latencies) / len(latencies)
 

@@ -2,9 +2,9 @@
 
 Epsilon-constraint method (Haimes, Lasdon, Wismer 1971): one objective is solved to proof while a latency's
 limit is lowered step by step, until nothing meets it. Ladders of single limits come first, then the ends
-(least latency, least energy) at every size of fleet met so far, then limits in pairs. Every plan is the
-optimum of a problem that its own `request` states; those that another beats are left out, and what is left
-is played by the referee as any plan is.
+(least latency, least energy) for fleets as small, as large and as middling as those met so far, then limits
+in pairs. Every plan is the optimum of a problem that its own `request` states; those that another beats are
+left out, and what is left is played by the referee and checked as any plan is.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from planc.planner.compile import assembled, never_accepted
 from planc.planner.front import Axis, Front, Point, balanced, undominated
 from planc.planner.observe import observe
 from planc.planner.offers import Fleet
+from planc.planner.predict import predicted
 from planc.planner.referee import Judgement, Referee, accepted
 from planc.planner.request import Objective, Request
 from planc.planner.search import Progress, Search
 from planc.planner.slo import Metric
 
-_STEPS = 8  # rungs of a ladder
+_STEPS = 6  # rungs of a ladder
 _PAIRED = 2  # rungs of a second limit under one of the first
 _LEAST_STEP = 0.03  # a rung lowers its limit by this share at least
 _DEAREST = 8.0  # times the least price: beyond, ladders end
-_MOST = 32  # problems solved for one front
+_MOST = 24  # problems solved for one front
 
 
 def front(
@@ -50,20 +51,22 @@ def front(
     """
     sweep = _Sweep(request, table, time_limit, progress)
     sweep.run()
-    wrong = {id(point): check(point.plan, table, request) for point in sweep.points}
-    points = undominated([point for point in sweep.points if not wrong[id(point)]], sweep.axes)
-    if not points:
-        reason = next(iter(wrong.values()))[0]
-        raise CheckFailed(what="the front", reason=reason, mend="Please report the request.")
+    found = undominated(sweep.met, sweep.axes)
     if referee is not None and table.model.kind == "causal_lm":
-        points = undominated(sweep.played(points, referee), sweep.axes)
+        found = undominated(sweep.played(found, referee), sweep.axes)
+    plans = [assembled(met.search, met.fleet, 0.0, met.judgement) for met in found]
+    wrong = [check(plan, table, request) for plan in plans]
+    kept = [i for i, reasons in enumerate(wrong) if not reasons]
+    if not kept:
+        raise CheckFailed(what="the front", reason=wrong[0][0], mend="Please report the request.")
+    points = tuple(Point(plans[i], found[i].values) for i in kept)
     chosen = balanced(points, sweep.axes)
-    best = points[chosen].plan
-    best._evidence = observe(*sweep.found[best.fingerprint.plan], best)
+    best, met = points[chosen].plan, found[kept[chosen]]
+    best._evidence = observe(met.search, met.fleet, best)
     return Front(
         request=request.fingerprint(),
         axes=sweep.axes,
-        points=tuple(points),
+        points=points,
         chosen=chosen,
         problems=len(sweep.asked),
         complete=not sweep.late,
@@ -84,6 +87,16 @@ def axes(request: Request, kind: str, demand: float | None) -> tuple[Axis, ...]:
     return tuple(Axis.of(name) for name in names)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Met:
+    """The answer to one problem; `values` in the order of the axes."""
+
+    search: Search
+    fleet: Fleet
+    values: tuple[float, ...]
+    judgement: Judgement | None = None
+
+
 @dataclass
 class _Sweep:
     """The problems of one front, solved one after another on one set of step times."""
@@ -92,9 +105,8 @@ class _Sweep:
     table: CostTable
     time_limit: float | None
     progress: Progress | None
-    points: list[Point] = field(default_factory=list)
-    asked: dict[str, Point | None] = field(default_factory=dict)
-    found: dict[str, tuple[Search, Fleet]] = field(default_factory=dict)
+    met: list[_Met] = field(default_factory=list)
+    asked: dict[str, _Met | None] = field(default_factory=dict)
     late: bool = False
 
     def __post_init__(self) -> None:
@@ -119,9 +131,9 @@ class _Sweep:
             for key in self.latencies:
                 rungs += list(self.ladder(self.request.changed(objective=objective), key, _STEPS))
         if demand is not None:
-            sizes = sorted({sum(len(r.gpus) for r in point.plan.replicas()) for point in self.points})
+            sizes = sorted({met.fleet.gpus for met in self.met})
             for objective in ("min_latency", "min_energy"):
-                for size in sizes:
+                for size in sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}):
                     limits = self.request.constraints.model_copy(update={"max_gpus": size})
                     self.solve(self.request.changed(objective=objective, constraints=limits))
         for asked in rungs[1:-1:2]:
@@ -129,28 +141,25 @@ class _Sweep:
                 if asked.slo.get(key) == self.request.slo.get(key):  # the other latency than the ladder's
                     list(self.ladder(asked, key, _PAIRED))
 
-    def played(self, points: Sequence[Point], referee: Referee) -> list[Point]:
-        """The points whose objectives hold when the workload is simulated, their plans changed where that
-        takes it. At least one is played, however late it is."""
-        found: list[Point] = []
-        for point in points:
+    def played(self, found: Sequence[_Met], referee: Referee) -> list[_Met]:
+        """Those whose objectives hold when the workload is simulated, changed where that takes it. At least
+        one is played, however late it is."""
+        kept: list[_Met] = []
+        for met in found:
             left = self.left()
-            if found and left is not None and left <= 0:
+            if kept and left is not None and left <= 0:
                 self.late = True
                 break
-            search, fleet = self.found[point.plan.fingerprint.plan]
-            judged = accepted(search, fleet, referee, left)
+            judged = accepted(met.search, met.fleet, referee, left)
             if judged is not None and judged[2].accepted:
-                found.append(self.point(*judged))
-        if not found:
+                kept.append(self.valued(*judged))
+        if not kept:
             raise never_accepted(self.search)
-        return found
+        return kept
 
-    def point(self, search: Search, fleet: Fleet, judgement: Judgement | None = None) -> Point:
-        """A fleet as a plan, which remembers where it comes from."""
-        plan = assembled(search, fleet, 0.0, judgement)
-        self.found[plan.fingerprint.plan] = search, fleet
-        return Point(plan, tuple(axis.value(plan) for axis in self.axes))
+    def valued(self, search: Search, fleet: Fleet, judgement: Judgement | None = None) -> _Met:
+        numbers = predicted(fleet.items, search.traffic, search.slos)
+        return _Met(search, fleet, tuple(axis.value(numbers) for axis in self.axes), judgement)
 
     def left(self) -> float | None:
         """Seconds left; None without a limit."""
@@ -158,18 +167,18 @@ class _Sweep:
 
     def ladder(self, request: Request, key: str, rungs: int) -> Iterator[Request]:
         """Problems with an ever lower limit of one latency, as long as they have a plan."""
-        axis, point = Axis.of(key), self.solve(request)
-        share = 1.0
+        axis = [axis.key for axis in self.axes].index(key)
+        met, share = self.solve(request), 1.0
         for number in range(rungs):
-            if point is None or point.values[0] > _DEAREST * self.points[0].values[0]:
+            if met is None or met.values[0] > _DEAREST * self.met[0].values[0]:
                 return
             yield request
-            value = axis.value(point.plan)
+            value = met.values[axis]
             share = share if number else self._rung(request, key, value, rungs)
             for step in (share, math.sqrt(share)):
                 request = request.changed(slo={**request.slo, key: _below(value * step)})
-                point = self.solve(request)
-                if point is not None:
+                met = self.solve(request)
+                if met is not None:
                     break
 
     def _rung(self, request: Request, key: str, value: float, rungs: int) -> float:
@@ -179,7 +188,7 @@ class _Sweep:
         whole = min(max(least / value, 1e-3), 1.0)
         return float(min(whole ** (1 / rungs), 1 - _LEAST_STEP))
 
-    def solve(self, request: Request) -> Point | None:
+    def solve(self, request: Request) -> _Met | None:
         """The best plan of one problem, remembered; None when there is none, or no time."""
         key = repr((request.objective, sorted(request.slo.items()), request.constraints.max_gpus))
         if key in self.asked:
@@ -193,12 +202,12 @@ class _Sweep:
         self.say(f"front: problem {len(self.asked) + 1}")
         search = self.search.with_slos(request)
         fleet = search.fleet(None if left is None else max(left, 1e-3))
-        point = None
+        met = None
         if fleet is not None:
-            point = self.point(search, fleet)
-            self.points.append(point)
-        self.asked[key] = point
-        return point
+            met = self.valued(search, fleet)
+            self.met.append(met)
+        self.asked[key] = met
+        return met
 
 
 def _below(value: float) -> float:
