@@ -17,6 +17,7 @@ from planc.codegen.engines.checkpoint import native_format
 from planc.codegen.engines.vllm_formats import QUANTIZATION_FILE, quantization_file, weights
 from planc.codegen.engines.vllm_settings import environment, settings
 from planc.codegen.shell import comment, quote
+from planc.cost_model.parts import KV, scheme
 from planc.planner.plan import Plan, Replica, Role
 from planc.version import __version__
 
@@ -244,9 +245,15 @@ def _launch(shape: Shape, plan: Plan, config: Mapping[str, Any] | None) -> str:
         by_data=spread,
         exported=weights(replica, plan, config).exported,
         native=native_format(config),
+        wanted=" and ".join(dict.fromkeys([replica.weights, *_exceptions(replica)])),
         default_model="" if source.endswith((".json", ".pt2")) or ":" in source else source,
     )
     return text + "\n"
+
+
+def _exceptions(replica: Replica) -> list[str]:
+    """Weight formats of parts that have another than most."""
+    return [scheme(taken)[0] for part, taken in replica.formats.items() if not part.endswith(f":{KV}")]
 
 
 def _words(replica: Replica) -> str:

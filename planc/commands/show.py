@@ -168,7 +168,7 @@ def layers(plan: Plan, console: Console) -> None:
         (
             layer.layer_class,
             layer.count,
-            layer.decisions.format,
+            ", ".join([layer.decisions.format, *(f"{m} {f}" for m, f in layer.decisions.formats.items())]),
             ", ".join(layer.decisions.fusions) or "-",
             ", ".join(f"{site}: {how}" for site, how in layer.decisions.sharding.items()) or "-",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from planc.codegen.engines import checkpoint, router, vllm, writer
 from planc.codegen.engines.vllm_formats import weights
 from planc.codegen.engines.vllm_settings import settings
 from planc.errors import CheckFailed, UnknownName
-from planc.planner.plan import Plan, Pool
+from planc.planner.plan import LayerDecisions, LayerPlan, Plan, Pool
 from planc.version import __version__
 from tests.codegen.plans import memory, plan, replica
 
@@ -267,3 +268,37 @@ def test_registry() -> None:
     assert writer("vllm") is vllm
     with pytest.raises(UnknownName, match="vllm"):
         writer("vlm")
+
+
+def test_formats_of_parts_are_said_where_vllm_looks_for_them() -> None:
+    """Groups of modules in the checkpoint's configuration, layers whose cache stays wide in the engine's."""
+    formats = {"decoder:self_attn": "bf16/bf16", "decoder[0-1]:mlp": "w4a16/bf16", "decoder[0,3]:kv": "bf16"}
+    one = replica(weights="fp8", activations="fp8", kv="fp8", formats=formats)
+    kept = LayerDecisions(format="fp8", sharding={}, fusions=[], kernel={})
+    named = [("decoder", "2-3"), ("decoder[0-1]", "0-1")]
+    layers = [
+        LayerPlan.model_validate({"class": name, "count": 2, "layers": numbers, "decisions": kept})
+        for name, numbers in named
+    ]
+    whole = plan(one, layers=layers)
+    files = vllm.render(whole, LLAMA)
+    (folder,) = {name.split("/")[0] for name in files}
+    assert folder.endswith("-mixed")
+    stated = json.loads(files[f"{folder}/quantization_config.json"])
+    groups = [(group["format"], group["targets"]) for group in stated["config_groups"].values()]
+    assert groups[1:] == [("float-quantized", ["Linear"])]
+    assert groups[0][0] == "pack-quantized"
+    (narrow,), (*_, wide) = groups[0][1], stated["ignore"]
+    for name, pattern, met in [
+        ("model.layers.1.mlp.up_proj", narrow, True),
+        ("model.layers.2.mlp.up_proj", narrow, False),
+        ("model.layers.1.self_attn.qkv_proj", narrow, False),
+        ("model.layers.3.self_attn.qkv_proj", wide, True),
+        ("model.layers.13.self_attn.qkv_proj", wide, False),
+    ]:
+        assert bool(re.match(pattern.removeprefix("re:"), name)) == met, name
+    said = settings(one, whole, LLAMA)
+    assert (said["kv-cache-dtype"], said["kv-cache-dtype-skip-layers"]) == ("fp8", ["0", "3"])
+    assert "num-gpu-blocks-override" not in said
+    assert "quantization" not in said
+    assert "needs fp8 and bf16 and w4a16 weights" in files[f"{folder}/launch.sh"]
