@@ -9,7 +9,7 @@ from typing import Any
 
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import Gpu
-from planc.cost_model.collectives import Fabric, Link
+from planc.cost_model.collectives import Fabric
 from planc.cost_model.memory import MemoryMap, memory_map
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.speculative import drafting, with_draft
@@ -159,15 +159,6 @@ def _count(value: object, field: str) -> int:
             mend="Write e.g. 1.",
         )
     return int(text)
-
-
-def link(source: Site, target: Site, groups: Sequence[Group]) -> tuple[Link, int]:
-    """The wire between two replicas, and how many GPU pairs use one each at the same time."""
-    group = next(g for g in groups if g.index == source.home[0])
-    pairs = min(source.plan.tp, target.plan.tp)
-    if source.home == target.home:
-        return group.fabric.inner(source.gpu, 2 * max(source.plan.tp, target.plan.tp)), pairs
-    return group.fabric.outer(source.gpu), pairs
 
 
 def shape_of(replica: Replica) -> EngineShape:

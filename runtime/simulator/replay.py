@@ -17,11 +17,12 @@ from planc.cost_model import catalogue
 from planc.cost_model.collectives import transfer_seconds
 from planc.errors import InvalidField
 from planc.files import whole
+from planc.planner.disaggregated import link
 from planc.planner.inventory import Group
 from planc.planner.request import Slo
 from planc.planner.trace import MOONCAKE_BLOCK, Scan, TraceRow, read
 from planc.runtime.simulator.cluster import Aggregated, Front, Open, fits, fronted, together
-from planc.runtime.simulator.deployment import Site, link, speculation
+from planc.runtime.simulator.deployment import Site, speculation
 from planc.runtime.simulator.disaggregated import Disaggregated
 from planc.runtime.simulator.records import Ints, Records
 from planc.runtime.simulator.replica import Journal, Replica, Sent, Server
@@ -273,12 +274,13 @@ def _server(site: Site) -> Server:
 def _transfer(
     prefill: Sequence[Site], decode: Sequence[Site], groups: Sequence[Group]
 ) -> Callable[[int, int, int], float]:
-    """Seconds to hand over so many tokens' cache: every GPU of the smaller side sends its part at once."""
-    wires = [[link(a, b, groups) for b in decode] for a in prefill]
-    per_token = [site.kv_bytes_per_token * site.gpus for site in prefill]
+    """Seconds to hand over so many tokens' cache, as the planner counts them where no layer forgets: each GPU
+    that decodes fetches what it will hold, those that prefilled share the sending."""
+    home = {group.index: group for group in groups}
+    wires = [[link(home[a.home[0]], home[b.home[0]], a.home == b.home) for b in decode] for a in prefill]
+    sizes = [[b.kv_bytes_per_token * max(b.gpus / a.gpus, 1.0) for b in decode] for a in prefill]
 
     def seconds(source: int, target: int, tokens: int) -> float:
-        wire, pairs = wires[source][target]
-        return float(transfer_seconds(per_token[source] * tokens / pairs, wire))
+        return float(transfer_seconds(sizes[source][target] * tokens, wires[source][target]))
 
     return seconds
