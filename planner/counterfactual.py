@@ -125,9 +125,9 @@ class Evaluator:
         Raises Impossible.
         """
         load, slos = self._load(request), request.slos()
-        if load.concurrency is not None and any(item.place[0] in _HALVES for item in engines if item.count):
+        if load.concurrency is not None and any(item.place[0] in _HALVES for item in engines):
             raise Impossible("prefill and decode pools are not evaluated in a closed loop")
-        ready = self._ready([item for item in engines if item.count], request)
+        ready = self._ready(engines, request)
         capacities = self._capacities(ready)
         items: list[Deployed] = []
         meets = True

@@ -149,6 +149,7 @@ def _kinds(pool: Pool | None, homes: Mapping[str, Group]) -> list[Kind]:
     found: dict[tuple[int, str], list[tuple[Replica, Group | None]]] = {}
     for replica in pool.replicas:
         home = homes.get(replica.gpus[0].rpartition("/")[0]) if replica.gpus else None
+        home = home if home is not None and home.gpu.name == replica.gpu else None
         text = replica.model_dump_json(exclude={"gpus", "traffic_share"})
         found.setdefault((-1 if home is None else home.index, text), []).append((replica, home))
     return [

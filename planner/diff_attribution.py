@@ -111,6 +111,8 @@ def attribution(old: Plan, new: Plan, table: CostTable) -> Attribution:
             return evaluator.outcome(*mixture.at(state))
         except PlancError as error:  # of files that the request names
             raise Impossible(str(error)) from None
+        except ArithmeticError as error:  # of numbers that no plan of planc's has
+            raise Impossible(f"it cannot be computed ({error})") from None
 
     return shared_out(mixture.decisions, evaluate, (_stated(old), _stated(new)), _unseen(old, new))
 
@@ -128,6 +130,8 @@ def shared_out(
 
     Raises Impossible where one of the ends is.
     """
+    if not all(math.isfinite(value) for side in stated for value in side.values()):
+        raise Impossible("a plan's own figures are not finite")
     between = Between([decision.name for decision in decisions], _snapping(evaluate, decisions, stated))
     ends = between.ends()
     walks = [list(between.walk(start)) for start in (OLD, between.new)]

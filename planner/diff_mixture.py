@@ -66,6 +66,8 @@ class Mixture:
         self.plans = old, new
         self.pairs = aligned(old, new)
         self.requests = _requests(old, new)
+        if any(kind.group is None for pair in self.pairs for kind in (pair.old, pair.new) if kind):
+            raise Impossible("a plan's nodes are not among those of its request")
         self.demands = _offered(old, self.requests[0]), _offered(new, self.requests[1])
         self._twins = _twins(groups(self.requests[0]), groups(self.requests[1]))
 
@@ -120,7 +122,8 @@ class Mixture:
             limited = zip(self.demands, self.requests, strict=True)
             if all(load is not None or own.slos() for load, own in limited):
                 raise Impossible("no objective limits the load")
-        engines = self._sharing([self._mixed(pair, new) for pair in self.pairs], new)
+        present = (item for item in (self._mixed(pair, new) for pair in self.pairs) if item.count)
+        engines = self._sharing(list(present), new)
         return engines, request, demand
 
     def _sharing(self, engines: Sequence[Engines], new: frozenset[str]) -> list[Engines]:
@@ -130,11 +133,9 @@ class Mixture:
         given: dict[Place, float] = {}
         for item in engines:
             given[item.place] = given.get(item.place, 0.0) + item.count * item.share
-        return [
-            replace(item, share=item.share / given[item.place] * wanted[item.place])
-            for item in engines
-            if item.count
-        ]
+        if any(not share > 0 for share in given.values()):
+            raise Impossible("a pool takes no requests")
+        return [replace(item, share=item.share / given[item.place] * wanted[item.place]) for item in engines]
 
     def _mixed(self, pair: Pair, new: frozenset[str]) -> Engines:
         """A kind with each setting from its own side. A kind of one plan only is itself on both sides, with
@@ -159,8 +160,7 @@ class Mixture:
             count = sides[number in new].count
             side = int(("gpu" if pair.old.replica.gpu != pair.new.replica.gpu else "nodes") in new)
             kind = sides[side]
-        if kind.group is None:
-            raise Impossible("the plan's nodes are not among those of its request")
+        assert kind.group is not None
         return Engines(place, replica, count, share, self._priced(kind.group, side, new))
 
     def _priced(self, group: Group, side: int, new: frozenset[str]) -> Group:
