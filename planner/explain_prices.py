@@ -3,7 +3,8 @@
 The problem is an integer one, so its constraints have no dual prices: a millisecond more may buy nothing
 and three may save a GPU. Each price is the difference of two optima: the request solved again with the
 constraint one unit looser, one unit tighter, at the nearest value that pays (found by bisection; the optimum
-is monotone in every constraint), and without it.
+is monotone in every constraint), and without it. What a unit would gain if engines could be bought in parts
+stands beside them, as that of a linear relaxation.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from planc.planner import solve
 from planc.planner.explain_knobs import Knob, knobs
 from planc.planner.loosen import rounded_down, rounded_up
-from planc.planner.variations import Outcome, OutOfTime, Resolver
+from planc.planner.search import Search
+from planc.planner.variations import Outcome, OutOfTime, Resolver, Variation, hardware
 
 _BISECTIONS = 5
 
@@ -33,6 +36,8 @@ class Price:
     tighter_fails      one unit tighter is infeasible
     pays_at, pays      the nearest looser value that gains anything, and what it gains
     without, instead   gain from leaving the constraint out, and what is in its place then
+    marginal           gain of the linear relaxation from one unit looser, on interpolated capacities; None
+                       where nothing is gained, or the objective depends on how loaded engines are
     """
 
     name: str
@@ -48,6 +53,7 @@ class Price:
     pays: float | None = None
     without: float | None = None
     instead: str = "left out"
+    marginal: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,7 +101,36 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
     if looser:
         price = replace(price, pays_at=unit, pays=looser)
     verdict: Verdict = "binds" if looser else "limits" if without else "slack"
-    return replace(price, looser=looser, verdict=verdict)
+    marginal = None if verdict == "slack" else _marginal(resolver, base, knob.at(unit))
+    return replace(price, looser=looser, verdict=verdict, marginal=marginal)
+
+
+def _marginal(resolver: Resolver, base: Outcome, looser: Variation) -> float | None:
+    search = resolver.search(looser)
+    if search is None or base.objective not in ("usd_per_hour", "requests_s"):
+        return None
+    with hardware(looser):
+        bounds = _relaxed(base.search), _relaxed(search)
+    if bounds[0] is None or bounds[1] is None:
+        return None
+    gain = bounds[1] - bounds[0] if resolver.maximising else bounds[0] - bounds[1]
+    return max(gain, 0.0)
+
+
+def _relaxed(search: Search) -> float | None:
+    """The best value that divisible engines reach; None when even they do not suffice, or where a stated load
+    is the value."""
+    if search.request.objective == "max_goodput" and search.demand is not None:
+        return None
+    families: dict[str, list[solve.Column]] = {}
+    for _, column in search.rough():
+        families.setdefault(column.family, []).append(column)
+    limits = search.master_limits(search.demand)
+    found = [solve.relaxation(columns, limits) for columns in families.values()]
+    bounds = [one.bound for one in found if one is not None]
+    if not bounds:
+        return None
+    return min(bounds) if limits.demand is not None else max(bounds)
 
 
 def _holds(knob: Knob, reached: float | None, value: float) -> bool:

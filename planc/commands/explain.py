@@ -114,7 +114,8 @@ def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: C
     console.print(table)
     console.print(
         "binds: one unit more is worth something; limits: more would be; slack: nothing looser helps. "
-        "Each figure is the difference of two optima, not a dual price.\n",
+        "Each figure is the difference of two optima, not a dual price; ~ is what a unit would gain if "
+        "engines could be bought in parts (linear relaxation).\n",
         style="dim",
     )
 
@@ -122,7 +123,8 @@ def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: C
 def _step(price: Price, sign: str) -> str:
     if price.stated is None:
         return ""
-    return f"{number(price.stated + price.step)}: {_signed(sign, price.looser)}"
+    about = f" (~{sign}{price.marginal:.2g})" if price.marginal else ""
+    return f"{number(price.stated + price.step)}: {_signed(sign, price.looser)}{about}"
 
 
 def _tighter(price: Price, sign: str) -> str:
