@@ -39,12 +39,23 @@ def words(plan: Plan) -> str:
 
 
 def table(front: Front) -> Table:
+    """Fleets that read alike are told apart by their batch limits."""
     columns = tuple(f"{axis.title}, {axis.unit}" for axis in front.axes)
+    names = [words(plan) for plan in front.plans]
+    names = [
+        f"{name}, {_limits(plan)}" if names.count(name) > 1 else name
+        for name, plan in zip(names, front.plans, strict=True)
+    ]
     rows = tuple(
-        (tuple(number(v) for v in point.values), words(point.plan), position == front.chosen)
-        for position, point in enumerate(front.points)
+        (tuple(number(v) for v in point.values), name, position == front.chosen)
+        for position, (point, name) in enumerate(zip(front.points, names, strict=True))
     )
     return Table(columns, rows)
+
+
+def _limits(plan: Plan) -> str:
+    found = dict.fromkeys(f"{r.max_num_seqs} seqs {r.max_num_batched_tokens} tokens" for r in plan.replicas())
+    return " / ".join(found)
 
 
 def of_front(front: Front) -> list[Plot]:
