@@ -1,8 +1,8 @@
 """Which offers the master problem must see: columns by the step model of the few that may matter.
 
-Three bounds leave the others out, each with 5 % more capacity than was interpolated: an offer that another of
-its family surely replaces; a family whose linear relaxation is worse than the best fleet found; an engine
-whose reduced cost in it is more than what lies between the two.
+Three bounds leave the others out, each with 5 % more capacity than was interpolated: an offer that one or
+several others of its family surely replace; a family whose linear relaxation is worse than the best fleet
+found; an engine whose reduced cost in it is more than what lies between the two.
 """
 
 from __future__ import annotations
@@ -32,11 +32,21 @@ def promising(
     every      leave out only what is surely replaced: the objective is not the master problem's
     """
     hopeful = [replace(column, load=column.load / NEAR) for _, column in rough]
+    several_fit = limits.max_replicas is None and not every
     kept: list[int] = []
-    for mine in _alike([column for _, column in rough]).values():
-        kept += [i for i in mine if not any(solve.replaces(rough[j][1], hopeful[i]) for j in mine if j != i)]
+    for mine in _rivals([column for _, column in rough]).values():
+        kept += [
+            i
+            for i in mine
+            if not any(
+                solve.replaces(rough[j][1], hopeful[i])
+                or (several_fit and solve.outdoes(rough[j][1], hopeful[i]))
+                for j in mine
+                if j != i
+            )
+        ]
     if every:
-        return _precise(rough, kept)
+        return _precise(rough, sorted(kept), multiples=False)
     families: dict[str, list[int]] = {}
     several = len({column.owner for _, column in rough}) > 1
     for i in sorted(kept):
@@ -62,8 +72,7 @@ def _within_bounds(
         fleet = solve.solve(columns, limits, time_limit=left(deadline), first_only=True)
         return math.inf if fleet is None else sign * fleet.value
 
-    offers: list[Offer] = []
-    columns: list[solve.Column] = []
+    found: list[tuple[float, Columns]] = []
     best = math.inf
     for name in sorted(relaxed, key=lambda name: (sign * relaxed[name].bound, name)):
         bound = sign * relaxed[name].bound
@@ -71,31 +80,34 @@ def _within_bounds(
             break
         costs = dict(zip(families[name], relaxed[name].reduced_costs, strict=True))
         core = sorted(costs, key=lambda i: (costs[i], i))[:_CORE]
-        best = min(best, value(_precise(rough, core)[1]))
+        mine = value(_precise(rough, core, limits.max_replicas is None)[1])
+        best = min(best, mine)
         members = [i for i in costs if costs[i] <= best - bound + 1e-6 * abs(bound)]
-        more = _precise(rough, members)
+        columns = _precise(rough, members, limits.max_replicas is None)
         if len(members) > len(core):
-            best = min(best, value(more[1]))
-        offers += more[0]
-        columns += more[1]
-    return offers, columns
+            mine = value(columns[1])
+            best = min(best, mine)
+        found.append((mine, columns))
+    slack = limits.gap * abs(best) + 1e-6 * abs(best) if math.isfinite(best) else 0.0
+    kept = [columns for mine, columns in found if mine <= best + slack]
+    return [o for offers, _ in kept for o in offers], [c for _, columns in kept for c in columns]
 
 
-def _precise(rough: Rough, chosen: Iterable[int]) -> Columns:
+def _precise(rough: Rough, chosen: Iterable[int], multiples: bool) -> Columns:
     made = []
     for i in sorted(chosen):
         offer, column = rough[i]
         exact = offer.precise()
         made.append((exact, replace(column, load=exact.capacity)))
-    kept = solve.undominated([column for _, column in made])
+    kept = solve.undominated([column for _, column in made], multiples)
     return [made[i][0] for i in kept], [made[i][1] for i in kept]
 
 
-def _alike(columns: Sequence[solve.Column]) -> dict[tuple[object, ...], list[int]]:
-    """Columns that could replace each other: the same pieces of the same group, family and flow."""
+def _rivals(columns: Sequence[solve.Column]) -> dict[tuple[object, ...], list[int]]:
+    """Columns of which one could stand in for another: of the same group, family and flow."""
     found: dict[tuple[object, ...], list[int]] = {}
     for i, c in enumerate(columns):
-        found.setdefault((c.owner, c.group, c.pieces, c.size, c.family, c.flow), []).append(i)
+        found.setdefault((c.owner, c.group, c.family, c.flow), []).append(i)
     return found
 
 

@@ -120,22 +120,29 @@ class Solution:
         return abs(self.value - self.bound) / max(abs(self.value), 1e-12)
 
 
-def undominated(columns: Sequence[Column]) -> list[int]:
-    """Columns that no other replaces at no loss: same pieces in the same group, no more weight, drop or
-    power, no less load. Of equal ones the first stays."""
+def undominated(columns: Sequence[Column], multiples: bool = False) -> list[int]:
+    """Columns that no other replaces at no loss; of equal ones the first stays. `multiples`: several engines
+    may stand in for one (see `outdoes`)."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for i, column in enumerate(columns):
+        groups.setdefault((column.owner, column.group, column.family, column.flow), []).append(i)
     kept: list[int] = []
-    for i, mine in enumerate(columns):
-        if mine.load > 0 and not any(
-            replaces(other, mine) and (j < i or not replaces(mine, other))
-            for j, other in enumerate(columns)
-            if j != i
-        ):
-            kept.append(i)
-    return kept
+    for members in groups.values():
+        for i in members:
+            mine = columns[i]
+            if mine.load > 0 and not any(
+                (replaces(columns[j], mine) and (j < i or not replaces(mine, columns[j])))
+                or (multiples and outdoes(columns[j], mine))
+                for j in members
+                if j != i
+            ):
+                kept.append(i)
+    return sorted(kept)
 
 
 def replaces(a: Column, b: Column) -> bool:
-    """Whether `a` may stand in for `b` everywhere, at no loss."""
+    """Whether `a` may stand in for `b` everywhere, at no loss: same pieces in the same group, no more weight,
+    drop or power, no less load."""
     return (
         (a.owner, a.group, a.pieces, a.size, a.family, a.flow)
         == (b.owner, b.group, b.pieces, b.size, b.family, b.flow)
@@ -143,6 +150,21 @@ def replaces(a: Column, b: Column) -> bool:
         and a.weight <= b.weight
         and a.drop <= b.drop
         and a.watts <= b.watts
+    )
+
+
+def outdoes(a: Column, b: Column) -> bool:
+    """Whether several engines `a` may stand in for one larger `b`, at no loss: they fit where it lies, and
+    fewer of them may fail at once. Not where the number of replicas is limited."""
+    if a.pieces != 1 or a.gpus >= b.gpus or b.size % a.size or a.load <= 0 or a.firm != b.firm:
+        return False
+    times = math.ceil(b.load / a.load - 1e-9)
+    return (
+        (a.owner, a.group, a.family, a.flow) == (b.owner, b.group, b.family, b.flow)
+        and times * a.gpus <= b.gpus
+        and times * a.weight <= b.weight * (1 + 1e-12)
+        and times * a.watts <= b.watts * (1 + 1e-12)
+        and a.drop <= b.drop
     )
 
 

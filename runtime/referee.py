@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +76,7 @@ class Simulation:
 
     seed: int = 0
     tolerance: float = 0.02
+    _seen: dict[tuple[object, ...], Played] = field(default_factory=dict)
 
     def judge(self, search: Search, fleet: Fleet) -> Judgement:
         """Plays the workload against every kind of engine."""
@@ -84,7 +85,10 @@ class Simulation:
         for items in _together(fleet.items):
             assert items[0].stream is not None
             slos = _objectives(search, items)
-            played = self._play(search, items)
+            key = tuple(
+                (id(i.engine), i.limits, i.load, i.count if i.role != "aggregated" else 1) for i in items
+            )
+            played = self._seen.get(key) or self._seen.setdefault(key, self._play(search, items))
             values = {slo.key: played.value(slo) for slo in slos}
             broken = [slo for slo in slos if values[slo.key] > slo.limit * (1 + self.tolerance)]
             excess = max((values[slo.key] / slo.limit for slo in broken), default=1.0)
