@@ -125,8 +125,11 @@ def explain(
     taken: tuple[Ablation, ...] = ()
     complete = True
     if alternative is None:
-        found = tuple(prices(resolver, base))
+        with resolver.within(0.5):
+            found = tuple(prices(resolver, base))
         taken = tuple(ablations(resolver, base))
+        if any(price.verdict == "not tried" for price in found):
+            found = tuple(prices(resolver, base))  # what was solved is remembered
         complete = all(p.verdict != "not tried" for p in found) and all(a.tried for a in taken)
     else:
         try:

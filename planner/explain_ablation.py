@@ -7,6 +7,7 @@ are free again, and the request is solved anew.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -85,7 +86,12 @@ def _ablated(resolver: Resolver, base: Outcome, decision: Decision) -> Ablation:
     found = [outcome for variation in decision.without if (outcome := resolver.solve(variation)) is not None]
     if not found:
         return _with_more_nodes(resolver, base, decision)
-    best = max(found, key=lambda outcome: (resolver.gain(outcome, base) or 0.0, -outcome.fleet.usd))
+
+    def rank(outcome: Outcome) -> tuple[float, float]:
+        gain = resolver.gain(outcome, base)
+        return -math.inf if gain is None else gain, -outcome.fleet.usd
+
+    best = max(found, key=rank)
     gain = resolver.gain(best, base)
     return Ablation(
         decision.name,

@@ -219,6 +219,18 @@ class Resolver:
         self._known[self.start.key()] = found
         return found
 
+    @contextmanager
+    def within(self, share: float) -> Iterator[None]:
+        """Leaves this share of the remaining time to what is done until the block ends."""
+        end = self._end
+        if end is not None:
+            now = self._clock()
+            self._end = now + share * max(end - now, 0.0)
+        try:
+            yield
+        finally:
+            self._end = end
+
     @property
     def restricted(self) -> bool:
         return self.layouts is not None
