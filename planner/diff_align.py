@@ -66,17 +66,22 @@ class Pair:
 
     pool    the pair of pools that it is in, by role, with traffic classes where a role has several pools
     name    the same, with a number where there are several kinds
-    kept    whether both plans have the pool
+    served  traffic classes of the pool in either plan; None where only the other plan has it
     """
 
     pool: str
     name: str
-    kept: bool
+    served: tuple[tuple[str, ...] | None, tuple[str, ...] | None]
     old: Kind | None
     new: Kind | None
 
+    @property
+    def kept(self) -> bool:
+        """Whether both plans have the pool."""
+        return None not in self.served
+
     def mirrored(self) -> Pair:
-        return Pair(self.pool, self.name, self.kept, self.new, self.old)
+        return Pair(self.pool, self.name, self.served[::-1], self.new, self.old)
 
 
 def aligned(old: Plan, new: Plan) -> tuple[Pair, ...]:
@@ -87,9 +92,9 @@ def aligned(old: Plan, new: Plan) -> tuple[Pair, ...]:
         mine, other = _kinds(before, homes[0]), _kinds(after, homes[1])
         pairs = matched(mine, other, _likeness, lambda kind: kind.key)
         pairs.sort(key=_order)
-        kept = before is not None and after is not None
+        served = tuple(before.classes) if before else None, tuple(after.classes) if after else None
         for number, (a, b) in enumerate(pairs):
-            found.append(Pair(name, f"{name}[{number}]" if len(pairs) > 1 else name, kept, a, b))
+            found.append(Pair(name, f"{name}[{number}]" if len(pairs) > 1 else name, served, a, b))
     return tuple(found)
 
 

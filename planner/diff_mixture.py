@@ -26,7 +26,6 @@ _ENGINE = tuple(name for name in SETTINGS if name not in _DERIVED)
 #: decisions in the order in which they are tried: what is asked, what it costs, what serves, how, how many
 ORDER = ("workload", "slo", "prices", "machines", "pools", "nodes", *_ENGINE, "replicas", "traffic split")
 
-
 _LISTED = 3  # changes of one decision that are named in a line
 _SHORT = 1e-4  # share of the offered load that a plan may lack by rounding
 
@@ -141,27 +140,28 @@ class Mixture:
         """A kind with each setting from its own side. A kind of one plan only is itself on both sides, with
         no engines on the other."""
         number = "replicas" if pair.kept else "pools"
-        if pair.old is None or pair.new is None:
-            side = int(pair.old is None)
-            kind = pair.new if pair.old is None else pair.old
-            assert kind is not None
-            place, replica, share = (kind.role, kind.classes), kind.replica, _each(kind)
-            count = kind.count if (number in new) == bool(side) else 0
-        else:
+        if pair.old is not None and pair.new is not None:
             sides = pair.old, pair.new
             fields = {
                 field: getattr(sides[name in new].replica, field)
                 for name in _ENGINE
                 for field in _FIELDS.get(name, (name,))
             }
-            place = pair.old.role, sides["pools" in new].classes
-            split = "traffic split" if any(d.name == "traffic split" for d in self.decisions) else number
-            replica, share = pair.old.replica.model_copy(update=fields), _each(sides[split in new])
-            count = sides[number in new].count
+            replica, count = pair.old.replica.model_copy(update=fields), sides[number in new].count
+            share = _each(sides[("traffic split" if self._splits else number) in new])
             side = int(("gpu" if pair.old.replica.gpu != pair.new.replica.gpu else "nodes") in new)
             kind = sides[side]
+        else:
+            side = int(pair.old is None)
+            only = pair.new if pair.old is None else pair.old
+            assert only is not None
+            kind = only
+            replica, share = kind.replica, _each(kind)
+            count = kind.count if (number in new) == bool(side) else 0
+        served = pair.served["pools" in new] if pair.kept else kind.classes
+        assert served is not None
         assert kind.group is not None
-        return Engines(place, replica, count, share, self._priced(kind.group, side, new))
+        return Engines((kind.role, served), replica, count, share, self._priced(kind.group, side, new))
 
     def _priced(self, group: Group, side: int, new: frozenset[str]) -> Group:
         """The group with price and machines of the sides that `new` says, where both inventories have it."""
@@ -172,6 +172,11 @@ class Mixture:
         return replace(twin["machines" in new], usd=price.usd, priced=price.priced)
 
     # -- parts ---------------------------------------------------------------------------
+
+    @cached_property
+    def _splits(self) -> bool:
+        """Whether how the traffic is split is a decision of its own."""
+        return any(decision.name == "traffic split" for decision in self.decisions)
 
     @cached_property
     def _shares(self) -> tuple[dict[Place, float], dict[Place, float]]:

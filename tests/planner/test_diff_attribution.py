@@ -195,6 +195,13 @@ def test_pools_of_their_own_for_traffic_classes(plans: dict[str, Plan]) -> None:
     one = part(there.attribution, "pools")
     assert one.decisions[0].changes == (("", "aggregated", "aggregated (chat) + aggregated (docs)"),)
     assert one.changes["usd_per_hour"] + part(there.attribution, "replicas").changes["usd_per_hour"] == 1.0
+    small = apart.pools[0].replicas[0].model_copy(update={"max_num_seqs": 16, "gpus": ["node0/3"]})
+    halved = [r.model_copy(update={"traffic_share": 0.375}) for r in (apart.pools[0].replicas[0], small)]
+    uneven = apart.pools[0].model_copy(update={"replicas": halved})
+    grown = apart.model_copy(update={"pools": [uneven, apart.pools[1]]})
+    mixed = diff(shared, grown, table())
+    assert mixed.attribution is not None, mixed.unattributed
+    assert diff(grown, shared, table()) == mixed.mirrored()
     busier = apart.model_copy(
         update={"request": request | {"workload": {**two, "classes": [two["classes"][0]]}}}
     )
