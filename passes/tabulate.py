@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from planc.cost_model.table import CostTable
 from planc.ir.trace import cache as entries
 from planc.ir.trace import kind_of
 from planc.ir.trace.fingerprint import fingerprint
+from planc.ir.trace.hf_config import model_name
 
 if TYPE_CHECKING:
     from planc.ir.graph import Graph
@@ -41,12 +43,17 @@ def load_table(
     text = entries.read(cache, name)
     if text is not None:
         try:
-            return CostTable.from_json(text)
+            return _named(CostTable.from_json(text), Path(source))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             _LOG.warning("cache entry %s does not load (%s); it is made anew", name, error)
-    table = _make(source, trust_remote_code, cache, fingerprint(source))
+    table = _named(_make(source, trust_remote_code, cache, fingerprint(source)), Path(source))
     entries.write(cache, name, table.to_json())
     return table
+
+
+def _named(table: CostTable, source: Path) -> CostTable:
+    """Cache entries are found by content: the same configuration may lie elsewhere under another name."""
+    return replace(table, model=replace(table.model, name=model_name(source)))
 
 
 def tabulate(traced: Graph, *, model_fingerprint: str | None = None) -> CostTable:

@@ -25,7 +25,7 @@ from planc.errors import TraceFailed
 from planc.ir.graph import Graph, Source
 from planc.ir.trace.depth import unfold
 from planc.ir.trace.hf_build import build, derived_buffers, from_config
-from planc.ir.trace.hf_config import read_config, text_part, transformers_config
+from planc.ir.trace.hf_config import model_name, read_config, text_part, transformers_config
 from planc.ir.trace.module import TraceRefused, export
 from planc.ir.trace.program import graph_of, tied_names
 from planc.ir.trace.raising import raised
@@ -39,10 +39,9 @@ def trace_path(path: Path, *, trust_remote_code: bool = False) -> Graph:
     Raises FileMissing, FileUnreadable, UnsupportedModel, UntrustedCode or TraceFailed.
     """
     folder = path if path.is_dir() else path.parent
-    name = path.name if path.is_dir() else path.stem
-    if name == "config":
-        name = folder.resolve().name
-    return trace_config(read_config(path), name, trust_remote_code=trust_remote_code, folder=folder)
+    return trace_config(
+        read_config(path), model_name(path), trust_remote_code=trust_remote_code, folder=folder
+    )
 
 
 def trace_config(

@@ -29,6 +29,13 @@ _IGNORED = (
 )
 
 
+def model_name(path: Path) -> str:
+    """What a model is called: its file or folder, and the folder where the file is a mere `config.json`."""
+    folder = path if path.is_dir() else path.parent
+    name = path.name if path.is_dir() else path.stem
+    return folder.resolve().name if name == "config" else name
+
+
 def read_config(path: str | Path) -> dict[str, Any]:
     """The JSON object of a `config.json` or of the one inside a model folder.
 

@@ -147,3 +147,14 @@ def test_a_cached_table_loads_without_torch_and_fast(config: Path, tmp_path: Pat
     assert heavy == "[]"
     assert float(seconds) < 0.5  # 15 ms on a quiet machine
     assert (stated, int(length)) == (table.fingerprint, len(table.to_json()))
+
+
+def test_a_table_is_named_after_its_own_file(config: Path, tmp_path: Path) -> None:
+    """One configuration in two places is one entry, and each has the name of its place."""
+    copy = tmp_path / "model" / "config.json"
+    copy.parent.mkdir()
+    copy.write_bytes(config.read_bytes())
+    first = load_table(copy, cache=tmp_path / "cache")
+    second = load_table(config, cache=tmp_path / "cache")
+    assert (first.model.name, second.model.name) == ("model", config.stem)
+    assert first.fingerprint == second.fingerprint
