@@ -114,6 +114,7 @@ class Steady:
     _own: Array
     _tpot_sd: Array
     _pace: Array
+    _own_sd: Array | float = 0.0
 
     @property
     def e2e(self) -> Array:
@@ -165,6 +166,7 @@ class Steady:
                 np.where(np.isfinite(queue), queue - self._queue_wait, 0.0),
                 self._residual * (2 * q - 1),
                 self._own * longer,
+                NormalDist().inv_cdf(q) * np.asarray(self._own_sd),
             )
 
     def _tpot_at(self, q: float) -> Array:
@@ -319,7 +321,11 @@ def _prompts_only(
         together = np.minimum(come + np.exp(-come), most)
         step = np.minimum(mixed + (together - 1) * each, np.maximum(full, mixed))
     running = np.minimum(rate * step * np.maximum(chunks, 1.0) / together, 1.0)
-    own = (np.maximum(chunks, 1.0) - 1 + times.pp) * step + load_s
+    # a prompt that comes while a step runs shares its own with those that come in that time too
+    stages, room = np.maximum(chunks, 1.0) - 1 + times.pp, np.maximum(most - 1, 1e-9)
+    shared = running * room * -np.expm1(-come / room)
+    own = stages * (mixed + shared * each) + load_s
+    own_sd = stages * np.sqrt(shared * (1 - shared / most)) * each
     alone = _arrivals(traffic) + traffic.isl_cv2
     residual = running * step * np.maximum(chunks, 1.0) * (1 + traffic.isl_cv2 / together) / 2
     queue = busy**2 / (1 - busy) * service * alone / 2
@@ -344,6 +350,7 @@ def _prompts_only(
         _own=own,
         _tpot_sd=zero,
         _pace=times.pace,
+        _own_sd=own_sd,
     )
 
 
@@ -409,7 +416,10 @@ def _rate(batch: Array, cycle: Array, extra: Array, dp: Array) -> Array:
         free = np.maximum(1 - rate * extra, 0.0)
         value = rate * cycle - batch * free**dp
         slope = cycle + batch * dp * extra * free ** (dp - 1)
-        rate = np.maximum(rate - value / slope, 0.0)
+        step = value / slope
+        rate = np.maximum(rate - step, 0.0)
+        if np.all(np.abs(step) <= 1e-13 * rate):
+            break
     return rate
 
 

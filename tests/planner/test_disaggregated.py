@@ -107,7 +107,7 @@ def test_prompts_that_come_together_share_a_step() -> None:
     _, _, full = narrow.at(np.array([[1.0]]))
     rate = 0.9 / value(full)
     waits = [value(at_rate(times, flow(1000, 200), rate, "prefill").ttft) for times in (narrow, wide)]
-    assert waits[1] < 0.6 * waits[0]
+    assert waits[1] < 0.7 * waits[0]
 
 
 @cache
@@ -117,6 +117,7 @@ def model(name: str) -> StepModel:
         "70b": (llama70b(), "h200_sxm", {"tp": 4, **wide}),
         "8b": (llama8b(), "h100_sxm", {}),
         "moe": (qwen235b(), "h200_sxm", {"tp": 8, "ep": 8}),
+        "stages": (llama70b(), "h200_sxm", {"pp": 8}),
     }[name]
     made = EngineShape("vllm", gpu, **shape)  # type: ignore[arg-type]
     return StepModel(found, made, catalogue.gpu(gpu), Fabric(8), catalogue.engine("vllm"))
@@ -140,19 +141,22 @@ class Case:
         return found.steady()
 
 
-@pytest.mark.parametrize("first", ["prefill", "again"])
+CASES = [
+    Case("8b", 1000, 200, 16.0),
+    Case("8b", 4000, 100, 6.0),
+    Case("70b", 2000, 500, 6.0),
+    Case("moe", 1000, 500, 16.0, 2),
+]
+
+
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case("8b", 1000, 200, 16.0),
-        Case("8b", 4000, 100, 6.0),
-        Case("70b", 2000, 500, 6.0),
-        Case("moe", 1000, 500, 16.0, 2),
-    ],
+    ("case", "first"),
+    [*((case, first) for case in CASES for first in ("prefill", "again")),
+     (Case("stages", 4000, 500, 6.0), "prefill")],
     ids=str,
-)
+)  # fmt: skip
 def test_closed_forms_agree_with_the_simulator(case: Case, first: str) -> None:
-    """TPOT within 5 %, mean TTFT within 12 %, its 99th percentile within 30 %."""
+    """TPOT within 5 %, mean TTFT within 10 %, its 99th percentile within 30 %."""
     wire, traffic = 0.02, flow(case.isl, case.osl)
     found = case.simulated(first, wire)
 
@@ -163,7 +167,7 @@ def test_closed_forms_agree_with_the_simulator(case: Case, first: str) -> None:
     prefill = at_rate(times("prefill"), traffic, case.rate, "prefill")
     decode = at_rate(times("decode"), traffic, case.rate / case.decoders, "decode", wire)
     assert value(decode.tpot) == pytest.approx(np.nanmean(found.tpot_s), rel=0.05)
-    assert value(prefill.ttft + decode.ttft) == pytest.approx(found.ttft_s.mean(), rel=0.12)
+    assert value(prefill.ttft + decode.ttft) == pytest.approx(found.ttft_s.mean(), rel=0.1)
     late = value(prefill.quantile("ttft", 0.99) + decode.quantile("ttft", 0.99))
     assert late == pytest.approx(np.quantile(found.ttft_s, 0.99), rel=0.3)
 
