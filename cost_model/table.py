@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from planc.cost_model.routing import ExpertLoad
 from planc.ir.work import NONE, Amount, Work
+
+if TYPE_CHECKING:  # tables are read without numpy
+    from planc.cost_model.routing import ExpertLoad
 
 Phase = Literal["prefill", "decode"]
 ShardKind = Literal["replicated", "column", "row", "heads", "experts", "vocab"]
