@@ -11,7 +11,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -121,18 +121,24 @@ class Room:
     max_model_len: int
     utilization: float | None
     role: Part = "aggregated"
+    known: dict[tuple[object, ...], MemoryMap] = field(default_factory=dict, compare=False)
 
     def memory(self, cap: int, budget: int) -> MemoryMap:
-        return memory_map(
-            with_draft(self.table, self.candidate.speculation),
-            self.candidate.shape,
-            self.candidate.group.gpu,
-            self.candidate.profile,
-            max_num_seqs=cap,
-            max_num_batched_tokens=budget,
-            max_model_len=self.max_model_len,
-            utilization=self.utilization,
-        )
+        """The memory map with these limits; `known` ones, which searches of one request share, are kept."""
+        one = self.candidate
+        key = (one.shape, one.speculation, one.group.gpu.name, cap, budget)
+        if key not in self.known:
+            self.known[key] = memory_map(
+                with_draft(self.table, one.speculation),
+                one.shape,
+                one.group.gpu,
+                one.profile,
+                max_num_seqs=cap,
+                max_num_batched_tokens=budget,
+                max_model_len=self.max_model_len,
+                utilization=self.utilization,
+            )
+        return self.known[key]
 
     def seats(self, cap: int, budget: int) -> int:
         """Sequences that run at once; 0 when the engine would not start."""

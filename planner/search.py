@@ -26,7 +26,7 @@ from planc.planner.promising import left, promising
 from planc.planner.request import Request
 from planc.planner.shares import loads
 from planc.planner.slo import Slo
-from planc.planner.stream import Cuts, Models, Stream, subsets
+from planc.planner.stream import Cuts, Memories, Models, Stream, subsets
 from planc.planner.traffic import Traffic, traffic
 
 Progress = Callable[[str], None]
@@ -67,6 +67,7 @@ class Search:
         self.slos: tuple[Slo, ...] = request.slos()
         self.max_model_len = model_len(request, table, self.traffic)
         self._layouts = layouts
+        self._memories: Memories = {}
         self._known: dict[tuple[tuple[str, ...], Role], Stream] = {}
         self.main = self._stream(self.traffic, self.slos, bench=bench)
         self.streams: list[Stream] = [self.main]
@@ -106,6 +107,7 @@ class Search:
             slos,
             max_model_len=self.max_model_len,
             models=self.models,
+            memories=self._memories,
             cuts=self.cuts,
             layouts=self._layouts,
             **how,

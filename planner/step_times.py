@@ -47,8 +47,20 @@ def _fixed(model: StepModel, draft: Drafting | None) -> tuple[float, ...]:
     return model.shape.pp, model.shape.dp, *waits(model), first, rows, pace
 
 
-def _seconds(model: StepModel, draft: Drafting | None, load: StepLoad) -> Array:
-    return model.seconds(load) if draft is None else model.seconds(load) + draft.seconds(load)
+def _seconds(model: StepModel, draft: Drafting | None, *steps: StepLoad) -> list[Array]:
+    """Of each step in its own shape; all are priced at once, which takes little longer than one."""
+    flat = [step.arrays() for step in steps]
+    together = StepLoad(
+        *(
+            np.concatenate([getattr(one, name) for one in flat])
+            for name in ("seqs", "context", "tokens", "chunks", "cached")
+        )
+    )
+    found = model.seconds(together)
+    if draft is not None:
+        found = found + draft.seconds(together)
+    ends = np.cumsum([one.seqs.size for one in flat])[:-1]
+    return [part.reshape(one.shape) for part, one in zip(np.split(found, ends), flat, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +87,11 @@ class Exact:
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         rows = self.draft.speculation.rows if self.draft else 1
         plain, mixed, full = loads(self.traffic, np.maximum(seqs, 1.0), self.budget, rows)
-        decode = _seconds(self.model, self.draft, plain)
         if mixed is plain:
+            (decode,) = _seconds(self.model, self.draft, plain)
             return decode, decode, decode
-        return decode, _seconds(self.model, self.draft, mixed), _seconds(self.model, self.draft, full)
+        decode, one, many = _seconds(self.model, self.draft, plain, mixed, full)
+        return decode, one, many
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +121,12 @@ class Curves:
         budget = np.array(budgets, dtype=np.float64)[:, None]
         plain, mixed, full = loads(traffic, GRID[None, :], budget, draft.speculation.rows if draft else 1)
         ones = np.ones_like(budget)
-        decode = np.repeat(_seconds(model, draft, plain), len(budgets), axis=0)
+        steps = (plain,) if mixed is plain else (plain, mixed, full)
+        found = _seconds(model, draft, *steps)
+        decode = np.repeat(found[0], len(budgets), axis=0)
         return Curves(
             decode,
-            decode if mixed is plain else _seconds(model, draft, mixed),
-            decode if full is plain else _seconds(model, draft, full),
+            *(found[1:] or (decode, decode)),
             budget,
             *(ones * value for value in _fixed(model, draft)),
         )

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planc.cost_model.energy import watts
+from planc.cost_model.memory import MemoryMap
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
 from planc.planner import solve
@@ -36,6 +37,7 @@ from planc.planner.traffic import Traffic
 _PROMISING = 10
 
 Models = dict[tuple[object, ...], StepModel]
+Memories = dict[tuple[object, ...], MemoryMap]
 #: what a simulation allowed, as a share of the capacity by formulas: (candidate, flow) -> share
 Cuts = dict[tuple[object, ...], float]
 
@@ -62,6 +64,7 @@ class Stream:
         flow: int = 0,
         max_model_len: int,
         models: Models,
+        memories: Memories,
         cuts: Cuts,
         bench: bool = True,
         offer: bool = True,
@@ -70,7 +73,7 @@ class Stream:
         self.request, self.table, self.groups = request, table, groups
         self.traffic, self.slos, self.role, self.flow = traffic, slos, role, flow
         self.models, self.cuts, self.max_model_len = models, cuts, max_model_len
-        self.split = 0
+        self.split, self.memories = 0, memories
         self._by_formulas: tuple[Array, Counter[str]] | None = None
         self._precise: dict[tuple[int, Limits], float] = {}
         self.found, self.pruned = candidates(
@@ -125,7 +128,7 @@ class Stream:
 
     def room(self, candidate: Candidate) -> Room:
         share = self.request.constraints.gpu_memory_utilization
-        return Room(self.table, candidate, self.traffic, self.max_model_len, share, self.role)
+        return Room(self.table, candidate, self.traffic, self.max_model_len, share, self.role, self.memories)
 
     def model(self, candidate: Candidate) -> StepModel:
         group = candidate.group
