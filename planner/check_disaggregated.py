@@ -16,6 +16,7 @@ from planc.cost_model import catalogue
 from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.formats import fmt
+from planc.cost_model.parts import split
 from planc.cost_model.shape import handover_refusals
 from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable
@@ -215,12 +216,13 @@ class _Pair:
 
     def _cache(self, replica: Replica) -> float:
         """Bytes of a usual prompt's cache on one GPU of a replica, stages alike."""
+        shape = shape_of(replica)
         held = sum(
             c.count * c.kv_elements / (min(replica.tp, c.kv_units) if c.kv_units else 1)
-            * min(self.load.isl_mean, _span(c.kv_span))
-            for c in self.table.classes
+            * min(self.load.isl_mean, _span(c.kv_span)) * fmt(shape.kv_format(c.name)).bytes
+            for c in split(self.table, shape.formats).classes
         )  # fmt: skip
-        return held * fmt(replica.kv).bytes / replica.pp / replica.cp
+        return held / replica.pp / replica.cp
 
     def _wire(self, replica: Replica) -> float:
         """Bytes/s of one GPU's link to other nodes, or inside its node where there is but one."""

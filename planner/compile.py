@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from planc.cost_model.formats import fmt
+from planc.cost_model.parts import split
 from planc.cost_model.table import CostTable
 from planc.errors import CheckFailed, Infeasible
 from planc.planner import assemble
 from planc.planner.alternatives import rejected
-from planc.planner.check import check
+from planc.planner.check import check, shape_of
 from planc.planner.expert_load import expert_maps, with_expert_load
 from planc.planner.observe import observe
 from planc.planner.offers import Fleet
-from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Solver
+from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Replica, Solver
 from planc.planner.predict import by_class, predicted
 from planc.planner.referee import Judgement, Referee, accepted
 from planc.planner.request import Request
@@ -100,7 +102,7 @@ def assembled(
             model=table.fingerprint,
             profile=assemble.profile_fingerprint(),
         ),
-        model=summary(search.request, table, pools[0].replicas[0].kv),
+        model=summary(search.request, table, pools[0].replicas[0]),
         request=search.request.dump(),
         solver=Solver(
             status=fleet.solution.status,
@@ -123,10 +125,10 @@ def assembled(
     ).sealed()
 
 
-def summary(request: Request, table: CostTable, kv: str) -> ModelSummary:
-    from planc.cost_model.formats import fmt
-
-    facts = table.model
+def summary(request: Request, table: CostTable, replica: Replica) -> ModelSummary:
+    """What the plan is for; its cache in the formats of the plan's first replica."""
+    facts, shape = table.model, shape_of(replica)
+    classes = split(table, shape.formats).classes
     return ModelSummary(
         name=facts.name,
         source=_source(request),
@@ -134,7 +136,9 @@ def summary(request: Request, table: CostTable, kv: str) -> ModelSummary:
         kind=facts.kind,
         parameters=facts.parameters,
         active_parameters=facts.active_parameters,
-        kv_bytes_per_token=round(table.kv_elements_per_token() * fmt(kv).bytes),
+        kv_bytes_per_token=round(
+            sum(c.count * c.kv_elements * fmt(shape.kv_format(c.name)).bytes for c in classes)
+        ),
     )
 
 

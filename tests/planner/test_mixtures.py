@@ -204,6 +204,16 @@ def test_stated_formats_are_in_every_engine() -> None:
     )
 
 
+def test_half_of_the_cache_in_half_the_bytes() -> None:
+    wide = plan(mixed(weights=["bf16"]), table())
+    asked = mixed(weights=["bf16"], formats={"block[0-15]:kv": "fp8"})
+    found = plan(asked, table())
+    assert not check(found, table(), asked)
+    assert found.model.kv_bytes_per_token == 0.75 * wide.model.kv_bytes_per_token
+    blocks = [one.replicas()[0].kv_blocks for one in (wide, found)]
+    assert blocks[1] == pytest.approx(blocks[0] / 0.75, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("formats", "words"),
     [({"block": "fp8"}, "no part of a model"), ({"block:mlp": "fp9"}, "fp9")],
