@@ -45,7 +45,7 @@ import planc
 
 _FP8 = {"gemm_quant_mode": "fp8", "kvcache_quant_mode": "fp8", "fmha_quant_mode": "fp8"}
 #: other formats that a task may use
-FP8 = {"fp8": _FP8, "fp8, bf16 KV": {**_FP8, "kvcache_quant_mode": "bfloat16", "fmha_quant_mode": "bfloat16"}}
+FP8 = {"fp8, dynamic scales": _FP8, "fp8, static scales": {**_FP8, "gemm_quant_mode": "fp8_static"}}
 
 LLAMA8, LLAMA70 = "meta-llama/Meta-Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-70B"
 QWEN32 = "Qwen/Qwen3-32B-FP8"
