@@ -105,7 +105,8 @@ def explain(
     """Explains a plan, or why the alternative ("tp=8,weights=bf16") lost.
 
     request      that of the plan with its folder, where it names files
-    time_limit   seconds of wall clock; what they do not allow is marked as not tried
+    time_limit   seconds of wall clock for varied requests, besides what the request itself takes; what they
+                 do not allow is marked as not tried
     referee      as in `planner.compile.plan`
 
     Raises CheckFailed when the request has no plan with present numbers, InvalidField, UnknownField or

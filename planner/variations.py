@@ -143,7 +143,7 @@ def hardware(variation: Variation) -> Iterator[None]:
 class Resolver:
     """Solves variations of one request on one cost table.
 
-    seconds   of wall-clock time after which `solve` raises OutOfTime; None: no end
+    seconds   of wall clock for variations, once `base` is found; then `solve` raises OutOfTime. None: no end
     referee   plays the workload against the request's own fleet; what it cuts stays cut in all variations
     clock     what tells the time
 
@@ -162,7 +162,8 @@ class Resolver:
         referee: Referee | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._begin(request, table, seconds, progress, clock, {}, referee)
+        self._begin(request, table, None, progress, clock, {}, referee)
+        self._seconds = seconds
         self.base_search = Search(request, table, models=self._models[None], progress=progress)
 
     @classmethod
@@ -217,6 +218,7 @@ class Resolver:
             self._restrict(item.candidate.layout for item in fleet.items)
         found = None if fleet is None else Outcome(self.start, search, fleet)
         self._known[self.start.key()] = found
+        self._end = None if self._seconds is None else self._clock() + self._seconds
         return found
 
     @contextmanager
