@@ -116,15 +116,15 @@ class Evaluator:
         self._traffic: dict[tuple[str, ...], Traffic] = {}
         self._carried: dict[object, float] = {}
 
-    def outcome(self, engines: Sequence[Engines], request: Request, demand: float | None) -> Outcome:
-        """Evaluates a configuration.
+    def outcome(self, engines: Sequence[Engines], request: Request, full: bool = False) -> Outcome:
+        """Evaluates a configuration under the request's load.
 
-        demand   requests/s, or users of a closed loop, of all engines together; None: the most that the
-                 request's objectives allow, the engines of a pool equally full
+        full   the load is instead the most that the objectives allow, the engines of a pool equally full
 
         Raises Impossible.
         """
         load, slos = self._load(request), request.slos()
+        demand = None if full else load.rate if load.concurrency is None else float(load.concurrency)
         if load.concurrency is not None and any(item.place[0] in _HALVES for item in engines):
             raise Impossible("prefill and decode pools are not evaluated in a closed loop")
         ready = self._ready(engines, request)

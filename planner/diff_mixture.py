@@ -6,6 +6,7 @@ some of them are as in the new plan and the rest as in the old one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -67,7 +68,7 @@ class Mixture:
         self.requests = _requests(old, new)
         if any(kind.group is None for pair in self.pairs for kind in (pair.old, pair.new) if kind):
             raise Impossible("a plan's nodes are not among those of its request")
-        self.demands = _offered(old, self.requests[0]), _offered(new, self.requests[1])
+        self.full = _full(old, self.requests[0]), _full(new, self.requests[1])
         self._twins = _twins(groups(self.requests[0]), groups(self.requests[1]))
 
     # -- what differs --------------------------------------------------------------------
@@ -88,6 +89,9 @@ class Mixture:
         if name in ("workload", "slo"):
             old, new = (dict(_leaves(plan.request.get(name, {}))) for plan in self.plans)
             yield from ((key, old.get(key), new.get(key)) for key in sorted({*old, *new}))
+            if name == "workload" and old == new:
+                words = {False: "all of it", True: "as much as objectives allow"}
+                yield "carried", words[self.full[0]], words[self.full[1]]
         elif name in ("prices", "machines"):
             used = {kind.replica.gpu for pair in self.pairs for kind in (pair.old, pair.new) if kind}
             view = _price if name == "prices" else _machine
@@ -112,18 +116,18 @@ class Mixture:
 
     # -- configurations ------------------------------------------------------------------
 
-    def at(self, new: frozenset[str]) -> tuple[list[Engines], Request, float | None]:
-        """Engines, request and load with the decisions named in `new` as in the new plan."""
+    def at(self, new: frozenset[str]) -> tuple[list[Engines], Request, bool]:
+        """Engines, request, and whether they are as full as they may be, with the decisions named in `new` as
+        in the new plan."""
         old, other = self.requests
         asked = {name: getattr(other if name in new else old, name) for name in ("workload", "slo")}
-        request, demand = old.changed(**asked), self.demands["workload" in new]
-        if demand is None and not request.slos():
-            limited = zip(self.demands, self.requests, strict=True)
-            if all(load is not None or own.slos() for load, own in limited):
-                raise Impossible("no objective limits the load")
+        request, full = old.changed(**asked), self.full["workload" in new]
+        limited = (bool(own.slos()) or not most for most, own in zip(self.full, self.requests, strict=True))
+        if full and not request.slos() and all(limited):
+            raise Impossible("no objective limits the load")
         present = (item for item in (self._mixed(pair, new) for pair in self.pairs) if item.count)
         engines = self._sharing(list(present), new)
-        return engines, request, demand
+        return engines, request, full
 
     def _sharing(self, engines: Sequence[Engines], new: frozenset[str]) -> list[Engines]:
         """Pools take what they take in the plan that says so, however many engines they have now."""
@@ -132,7 +136,7 @@ class Mixture:
         given: dict[Place, float] = {}
         for item in engines:
             given[item.place] = given.get(item.place, 0.0) + item.count * item.share
-        if any(not share > 0 for share in given.values()):
+        if any(not 0 < share < math.inf for share in given.values()):
             raise Impossible("a pool takes no requests")
         return [replace(item, share=item.share / given[item.place] * wanted[item.place]) for item in engines]
 
@@ -221,17 +225,15 @@ def _requests(old: Plan, new: Plan) -> tuple[Request, Request]:
     return found[0], found[1]
 
 
-def _offered(plan: Plan, request: Request) -> float | None:
-    """The load that a plan's engines share: requests/s, or users of a closed loop. None where they carry the
-    most that the objectives allow: the workload says "max", or asks for more than that."""
+def _full(plan: Plan, request: Request) -> bool:
+    """Whether a plan's engines carry the most that the objectives allow: the workload says "max", or asks for
+    more than that."""
     if request.workload.concurrency is not None:
-        return float(request.workload.concurrency)
-    if request.workload.rate == "max":
-        return None
-    carried = plan.predicted["requests_s"].value
+        return False
     rates = [c.request_rate for c in request.workload.classes if c.request_rate is not None]
-    wanted = request.workload.request_rate or sum(rates)
-    return None if wanted > carried * (1 + _SHORT) else carried
+    wanted, carried = request.workload.request_rate or sum(rates), plan.predicted.get("requests_s")
+    short = carried is not None and wanted > carried.value * (1 + _SHORT)
+    return request.workload.rate == "max" or short
 
 
 def _twins(old: Sequence[Group], new: Sequence[Group]) -> list[tuple[Group, Group]]:
