@@ -124,9 +124,11 @@ class Curves:
         steps = (plain,) if mixed is plain else (plain, mixed, full)
         found = _seconds(model, draft, *steps)
         decode = np.repeat(found[0], len(budgets), axis=0)
+        one, many = found[1:] or (decode, decode)
         return Curves(
             decode,
-            *(found[1:] or (decode, decode)),
+            one,
+            many,
             budget,
             *(ones * value for value in _fixed(model, draft)),
         )
