@@ -39,7 +39,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from vs_aiconfigurator_search import Menu, Oracle, Task, confirmed, repriced
+from vs_aiconfigurator_oracle import Oracle, Task
+from vs_aiconfigurator_search import Menu, confirmed, repriced
 
 import planc
 
