@@ -111,7 +111,8 @@ def compile(
 
             referee = Simulation()
         found = plan(request, table, time_limit=time_limit, progress=progress, referee=referee)
-    found._model = request.model_path()
+    for one in (found, *found.front):
+        one._model = request.model_path()
     return found
 
 

@@ -166,6 +166,7 @@ def read(bundle: Path, plan: Plan) -> Front | None:
         points = []
         for number, entry in enumerate(raw["points"]):
             mine = plan if number == raw["chosen"] else load_plan(bundle / entry["plan"])
+            mine._model = plan._model
             points.append(Point(mine, tuple(float(entry["values"][axis.key]) for axis in along)))
         return Front(raw["request"], along, tuple(points), raw["chosen"], raw["problems"], raw["complete"])
     except (ValueError, KeyError, TypeError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import planc
 from planc.planner import pareto
 from planc.planner.plan import load_plan
 from tests.roof.support import Planc, write_request
@@ -40,3 +41,13 @@ def test_a_front_as_json(planc: Planc, tmp_path: Path) -> None:
     front = result.json()["front"]
     assert not front["complete"]
     assert front["points"][front["chosen"]]["plan"] == "plan.json"
+
+
+def test_each_plan_of_a_front_can_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pareto, "_MOST", 6)
+    plan = planc.compile(write_request(tmp_path, objective="pareto", constraints=FEW), simulate=False)
+    plan.save(tmp_path / "front")
+    for number, one in enumerate([*plan.front, *planc.load_plan(tmp_path / "front").front]):
+        one.save(tmp_path / str(number))
+        assert planc.load_plan(tmp_path / str(number)) == one
+        assert (tmp_path / str(number) / "model" / "config.json").is_file()
