@@ -1,0 +1,59 @@
+"""Measured points of prefill and decode pools: what is simulated, and what it hangs on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from planc.runtime.validation import disaggregated
+from planc.runtime.validation.constants import Constants
+from planc.runtime.validation.harness import harness
+from planc.runtime.validation.points import Point, PoolLabel
+from planc.runtime.validation.predict import Predictor, Times
+from planc.runtime.validation.setups import Setup, setup
+from tests.sample_tables import qwen235b
+
+KNOWN = Predictor()
+POINT = Point(
+    row=1, id="", model="qwen3-235b", gpu="h200_sxm", engine="sglang", engine_version="0.5", weights="bf16",
+    mode="disagg", isl=1024, osl=1024, concurrency=64, tp=1, pp=1, attention_dp=1, moe_tp=1, moe_ep=1,
+    gpus=24, prefill=PoolLabel(1, 8, 1, 8), decode=PoolLabel(2, 8, 1, 8), ttft_ms=None, tpot_ms=None,
+)  # fmt: skip
+
+
+def made(**changes: object) -> Setup:
+    point = replace(POINT, **changes)  # type: ignore[arg-type]
+    return setup(point, harness(point, {"requests_per_client": 4.0}), lambda name: qwen235b())
+
+
+def times(given: Setup) -> Times:
+    return KNOWN.times(given, Constants.shipped(given.profile))
+
+
+def test_pools_of_a_common_factor_are_deployments_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two prefill and four decode engines are twice one and two."""
+    twice = made(prefill=PoolLabel(2, 8, 1, 8), decode=PoolLabel(4, 8, 1, 8), concurrency=128, gpus=48)
+    assert twice.prefill is not None
+    assert disaggregated.slices(twice, twice.prefill) == 2
+    assert times(twice) == times(made())
+    monkeypatch.setattr(disaggregated, "slices", lambda setup, prefill: 1)
+    monkeypatch.setattr("planc.runtime.validation.predict.slices", lambda setup, prefill: 1)
+    whole, part = times(twice), times(made())
+    assert whole.tpot == pytest.approx(part.tpot, rel=0.02)
+    assert whole.ttft == pytest.approx(part.ttft, rel=0.25)
+
+
+def test_decoding_is_that_of_its_share_of_the_clients() -> None:
+    """Half the clients for half the decode engines: the same TPOT, while prefill has half to do."""
+    two, one = times(made()), times(made(decode=PoolLabel(1, 8, 1, 8), concurrency=32, gpus=16))
+    assert one.tpot == pytest.approx(two.tpot, rel=0.03)
+    assert one.ttft < two.ttft
+
+
+def test_longer_prompts_are_paid_in_ttft_alone() -> None:
+    short, long = times(made(concurrency=8)), times(made(concurrency=8, isl=8192))
+    assert long.ttft > 2 * short.ttft
+    assert long.tpot < 1.2 * short.tpot
+    assert math.isfinite(long.ttft_steady)
