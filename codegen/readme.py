@@ -35,6 +35,12 @@ def readme(plan: Plan, kernels: Sequence[Kernel]) -> str:
         "`report.html` says why; `planc inspect`, `planc explain` and `planc diff` read this folder.",
         "",
     ]
+    if plan._front is not None:
+        lines += [
+            f"This plan is the balanced one of {len(plan.front)} on a Pareto front; `front.json` lists them, "
+            "the others lie in `front/` (`planc diff plan.json front/000.plan.json`).",
+            "",
+        ]
     for engine in engines_of(plan):
         if engine in WRITERS:
             lines += [writer(engine).readme(plan)]
