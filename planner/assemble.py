@@ -21,6 +21,7 @@ from planc.planner.inventory import Group, place
 from planc.planner.offers import Deployed, Fleet
 from planc.planner.plan import Coverage, LayerDecisions, LayerPlan, Pool, Replica, Role
 from planc.planner.predict import memory
+from planc.planner.referee import Judgement
 from planc.planner.search import Search
 
 
@@ -173,17 +174,23 @@ _MODELLED = (
     "placement on nodes and NVLink domains",
 )
 _NOT_MODELLED = (
-    "a simulation of the scheduler (percentiles are closed-form approximations)",
-    "preemption and recomputation when the cache overflows",
-    "disaggregated prefill and decode pools",
     "the start burst of closed-loop benchmarks",
     "cold starts, failures and autoscaling",
 )
 
 
-def coverage(search: Search) -> Coverage:
+def coverage(search: Search, judgement: Judgement | None = None) -> Coverage:
     """What the numbers hold, and what they leave out."""
     modelled, missing = list(_MODELLED), list(_NOT_MODELLED)
+    if judgement is None:
+        missing.append("a simulation of the scheduler (percentiles are closed-form approximations)")
+        missing.append("preemption and recomputation when the cache overflows")
+    elif judgement.accepted:
+        modelled.append("the workload played against the plan by the scheduler's own rules")
+    else:
+        missing.append(f"all objectives kept: it misses {judgement.missed}")
+    if len(search.streams) > 1:
+        modelled.append("pools for sets of traffic classes, and prefill and decode pools with hand-over")
     facts, load = search.table.model, search.traffic
     if search.request.constraints.speculative:
         modelled.append(

@@ -121,7 +121,7 @@ def assembled(
         layers=assemble.layers(table, fleet),
         experts=expert_maps(table, pools),
         rejected=rejected(search, fleet),
-        coverage=assemble.coverage(search),
+        coverage=assemble.coverage(search, judgement),
     ).sealed()
 
 

@@ -25,12 +25,11 @@ from planc.planner.offers import Fleet, Offer
 from planc.planner.overrides import apply_overrides
 from planc.planner.plan import Plan
 from planc.planner.promising import promising
-from planc.planner.referee import Judgement, Referee, cuts_of
+from planc.planner.referee import ALONE, ROUNDS, Judgement, Referee, cuts_of
 from planc.planner.request import Inventory, Request, make_request, read_bytes
 from planc.planner.search import Progress, Search
 from planc.planner.workload import Part
 
-_ROUNDS = 12
 _OWN = ("max_gpus", "max_replicas", "max_power_kw", "max_spot_share", "spare_replicas")
 
 
@@ -192,7 +191,7 @@ def plans(
     }
     found: tuple[dict[str, Fleet], solve.Solution] | None = None
     judged: dict[str, Judgement] = {}
-    for number in range(_ROUNDS if referee else 1):
+    for number in range(ROUNDS if referee else 1):
         say("solving")
         found = _fleets(searches, joint.limits, time_limit)
         if found is None:
@@ -204,7 +203,7 @@ def plans(
         if all(judgement.accepted for judgement in judged.values()):
             break
         searches = {
-            name: search.with_cuts({**search.cuts, **cuts_of(judged[name].verdicts)})
+            name: search.with_cuts({**search.cuts, **cuts_of(judged[name].verdicts, widely=number >= ALONE)})
             for name, search in searches.items()
         }
     assert found is not None

@@ -2,9 +2,10 @@
 not hold comes back as a cut, until a fleet is accepted.
 
 A cut leaves an engine a share of the capacity that formulas gave it, in the stream where it failed: 3 % less
-than the load at which it failed, and up to 25 % less where it missed an objective by far. That is more than
-was proved, so the bound of the loop is found apart, with each failed engine allowed all that is below the
-load at which it failed: no fleet is better that formulas and verdicts do not rule out.
+than the load at which it failed, up to 25 % less where it missed an objective by far, and ever more the more
+often it fails. That is more than was proved, so the bound of the loop is found apart, with each failed engine
+allowed all that is below the load at which it failed: no fleet is better that formulas and verdicts do not
+rule out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from planc.planner.search import Search
 from planc.planner.solve import Solution
 from planc.planner.stream import Cuts
 
-_ROUNDS = 12
+#: proposals at most; after the first few, engines that were not judged share the cuts of those like them
+ROUNDS, ALONE = 14, 5
 #: by how much a cut lowers a capacity: at least, for each excess over a limit, and down to what share
 _STEP, _SLOPE, _LEAST = 0.03, 0.25, 0.3
 
@@ -52,6 +54,12 @@ class Judgement:
     def accepted(self) -> bool:
         return all(verdict.within for verdict in self.verdicts)
 
+    @property
+    def missed(self) -> str:
+        """By how much objectives are missed, "" where none is."""
+        worst = max(verdict.excess for verdict in self.verdicts)
+        return "" if self.accepted else f"an objective by {100 * (worst - 1):.2g} % in the simulated workload"
+
 
 class Referee(Protocol):
     def judge(self, search: Search, fleet: Fleet) -> Judgement: ...
@@ -62,16 +70,16 @@ def accepted(
 ) -> tuple[Search, Fleet, Judgement] | None:
     """The first proposal that the referee accepts, with what it found; None when cuts left no fleet.
 
-    After `_ROUNDS` proposals the last one is returned as it is: `Judgement.accepted` says so.
+    After `ROUNDS` proposals the last one is returned as it is: `Judgement.accepted` says so.
     """
     start, proved = search, dict(search.cuts)
-    for number in range(_ROUNDS):
+    for number in range(ROUNDS):
         search.say("simulating the plan" if not number else f"simulating proposal {number + 1}")
         found = referee.judge(search, fleet)
-        if found.accepted or number == _ROUNDS - 1:
+        if found.accepted or number == ROUNDS - 1:
             break
         proved |= {key: min(load, proved.get(key, 1.0)) for key, load in cuts_of(found.verdicts, 0.0).items()}
-        search = search.with_cuts({**search.cuts, **cuts_of(found.verdicts)})
+        search = search.with_cuts({**search.cuts, **cuts_of(found.verdicts, widely=number >= ALONE)})
         following = search.fleet(time_limit)
         if following is None:
             return None
@@ -88,8 +96,13 @@ def _bounded(solution: Solution, best: Fleet | None) -> Solution:
     return replace(solution, bound=bound, status=solution.status if same else "feasible")
 
 
-def cuts_of(verdicts: Sequence[Verdict], step: float = _STEP) -> Cuts:
-    """Shares of capacity left to engines that failed; with a step of 0 all below the load of the failure."""
+def cuts_of(verdicts: Sequence[Verdict], step: float = _STEP, widely: bool = False) -> Cuts:
+    """Shares of capacity left to engines that failed.
+
+    step     lowers the load of a failure by this share at least, and by as much as was cut before; with 0
+             all below that load stays allowed, which is what a failure proves
+    widely   engines of the same pool on the same GPUs are cut in proportion, though they were not judged
+    """
     found: Cuts = {}
     for verdict in verdicts:
         if verdict.within:
@@ -100,8 +113,14 @@ def cuts_of(verdicts: Sequence[Verdict], step: float = _STEP) -> Cuts:
             offer = next(o for o in stream.offers if o.engine is item.engine)
             allowed = stream.allowed(item.engine)
             formula = max(offer.precise().capacity, item.load) / allowed
-            lower = 1 - max(step, _SLOPE * (1 - 1 / verdict.excess)) if step else 1 - 1e-6
-            share = min(lower * item.load / formula, allowed * (1 - step))
-            key = stream.key(item.engine)
-            found[key] = min(found.get(key, 1.0), share if share >= _LEAST else 0.0)
+            less = max(step, _SLOPE * (1 - 1 / verdict.excess), min(1 - allowed, 0.5)) if step else 1e-6
+            share = min((1 - less) * item.load / formula, allowed * (1 - min(less, step)))
+            alike = [item.engine]
+            if widely:
+                home = item.candidate.group.index
+                alike = [e for e in stream.bench.engines if e.candidate.group.index == home]
+            for engine in alike:
+                key = stream.key(engine)
+                left = stream.allowed(engine) * share / allowed if engine is not item.engine else share
+                found[key] = min(found.get(key, 1.0), left if left >= _LEAST or not step else 0.0)
     return found
