@@ -27,9 +27,10 @@ from planc.planner.priors import priors
 from planc.planner.slo import Slo
 from planc.planner.traffic import Traffic
 
-#: shares of an objective on TTFT that decode pools may take for the hand-over, where no TPOT says how much
-#: they need; and shares of one on end-to-end latency that prefill pools may take
+#: shares of an objective on TTFT that decode pools may take for the hand-over, the least where a TPOT says
+#: how much they need; and shares of one on end-to-end latency that prefill pools may take
 _HANDOVER = (0.1, 0.3)
+_STEPS = 3.5  # of a decode pool until its first token: the running one, one to take notice, its own and a lag
 _PREFILL = (0.1, 0.25, 0.5)
 
 
@@ -117,8 +118,8 @@ def splits(
     """Ways to divide a request's objectives between prefill and decode pools; () where nothing is decoded.
 
     TPOT and ITL are the decode pool's. TTFT is the sum of what both take; where TPOT is limited, decode needs
-    a step to begin with, a step or so of its own and the way to the scheduler, besides the transfer.
-    End-to-end latency couples both: a few shares are tried.
+    a few of its steps and the way to the scheduler, besides the transfer. End-to-end latency couples both: a
+    few shares are tried.
     """
     if not traffic.decode_steps or table.model.kind != "causal_lm":
         return ()
@@ -132,12 +133,12 @@ def splits(
 
 
 def _handovers(ttft: Sequence[Slo], steps: Sequence[Slo]) -> tuple[float, ...]:
-    """Shares of the TTFT objectives that decode pools may take."""
+    """Shares of the TTFT objectives that decode pools may take: what their steps need, and more."""
     tightest = min(slo.limit for slo in ttft)
     if not steps:
         return _HANDOVER
     step = min(slo.limit for slo in steps)
-    need = ((2.5 + priors().lag_steps) * step + priors().request_s) / tightest
+    need = (_STEPS * step + priors().request_s) / tightest
     return tuple(sorted({max(min(need, 0.5), _HANDOVER[0]), _HANDOVER[1]}))
 
 
