@@ -68,6 +68,8 @@ class Mixture:
         self.requests = _requests(old, new)
         if any(kind.group is None for pair in self.pairs for kind in (pair.old, pair.new) if kind):
             raise Impossible("a plan's nodes are not among those of its request")
+        if any(not 0 < share < math.inf for side in self._shares for share in side.values()):
+            raise Impossible("a pool takes no requests")
         self.full = _full(old, self.requests[0]), _full(new, self.requests[1])
         self._twins = _twins(groups(self.requests[0]), groups(self.requests[1]))
 

@@ -208,6 +208,36 @@ def test_pools_of_their_own_for_traffic_classes(plans: dict[str, Plan]) -> None:
     assert "docs" in diff(apart, busier, table()).unattributed
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("predicted", "requests_s", "value"), 1.0),  # less than is asked for
+        (("predicted", "ttft_ms", "value"), float("nan")),
+        (("pools", 0, "replicas", 0, "traffic_share"), 0.0),
+        (("pools", 0, "replicas", 0, "gpu_memory_utilization"), 1e308),
+        (("pools", 0, "replicas", 0, "gpus", 0), "elsewhere/0"),
+        (("pools", 0, "replicas", 0, "tp"), -1),
+        (("pools", 0, "replicas", 0, "kv"), "fp99"),
+        (("request", "workload", "isl"), 10**9),
+    ],
+)
+def test_documents_that_planc_never_wrote(path: tuple[Any, ...], value: Any, plans: dict[str, Plan]) -> None:
+    """Compared all the same, alike in both directions; attributed where that is possible."""
+    body = plans["plain"].model_dump(mode="json", by_alias=True)
+    inner: Any = body
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    odd = Plan.model_validate(body)
+    there, back = diff(plans["plain"], odd, table()), diff(odd, plans["plain"], table())
+    assert there
+    assert repr(back) == repr(there.mirrored())  # NaN is not equal to itself
+    assert (there.attribution is None) == bool(there.unattributed) == (path[1] != "requests_s")
+    if there.attribution is not None:
+        carried = part(there.attribution, "workload").decisions[0].changes
+        assert carried == (("carried", "all of it", "as much as objectives allow"),)
+
+
 def test_a_thousand_replicas_are_a_few_kinds(plans: dict[str, Plan]) -> None:
     one = plans["plain"]
     replica = one.replicas()[0]
