@@ -116,7 +116,7 @@ def assembled(
         ),
         predicted=dict(sorted(numbers.items())),
         predicted_by_class=by_class(fleet.items, search.traffic, search.slos),
-        simulated=dict(judgement.latencies) if judgement else {},
+        simulated={k: dict(v) for k, v in judgement.latencies.items()} if judgement else {},
         pools=pools,
         layers=assemble.layers(table, fleet),
         experts=expert_maps(table, pools),

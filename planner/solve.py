@@ -547,7 +547,8 @@ def _served(parts: Sequence[tuple[Column, int, int]], limits: Limits, spare: int
         amounts[flow] = max(sum(n * load for n, load in mine) - lost, 0)
     least = math.inf
     for number, share in enumerate(limits.classes):
-        served, halves = 0.0, {}
+        served = 0.0
+        halves: dict[tuple[int, str], float] = {}
         for flow, amount in amounts.items():
             kind = limits.flows[flow]
             part = kind.shares[number] * amount
