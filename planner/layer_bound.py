@@ -54,7 +54,7 @@ def upper_bound(cluster: Cluster, deadline: float, precision: float = 1e-3) -> f
     pool: Pool = set()
     while high - low > precision * high and time.monotonic() < deadline:
         middle = max((low + high) / 2, 0.95 * high)
-        if reach(cluster, middle, pool) < cluster.layers * (1 - 1e-9):
+        if reach(cluster, middle, pool, deadline) < cluster.layers * (1 - 1e-9):
             high = middle
         else:
             low = middle
@@ -74,17 +74,20 @@ def simple_bound(machines: Sequence[Machine], layers: int) -> float:
     return high
 
 
-def reach(cluster: Cluster, tokens_s: float, pool: Pool | None = None) -> float:
+def reach(cluster: Cluster, tokens_s: float, pool: Pool | None = None, deadline: float = math.inf) -> float:
     """An upper bound on the layers that T tokens/s can pass, worked out as far as N layers ask for."""
     kinds, layers = Counter(machine.tokens_s for machine in cluster.machines), cluster.layers
-    whole = layers_covered(kinds, tokens_s, enough=layers, pool=pool).layers
+    whole = layers_covered(kinds, tokens_s, enough=layers, pool=pool, deadline=deadline).layers
     if whole < layers:
         return whole
     for part in cluster.reachable(tokens_s):
         held = Counter(cluster.machines[at].tokens_s for at in part)
-        if held == kinds or layers_covered(held, tokens_s, enough=layers, pool=pool).layers >= layers:
+        if held == kinds:
             return whole
-    return layers_covered(kinds, tokens_s, shared=True, enough=layers, pool=pool).layers
+        alone = layers_covered(held, tokens_s, enough=layers, pool=pool, deadline=deadline)
+        if alone.layers >= layers:
+            return whole
+    return layers_covered(kinds, tokens_s, shared=True, enough=layers, pool=pool, deadline=deadline).layers
 
 
 def layers_covered(
@@ -93,11 +96,13 @@ def layers_covered(
     shared: bool = False,
     enough: float = float("inf"),
     pool: Pool | None = None,
+    deadline: float = math.inf,
 ) -> Prices:
     """The relaxation at T for machines of these kinds.
 
     shared   some layer has two machines at least
     enough   stop once it is clear whether as many layers can be covered
+    deadline what is proved by then is returned
     pool     configurations worth trying first, and where new ones are kept
     """
     slots = [(kind, k) for kind in kinds for k, rate in enumerate(kind, 1) if rate > 0]
@@ -126,7 +131,8 @@ def layers_covered(
             found = _proof(slots, kinds, prices / single, pair / single - 1 if shared else 0.0)
             proved = min(proved, found, key=lambda each: each.layers)
         fresh = sorted({config for config in (alone, joint) if config not in columns})
-        if not fresh or covered >= enough or proved.layers < min(enough, covered * (1 + 1e-9)):
+        late = time.monotonic() > deadline
+        if not fresh or late or covered >= enough or proved.layers < min(enough, covered * (1 + 1e-9)):
             return proved
         columns.update(fresh)
         pool.update(tuple((slots[at], count) for at, count in config) for config in fresh)

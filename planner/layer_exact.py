@@ -18,7 +18,7 @@ _UNIT = 10_000_000
 TINY, SMALL = 100, 1000
 
 #: CP-SAT's deterministic seconds
-_WORK = 5.0
+_WORK = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Which layers every machine of a heterogeneous cluster holds, so that most tokens flow.
 
-`place_layers` searches placements (blocks in sequence, pipelines side by side, and on small clusters all
-placements), measures each by the exact maximum flow over the real links, and proves a bound by
-configurations of layers. Status, bound and gap are those of the whole search.
+`place_layers` searches placements (a first one at once, blocks in sequence, pipelines side by side, small
+changes, and on small clusters all placements), measures each by the exact maximum flow over the real links,
+and proves a bound by configurations of layers. Status, bound and gap are those of the whole search.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from planc.planner import layer_exact
 from planc.planner.layer_blocks import LONGEST, Branch, blocks, branches, choose, placed
 from planc.planner.layer_bound import Pool, Prices, layers_covered, simple_bound, upper_bound
 from planc.planner.layer_cluster import COORDINATOR, Cluster, Link, Machine, Range
+from planc.planner.layer_local import chains, climb
 
 __all__ = ["COORDINATOR", "LayerPlacement", "Link", "Machine", "place_layers"]
 
 #: relative gap that counts as none: rates are rounded
 _PROVED = 1e-4
 
-#: groups of machines behind narrow links that a placement passes one after the other
+#: groups of machines behind narrow links that a placement passes one after the other: as many are tried in
+#: every order, and where there are more, the two that hold most
 _GROUPS = 4
 
 #: layers' worth that one block may waste, tried from little to much
@@ -33,6 +35,9 @@ _WASTE = (0.1, 0.25, 0.5, 1.0, 2.0)
 
 #: relative steps of T: how close the search goes, and how far it falls after a failure
 _STEP, _FALL = 5e-4, 0.95
+
+#: random changes tried to a placement, times machines squared: what it costs to measure them
+_MOVES = 1_000_000
 
 #: share of the bound below which the search for a sequence gives up
 _FLOOR = 0.02
@@ -89,12 +94,15 @@ def place_layers(
             reason=f"the machines hold {room} layers together, the model has {layers}",
             relaxations=" Add machines or memory.",
         )
-    bound = upper_bound(cluster, started + 0.4 * time_limit)
     search = _Search(cluster, partial, started + time_limit)
+    search.offer(chains(cluster))
+    bound = max(upper_bound(cluster, started + 0.4 * time_limit), search.tokens_s)
     if bound > 0 and layer_exact.size(cluster) > layer_exact.TINY:
         search.series(bound, gap)
         search.side_by_side(gap)
         search.swap(bound, gap)
+        enough, end = bound / (1 + gap), started + time_limit
+        search.offer(climb(cluster, search.ranges, partial, enough, _MOVES // len(machines) ** 2, end))
     if search.tokens_s * (1 + gap) < bound and layer_exact.size(cluster) <= layer_exact.SMALL:
         exact = layer_exact.solve(cluster, partial, search.ranges, bound, started + time_limit)
         search.offer(exact.ranges)
@@ -139,7 +147,8 @@ class _Search:
     def series(self, bound: float, gap: float) -> None:
         """Groups one after the other, in every order of those that hold the model together."""
         groups = range(len(self.cluster.groups))
-        most = sorted(groups, key=lambda group: -self._room(group))[:_GROUPS]
+        count = _GROUPS if len(groups) <= _GROUPS else 2
+        most = sorted(groups, key=lambda group: -self._room(group))[:count]
         orders = [
             order
             for count in range(1, len(most) + 1)
@@ -186,7 +195,7 @@ class _Search:
 
     def _sequences(self, orders: Sequence[tuple[int, ...]], bound: float, gap: float) -> None:
         """Blocks in sequence, for the largest T found between what is held already and the bound."""
-        low, high = self.tokens_s, bound
+        low, high = 0.0, bound
         rows = {group: _rows(self.cluster, group) for order in orders for group in order}
         kinds = Counter(
             self.cluster.machines[at].tokens_s for group in rows for at in self.cluster.groups[group]
@@ -194,7 +203,7 @@ class _Search:
         pool: Pool = set()
         tokens_s = high
         while self.left > 0 and high > max(low * (1 + gap), _FLOOR * bound):
-            prices = layers_covered(kinds, tokens_s, pool=pool)
+            prices = layers_covered(kinds, tokens_s, pool=pool, deadline=self.deadline)
             found = self._sequence(orders, rows, prices, tokens_s)
             low, high = (max(tokens_s, found), high) if found > 0 else (low, tokens_s)
             if high - low <= _STEP * high:

@@ -109,6 +109,25 @@ def test_narrow_links_between_sites_are_crossed_by_several_machines() -> None:
     assert found.tokens_s == pytest.approx(100.0)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_clusters_of_unlike_links_get_a_placement_below_its_bound(seed: int) -> None:
+    rng = random.Random(seed)
+    kinds = [tuple(rng.uniform(500, 4000) / k for k in range(1, rng.randint(4, 7))) for _ in range(3)]
+    machines = [Machine(f"m{at}", rng.choice(kinds)) for at in range(8)]
+    names = [*(machine.name for machine in machines), COORDINATOR]
+    links = [Link(a, b, rng.choice([50.0, 200.0, 1e5])) for a, b in itertools.permutations(names, 2)]
+    found = place_layers(machines, links, 16, gap=0.3, time_limit=2)
+    assert 0 < found.tokens_s <= found.bound
+
+
+def test_no_time_still_gives_a_placement_and_an_honest_gap() -> None:
+    machines = [Machine(f"m{at}", tuple(100 / k for k in range(1, 6))) for at in range(30)]
+    found = place_layers(machines, full_mesh(machines, 1e6), 40, time_limit=1e-3)
+    assert found.status == "feasible"
+    assert 0 < found.tokens_s < found.bound
+    assert found.gap > 0
+
+
 @pytest.mark.parametrize(
     ("machines", "links", "layers", "error", "word"),
     [
