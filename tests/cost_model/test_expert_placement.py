@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planc.errors import InvalidField
 from planc.cost_model.expert_placement import contiguous, physical_map, place_experts
+from planc.errors import InvalidField
 
 
 def best(load: list[int], ranks: int, extra: int) -> float:
