@@ -60,6 +60,10 @@ SHAPES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "tensor and expert parallel": ("qwen3-30b-a3b", {"tp": 4, "ep": 4, "cuda_graph_sizes": []}),
     "whole prefills": ("llama-3.1-8b", {"chunked_prefill": False, "max_num_batched_tokens": 8192}),
     "fp8 weights, bf16 activations": ("llama-3.1-8b", {"weights": "fp8"}),
+    "formats of parts": (
+        "llama-3.1-8b",
+        {"weights": "fp8", "activations": "fp8", "formats": {"decoder[0-7]:mlp": "w4a16/bf16"}},
+    ),
     "speculative": (
         "llama-3.1-8b",
         {"speculative": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}},
