@@ -90,6 +90,24 @@ class Pieces:
         return self.shared + self.decode + self.prefill
 
 
+#: what `StepModel._lower` finds: it does not depend on pipeline stages
+_SHARED = (
+    "costs",
+    "kernels",
+    "_unique",
+    "_index",
+    "mixed_decode",
+    "_collectives",
+    "_link_costs",
+    "_by_part",
+    "_names",
+    "_groups",
+    "_sizes",
+    "_sources",
+    "_graphs",
+)
+
+
 class StepModel:
     """One engine shape on one GPU type, ready to price steps.
 
@@ -111,29 +129,40 @@ class StepModel:
         *,
         costs: KernelCosts | None = None,
         max_num_seqs: int | None = None,
+        like: StepModel | None = None,
     ) -> None:
+        """like: a model of the same engine with other pipeline stages, whose kernels are taken over."""
         table = split(table, shape.formats)
         self.table, self.shape, self.gpu, self.fabric, self.profile = table, shape, gpu, fabric, profile
-        self.costs: KernelCosts = costs_for(gpu, profile) if costs is None else costs
-        all_kernels = lower.kernels(table, shape, profile, fusions)
-        self.kernels = all_kernels
-        self._unique, self._index = lower.unique(all_kernels)
-        _, nodes = spread(shape.tp * shape.dp, gpu, fabric, 1)
-        self.mixed_decode = _mixed_decode(profile.support(gpu), self._unique)
-        self._collectives = lower.collectives(table, shape, spread=nodes > 1)
-        self._link_costs = [self.costs.collective(c.kind, c.ranks, fabric) for c in self._collectives]
+        if like is None:
+            self.costs: KernelCosts = costs_for(gpu, profile) if costs is None else costs
+            self._lower(fusions, max_num_seqs)
+        else:
+            for name in _SHARED:
+                setattr(self, name, getattr(like, name))
         self._stages = stages(table, shape)
         count = {c.name: i for i, c in enumerate(table.classes)}
-        self._kernel_calls = _calls(all_kernels, self._stages, count, self._index, len(self._unique))
+        self._kernel_calls = _calls(self.kernels, self._stages, count, self._index, len(self._unique))
         self._collective_calls = _calls(
             self._collectives, self._stages, count, range(len(self._collectives)), len(self._collectives)
         )
         self._launches = np.array(
             [
-                sum(k.calls * k.launches * s.counts[count[k.layer_class]] for k in all_kernels)
+                sum(k.calls * k.launches * s.counts[count[k.layer_class]] for k in self.kernels)
                 for s in self._stages
             ]
         )
+        self._beside = self._hidden()
+
+    def _lower(self, fusions: frozenset[str] | None, max_num_seqs: int | None) -> None:
+        """Kernels and collectives of one layer of each class, ready to be priced (`_SHARED`)."""
+        table, shape, gpu, fabric, profile = self.table, self.shape, self.gpu, self.fabric, self.profile
+        self.kernels = lower.kernels(table, shape, profile, fusions)
+        self._unique, self._index = lower.unique(self.kernels)
+        _, nodes = spread(shape.tp * shape.dp, gpu, fabric, 1)
+        self.mixed_decode = _mixed_decode(profile.support(gpu), self._unique)
+        self._collectives = lower.collectives(table, shape, spread=nodes > 1)
+        self._link_costs = [self.costs.collective(c.kind, c.ranks, fabric) for c in self._collectives]
         self._by_part = [
             (_seen_by(self._unique, part), _seen_by(self._collectives, part))
             for part in ("step", "decode", "prefill")
@@ -155,7 +184,6 @@ class StepModel:
             () if no_graphs else profile.cuda_graphs.sizes(max_num_seqs or profile.cuda_graphs.largest),
             dtype=np.float64,
         )
-        self._beside = self._hidden()
 
     @property
     def graph_sizes(self) -> tuple[int, ...]:

@@ -142,13 +142,17 @@ def _latency(
         return 1e3 * sum(p.share * float(pick(p).mean(metric)[0, 0]) for p in mine)
 
     def quantile(q: float) -> float:
-        most = {
-            role: max(
-                (float(p.now.quantile(metric, q)[0, 0]) for p in mine if p.item.role == role), default=0.0
-            )
-            for role in roles
-        }
-        return 1e3 * max(most["aggregated"], most.get("prefill", 0.0) + most["decode"])
+        most: dict[tuple[int, str], float] = {}
+        for part in mine:
+            split = part.item.stream.split if part.item.stream is not None else 0
+            key = split, part.item.role
+            most[key] = max(most.get(key, 0.0), float(part.now.quantile(metric, q)[0, 0]))
+        halves: dict[int, float] = {}
+        for (split, role), value in most.items():
+            if role != "aggregated":
+                halves[split] = halves.get(split, 0.0) + value
+        whole = [value for (_, role), value in most.items() if role == "aggregated"]
+        return 1e3 * max([*whole, *halves.values()], default=0.0)
 
     asked = {slo.quantile for slo in slos if slo.metric == metric and slo.quantile is not None}
     percentiles = {_percentile_name(q): quantile(q) for q in sorted({*_PERCENTILES, *asked})}

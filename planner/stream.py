@@ -132,11 +132,20 @@ class Stream:
 
     def model(self, candidate: Candidate) -> StepModel:
         group = candidate.group
-        key = (candidate.shape, group.gpu.name, group.fabric)
+        where = group.gpu.name, group.fabric
+        key = (candidate.shape, *where)
         if key not in self.models:
-            self.models[key] = StepModel(
-                self.table, candidate.shape, group.gpu, group.fabric, candidate.profile
+            lone = (replace(candidate.shape, pp=1, pipeline_layers=()), *where, "kernels")
+            found = StepModel(
+                self.table,
+                candidate.shape,
+                group.gpu,
+                group.fabric,
+                candidate.profile,
+                like=self.models.get(lone),
             )
+            self.models.setdefault(lone, found)
+            self.models[key] = found
         return self.models[key]
 
     def _offer(self) -> None:

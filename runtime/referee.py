@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,11 @@ from planc.runtime.simulator.load import gamma
 Floats = NDArray[np.float64]
 
 #: requests of a simulation, and at least so many generations of the requests that are in the system at once
-_REQUESTS, _GENERATIONS, _MOST = 2000, 8, 12_000
+_REQUESTS, _GENERATIONS, _MOST = 2000, 5, 12_000
 #: schedulers of two pools that are simulated together; larger fleets are represented by as many
 _SCHEDULERS = 24
+#: transfers are priced by so many tokens
+_TOKENS = 64
 #: lengths are spread by this much around the workload's: equal ones would march in step
 _SPREAD = 0.1
 _PERCENTILES = (50, 90, 95, 99)
@@ -77,6 +80,7 @@ class Simulation:
     seed: int = 0
     tolerance: float = 0.02
     _seen: dict[tuple[object, ...], Played] = field(default_factory=dict)
+    _known: dict[tuple[object, ...], list[Server]] = field(default_factory=dict)
 
     def judge(self, search: Search, fleet: Fleet) -> Judgement:
         """Plays the workload against every kind of engine."""
@@ -103,7 +107,7 @@ class Simulation:
         flow = stream.traffic
         if items[0].role == "aggregated":
             one = items[0]
-            server = _servers(search, one)[0]
+            server = self._servers(search, one)[0]
             if one.engine.reuse is not None:
                 flow = replace(flow, hit_rate=one.engine.reuse.hit_rate)
             ranks = one.candidate.shape.dp
@@ -113,13 +117,15 @@ class Simulation:
         second = [item for item in items if item.role == "decode"]
         ranks = sum(item.count * item.candidate.shape.dp for item in items)
         part = min(_SCHEDULERS / ranks, 1.0)
-        prefill, first_weights, most = _pool(search, first, part)
-        decode, second_weights, more = _pool(search, second, part)
+        prefill, first_weights, most = self._pool(search, first, part)
+        decode, second_weights, more = self._pool(search, second, part)
         rate = min(most, more)
         load, label = _load(flow, rate, prefill[0], self.seed)
         source, target = first[0].candidate, second[0].candidate
 
-        def transfer(tokens: int) -> float:
+        @cache
+        def whole(blocks: int) -> float:
+            tokens = blocks * _TOKENS
             return transfer_seconds(
                 search.table, source.shape, target.shape, tokens, source.group, target.group
             )
@@ -128,12 +134,33 @@ class Simulation:
             prefill,
             decode,
             load,
-            transfer_s=transfer,
+            transfer_s=lambda tokens: whole(math.ceil(tokens / _TOKENS)),
             weights=(first_weights, second_weights),
             first_token=source.profile.serving.first_token,
             seed=self.seed,
         )
         return _settled(records, label, flow)
+
+    def _servers(self, search: Search, item: Deployed) -> list[Server]:
+        key = (id(item.engine), item.limits, item.role)
+        if key not in self._known:
+            self._known[key] = _servers(search, item)
+        return self._known[key]
+
+    def _pool(
+        self, search: Search, items: Sequence[Deployed], part: float
+    ) -> tuple[list[Server], list[float], float]:
+        """Schedulers of a part of some engines (at least one of each kind), their shares of the traffic, and
+        requests/s."""
+        servers: list[Server] = []
+        weights: list[float] = []
+        rate = 0.0
+        for item in items:
+            mine, count = self._servers(search, item), max(round(item.count * part), 1)
+            servers += mine * count
+            weights += [item.load / len(mine)] * (len(mine) * count)
+            rate += item.load * count
+        return servers, weights, rate
 
 
 def _together(items: Sequence[Deployed]) -> list[list[Deployed]]:
@@ -183,20 +210,6 @@ def _servers(search: Search, item: Deployed) -> list[Server]:
     if item.engine.reuse is not None:  # what it finds elsewhere comes before its first step
         rules = replace(rules, request_ms=rules.request_ms + 1e3 * item.engine.reuse.load_s)
     return [Server(site.clock, rules, site.kv_blocks, replica.block_size) for site in found]
-
-
-def _pool(search: Search, items: Sequence[Deployed], part: float) -> tuple[list[Server], list[float], float]:
-    """Schedulers of a part of some engines (at least one of each kind), their shares of the traffic, and
-    requests/s."""
-    servers: list[Server] = []
-    weights: list[float] = []
-    rate = 0.0
-    for item in items:
-        mine, count = _servers(search, item), max(round(item.count * part), 1)
-        servers += mine * count
-        weights += [item.load / len(mine)] * (len(mine) * count)
-        rate += item.load * count
-    return servers, weights, rate
 
 
 def _load(flow: Traffic, amount: float, server: Server, seed: int) -> tuple[Load, NDArray[np.intp]]:
