@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -111,7 +112,7 @@ def memory_map(
     def of(stage: Stage) -> MemoryMap:
         kept = kept_by(table, shape, stage.counts)
         per_token = sum(k.bytes_per_token for k in kept)
-        weights = weight_bytes(table, shape, stage.counts)
+        weights = _known(weight_bytes, table, shape, stage.counts)
         states = state_bytes(table, shape, stage.counts) * max_num_seqs
         logits = max_num_seqs if stage.last else 0
         activations = activation_bytes(table, shape, profile, max_num_batched_tokens, logits)
@@ -216,11 +217,32 @@ def activation_bytes(
     row per sequence, besides the head's own result.
     """
     wide = fmt(unquantized(shape)).bytes
-    phase = table.rows.get("prefill", ())
-    widest = max((_live(row, shape) for row in phase), default=0.0)
+    widest = _known(_widest, table, shape)
     per_token = (widest + 2 * table.model.hidden) * tokens / shape.cp
     logits = logits_rows * table.model.vocab * (4.0 + wide)
     return profile.activation_factor * (per_token * wide + logits)
+
+
+def _widest(table: CostTable, shape: EngineShape) -> float:
+    return max((_live(row, shape) for row in table.rows.get("prefill", ())), default=0.0)
+
+
+#: results of `_known` by table: its identity, and the table itself, so that no other takes its place
+_kept: dict[int, tuple[CostTable, dict[tuple[object, ...], float]]] = {}
+_TABLES = 8
+
+
+def _known(of: Callable[..., float], table: CostTable, *arguments: Hashable) -> float:
+    """of(table, *arguments), found once per table: batch limits change neither weights nor the widest op."""
+    mine = _kept.get(id(table))
+    if mine is None or mine[0] is not table:
+        while len(_kept) >= _TABLES:
+            _kept.pop(next(iter(_kept)))
+        mine = _kept[id(table)] = table, {}
+    key = (of.__name__, *arguments)
+    if key not in mine[1]:
+        mine[1][key] = of(table, *arguments)
+    return mine[1][key]
 
 
 def _live(row: Row, shape: EngineShape) -> float:

@@ -3,7 +3,6 @@ where prefill and decode are apart."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from planc.codegen.engines.vllm_formats import QUANTIZATION_FILE, quantization_f
 from planc.codegen.engines.vllm_settings import environment, settings
 from planc.codegen.shell import comment, quote
 from planc.cost_model.parts import KV, scheme
-from planc.planner.plan import Plan, Replica, Role
+from planc.planner.plan import Plan, Replica, Role, canonical_json
 from planc.version import __version__
 
 FIRST_PORT = 8000
@@ -96,7 +95,7 @@ def _routes(plan: Plan) -> str:
             kind = (*one.classes, "" if name == "whole" else "apart")
             routes.setdefault(kind, {}).setdefault(name, []).append(found)
     listed = [{"classes": list(kind[:-1]), **engines} for kind, engines in routes.items()]
-    return json.dumps({"plan": plan.fingerprint.plan, "routes": listed}, indent=2) + "\n"
+    return canonical_json({"plan": plan.fingerprint.plan, "routes": listed})
 
 
 def readme(plan: Plan) -> str:
