@@ -276,6 +276,14 @@ def load_request(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
             reason=f"it holds {'nothing' if raw is None else f'a {type(raw).__name__}'}, not a mapping",
             mend="A request has the keys model, inventory and workload; see examples/requests.",
         )
+    if "models" in raw and "model" not in raw:
+        raise InvalidField(
+            where=f"request '{path}'",
+            field="models",
+            value=f"{len(raw['models'])} of them" if isinstance(raw["models"], list) else raw["models"],
+            reason="one model is wanted here; files that list several are for `planc compile`",
+            mend="Name the file of one model.",
+        )
     request = make_request(apply_overrides(raw, overrides), where=f"request '{path}'")
     request._base = file.parent
     return request

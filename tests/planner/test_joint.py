@@ -11,6 +11,7 @@ import yaml
 from planc.errors import Infeasible, InvalidField, UnknownField
 from planc.planner.compile import plan
 from planc.planner.joint import JointPlan, document, is_joint, load_joint, plans
+from planc.planner.request import load_request
 from tests.planner.cases import table
 
 BASE: dict[str, Any] = {
@@ -37,6 +38,11 @@ def written(folder: Path, **changes: Any) -> Path:
 def compiled(file: Path) -> JointPlan:
     joint = load_joint(file)
     return plans(joint, {name: table() for name in joint.requests})
+
+
+def test_other_commands_say_what_such_a_file_is_for(tmp_path: Path) -> None:
+    with pytest.raises(InvalidField, match="planc compile"):
+        load_request(written(tmp_path))
 
 
 def test_models_lie_on_gpus_of_their_own_at_the_price_of_both(tmp_path: Path) -> None:
