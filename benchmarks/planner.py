@@ -69,7 +69,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def measure(name: str) -> dict[str, Any]:
+def measure(name: str, simulate: bool) -> dict[str, Any]:
     """Plans one case in this process."""
     from planc import api
     from planc.planner.compile import plan
@@ -79,10 +79,11 @@ def measure(name: str) -> dict[str, Any]:
     request = make_request(CASES[name])
     table = api.cost_table(request)
     wall, cpu = time.perf_counter(), time.process_time()
-    found = plan(request, table, referee=Simulation())
+    found = plan(request, table, referee=Simulation() if simulate else None)
     replicas = found.replicas()
     return {
         "case": name,
+        "simulated": simulate,
         "seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
@@ -101,17 +102,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("cases", nargs="*", choices=[[], *CASES], default=[], help="default: all")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--no-simulate", action="store_true", help="take what formulas say")
     parser.add_argument("--one", choices=CASES, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one:
-        print(json.dumps(measure(chosen.one)))
+        print(json.dumps(measure(chosen.one, not chosen.no_simulate)))
         return 0
     rows = []
     print(
         f"{'case':18} {'wall s':>8} {'CPU s':>8} {'GiB':>6} {'gap %':>7} {'GPUs':>6} {'replicas':>9}  status"
     )
     for name in chosen.cases or CASES:
-        run = [sys.executable, __file__, "--one", name]
+        run = [sys.executable, __file__, "--one", name, *(["--no-simulate"] if chosen.no_simulate else [])]
         done = subprocess.run(run, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name:18} failed: {done.stderr.strip().splitlines()[-1]}")

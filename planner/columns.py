@@ -73,7 +73,7 @@ class Limits:
     classes     share of each traffic class in the demand
     spare       engines of each flow that may fail while the rest still carries the demand
     firm_share  share of every class that columns which are not firm may not carry
-    gap         relative gap at which the search for a better fleet stops
+    gap, nodes  relative gap, and nodes of branch and bound, at which the search for a better fleet stops
     """
 
     islands: tuple[tuple[int, ...], ...]
@@ -86,6 +86,7 @@ class Limits:
     spare: int = 0
     firm_share: float = 0.0
     gap: float = 0.0
+    nodes: int | None = None
 
     @property
     def plain(self) -> bool:

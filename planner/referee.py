@@ -101,7 +101,8 @@ def cuts_of(verdicts: Sequence[Verdict], step: float = _STEP, widely: bool = Fal
 
     step     lowers the load of a failure by this share at least, and by as much as was cut before; with 0
              all below that load stays allowed, which is what a failure proves
-    widely   engines of the same pool on the same GPUs are cut in proportion, though they were not judged
+    widely   engines of the same pool on the same GPUs are cut in proportion, though they were not judged;
+             those of prefill and decode pools always are: such a pool is judged as a whole
     """
     found: Cuts = {}
     for verdict in verdicts:
@@ -116,10 +117,12 @@ def cuts_of(verdicts: Sequence[Verdict], step: float = _STEP, widely: bool = Fal
             less = max(step, _SLOPE * (1 - 1 / verdict.excess), min(1 - allowed, 0.5)) if step else 1e-6
             share = min((1 - less) * item.load / formula, allowed * (1 - min(less, step)))
             alike = [item.engine]
-            if widely:
+            if item.role != "aggregated":
+                alike = stream.bench.engines
+            elif widely:
                 home = item.candidate.group.index
                 alike = [e for e in stream.bench.engines if e.candidate.group.index == home]
-            for engine in alike:
+            for engine in alike if step else [item.engine]:
                 key = stream.key(engine)
                 left = stream.allowed(engine) * share / allowed if engine is not item.engine else share
                 found[key] = min(found.get(key, 1.0), left if left >= _LEAST or not step else 0.0)

@@ -31,9 +31,10 @@ from planc.planner.traffic import Traffic, traffic
 
 Progress = Callable[[str], None]
 
-#: GPUs from which the master problem stops at a gap of `_GAP` instead of proving the last dollar
-_LARGE = 256
-_GAP = 2e-3
+#: inventories from so many GPUs on, and searches of more flows than this, stop at a gap or after some nodes
+#: of branch and bound (a count is the same for every run, unlike seconds); others prove the last dollar
+_LARGE, _MANY = 256, 8
+_GAP, _NODES, _NODES_LARGE = 5e-3, 40_000, 4_000
 
 
 class Search:
@@ -242,6 +243,8 @@ class Search:
         allowed = self.request.constraints
         power = allowed.max_power_kw
         spot = allowed.max_spot_share
+        large = sum(group.gpus for group in self.groups) >= _LARGE
+        many = large or len(self.flows) > _MANY
         return solve.Limits(
             islands=tuple(group.islands for group in self.groups),
             demand=demand,
@@ -252,7 +255,8 @@ class Search:
             flows=tuple(self.flows),
             spare=allowed.spare_replicas or 0,
             firm_share=1 - spot if spot is not None else 0.0,
-            gap=_GAP if sum(group.gpus for group in self.groups) >= _LARGE else 0.0,
+            gap=_GAP if many else 0.0,
+            nodes=_NODES_LARGE if large else _NODES if many else None,
         )
 
     def _columns(

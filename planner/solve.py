@@ -51,9 +51,6 @@ __all__ = [
     "undominated",
 ]
 
-#: branch and bound stops after so many nodes where a gap is allowed: the same for every run, unlike seconds
-_NODES = 4000
-
 
 def solve(
     columns: Sequence[Column],
@@ -360,7 +357,7 @@ class _Master:
             relative_gap_tolerance=self.limits.gap,
             absolute_gap_tolerance=0.0,
             random_seed=0,
-            node_limit=_NODES if self.limits.gap else None,
+            node_limit=self.limits.nodes,
             time_limit=timedelta(seconds=max(self.deadline - time.perf_counter(), 0.02))
             if self.deadline is not None
             else None,
