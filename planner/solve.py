@@ -10,8 +10,11 @@ then least accuracy loss, then most spare capacity, then canonical order.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal
@@ -362,7 +365,8 @@ class _Master:
             if self.deadline is not None
             else None,
         )
-        result = self.mathopt.solve(self.model, self.mathopt.SolverType.HIGHS, params=parameters)
+        with _stdout_kept():
+            result = self.mathopt.solve(self.model, self.mathopt.SolverType.HIGHS, params=parameters)
         reason = result.termination.reason
         kinds = self.mathopt.TerminationReason
         if reason in (kinds.INFEASIBLE, kinds.INFEASIBLE_OR_UNBOUNDED):
@@ -389,3 +393,20 @@ class _Master:
 
     best: tuple[int, ...] = ()
     out_of_time = False
+
+
+@contextmanager
+def _stdout_kept() -> Iterator[None]:
+    """HiGHS prints a line of its own now and then; standard output may be somebody's JSON."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
