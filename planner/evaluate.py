@@ -65,24 +65,6 @@ class Engine:
         return drafting(speculation, self.model) if speculation else None
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A candidate with limits at a load: a column of the master problem.
-
-    load    requests/s, or users of a closed loop, that one engine carries
-    value   what `Bench.best` was asked to maximise or minimise
-    """
-
-    engine: Engine
-    limits: Limits
-    load: float
-    value: float
-
-    @property
-    def candidate(self) -> Candidate:
-        return self.engine.candidate
-
-
 def cache_seats(traffic: Traffic, memory: MemoryMap) -> float:
     """Sequences B whose cache demand fits with a margin: B m + z s sqrt(B) <= cache bytes."""
     context = traffic.decode_context

@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, ValidationError
 
 from planc.cost_model.table import CostTable
-from planc.errors import CheckFailed, FileMissing, FileUnreadable, Infeasible, InvalidField
+from planc.errors import CheckFailed, Infeasible, InvalidField, PlancError
 from planc.planner import assemble, solve
 from planc.planner.check import check
 from planc.planner.compile import assembled
@@ -26,7 +25,7 @@ from planc.planner.overrides import apply_overrides
 from planc.planner.plan import Plan
 from planc.planner.promising import promising
 from planc.planner.referee import ALONE, ROUNDS, Judgement, Referee, cuts_of
-from planc.planner.request import Inventory, Request, make_request, read_bytes
+from planc.planner.request import Inventory, Request, make_request, read_mapping
 from planc.planner.search import Progress, Search
 from planc.planner.workload import Part
 
@@ -107,25 +106,14 @@ def document(plan: JointPlan) -> dict[str, Any]:
 def is_joint(path: str | Path) -> bool:
     """Does a request file list several models?"""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return "models" in read_mapping(path)
+    except PlancError:
         return False
-    return isinstance(raw, dict) and "models" in raw
 
 
 def load_joint(path: str | Path, overrides: Iterable[str] = ()) -> Joint:
     """Reads a file with several models; paths in it are relative to it. Raises as `load_request` does."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileMissing(what="request", path=path, mend="Name a request file (YAML).")
-    try:
-        raw = yaml.safe_load(read_bytes(file, "request").decode("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise FileUnreadable(
-            what="request", path=path, format="YAML", reason=reason, mend="See examples/requests."
-        ) from None
-    raw = apply_overrides(raw, overrides)
+    raw = apply_overrides(read_mapping(path), overrides)
     where = f"request '{path}'"
     try:
         found = JointRequest.model_validate(raw)
@@ -144,7 +132,7 @@ def load_joint(path: str | Path, overrides: Iterable[str] = ()) -> Joint:
             )
         own = {key: value for key, value in raw["models"][number].items() if key != "name"}
         request = make_request({**own, "inventory": raw["inventory"]}, inside)
-        request._base = file.parent
+        request._base = Path(path).parent
         requests[member.name] = _alone(request, inside)
     return Joint(requests, found.constraints)
 

@@ -55,7 +55,7 @@ def by_level(search: Search, objective: str, time_limit: float | None) -> Fleet 
             offer = Offer(engine, search.bench.limits[row], float(levels[0, k]), search.main)
             share = float(levels[0, k]) if objective == "min_latency" else engine.candidate.shape.world
             offers.append(offer)
-            columns.append(search.column(offer, offer.capacity, float(cost[row, k]) * share))
+            columns.append(offer.column(offer.capacity, float(cost[row, k]) * share))
     columns = _precisely(search, offers, columns, objective)
     chosen = solve.undominated(columns)
     search.pruned["dominated"] = len(columns) - len(chosen)

@@ -250,14 +250,8 @@ def read_bytes(path: Path, what: str) -> bytes:
         ) from None
 
 
-def load_request(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Request:
-    """Reads a request file (YAML or JSON).
-
-    overrides   "path=value" strings or a mapping, e.g. "slo.tpot_mean_ms=20",
-                "inventory.nodes[0].count=2"; values are read as YAML
-
-    Raises FileMissing, FileUnreadable, UnknownField, UnknownName or InvalidField.
-    """
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A request file as it is written, not yet checked. Raises FileMissing or FileUnreadable."""
     file = Path(path)
     if not file.is_file():
         raise FileMissing(what="request", path=path, mend="Name a request file (YAML).")
@@ -276,6 +270,18 @@ def load_request(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
             reason=f"it holds {'nothing' if raw is None else f'a {type(raw).__name__}'}, not a mapping",
             mend="A request has the keys model, inventory and workload; see examples/requests.",
         )
+    return raw
+
+
+def load_request(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] = ()) -> Request:
+    """Reads a request file (YAML or JSON).
+
+    overrides   "path=value" strings or a mapping, e.g. "slo.tpot_mean_ms=20",
+                "inventory.nodes[0].count=2"; values are read as YAML
+
+    Raises FileMissing, FileUnreadable, UnknownField, UnknownName or InvalidField.
+    """
+    raw = read_mapping(path)
     if "models" in raw and "model" not in raw:
         raise InvalidField(
             where=f"request '{path}'",
@@ -285,7 +291,7 @@ def load_request(path: str | Path, overrides: Mapping[str, Any] | Iterable[str] 
             mend="Name the file of one model.",
         )
     request = make_request(apply_overrides(raw, overrides), where=f"request '{path}'")
-    request._base = file.parent
+    request._base = Path(path).parent
     return request
 
 

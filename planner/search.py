@@ -278,10 +278,6 @@ class Search:
             for offer in stream.offers
         ]
 
-    def column(self, offer: Offer, load: float, weight: float | None = None) -> solve.Column:
-        """The offer as the master problem sees it, carrying `load`."""
-        return offer.column(load, weight)
-
     def _cheapest_token(self, offers: list[Offer], columns: list[solve.Column]) -> Fleet | None:
         """No demand is stated: the engine with the lowest price per request, as many as there is room for.
         A fleet's price per request is a mean of its engines', so none is below the best engine's."""

@@ -26,7 +26,7 @@ from planc.planner.traffic import Traffic, traffic
 from planc.planner.workload import LoadTest
 from planc.runtime.simulator import Load, Records, Rules, Server, closed_loop, open_loop, simulate
 from planc.runtime.simulator.deployment import sites, speculation
-from planc.runtime.simulator.load import Ints, gamma
+from planc.runtime.simulator.load import gamma, lengths, shared_prefix
 
 Kind = Literal["closed loop", "open loop", "offline"]
 
@@ -138,13 +138,14 @@ def load_test(request: Request, table: CostTable, replica: Replica, replicas: in
 def _load(flow: Traffic, test: LoadTest, server: Server, share: int) -> tuple[Kind, Load]:
     """What one of `share` equal schedulers is sent."""
     clock, rules = server.clock, server.rules
+    spread = test.length_low, test.length_high, test.seed
     if flow.concurrency is not None:
         clients = math.ceil(flow.concurrency / share)
         asked = test.requests or test.requests_per_client * flow.concurrency
-        prompt, output = _lengths(flow, test, max(math.ceil(asked / share), clients))
+        prompt, output = lengths(flow, max(math.ceil(asked / share), clients), *spread)[1:]
         answer = flow.osl_mean * clock.line(min(clients, rules.max_num_seqs), flow.decode_context).seconds
         loop = closed_loop(clients, len(prompt), prompt, output, burst=test.burst, ramp_s=answer)
-        return "closed loop", replace(loop, **_prefix(flow, prompt, server.block_size))
+        return "closed loop", replace(loop, **shared_prefix(prompt, flow.hit_rate, server.block_size))
     if flow.rate is not None:
         count = math.ceil((test.requests or _OPEN * share) / share)
         arrivals = gamma(flow.rate / share, count, math.sqrt(flow.arrival_cv2), test.seed)
@@ -153,31 +154,9 @@ def _load(flow: Traffic, test: LoadTest, server: Server, share: int) -> tuple[Ki
         seats = max(min(rules.max_num_seqs, int(held)), 1)
         count = math.ceil((test.requests or _FILLINGS * seats * share) / share)
         arrivals = np.zeros(count)
-    prompt, output = _lengths(flow, test, count)
-    load = open_loop(arrivals, prompt, output, **_prefix(flow, prompt, server.block_size))
+    prompt, output = lengths(flow, count, *spread)[1:]
+    load = open_loop(arrivals, prompt, output, **shared_prefix(prompt, flow.hit_rate, server.block_size))
     return "offline" if flow.rate is None else "open loop", load
-
-
-def _lengths(flow: Traffic, test: LoadTest, count: int) -> tuple[Ints, Ints]:
-    """Prompts and answers drawn from the workload, a pair at a time, each shortened by its own factor."""
-    draw = np.random.default_rng(test.seed)
-    which = draw.choice(flow.weight.size, count, p=flow.weight)
-    factors = draw.uniform(test.length_low, test.length_high, (2, count))
-    prompt, output = (
-        np.maximum(np.rint(tokens[which] * factor), 1).astype(np.int64)
-        for tokens, factor in zip((flow.isl, flow.osl), factors, strict=True)
-    )
-    return prompt, output
-
-
-def _prefix(flow: Traffic, prompt: Ints, block: int) -> dict[str, Any]:
-    """One prefix that all requests share, so long that the stated share of prompt tokens is found."""
-    if not flow.hit_rate:
-        return {}
-    return {
-        "prefix": [tuple(range(int(tokens * flow.hit_rate) // block)) for tokens in prompt.tolist()],
-        "prefix_block": block,
-    }
 
 
 def _warm(records: Records) -> Records:

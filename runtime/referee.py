@@ -9,10 +9,9 @@ running empty do not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +28,7 @@ from planc.planner.traffic import Traffic
 from planc.runtime.simulator import Load, Records, Rules, Server, closed_loop, open_loop, simulate
 from planc.runtime.simulator.deployment import sites, speculation
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
-from planc.runtime.simulator.load import gamma
+from planc.runtime.simulator.load import gamma, lengths, shared_prefix
 
 Floats = NDArray[np.float64]
 
@@ -214,36 +213,21 @@ def _servers(search: Search, item: Deployed) -> list[Server]:
 
 def _load(flow: Traffic, amount: float, server: Server, seed: int) -> tuple[Load, NDArray[np.intp]]:
     """Requests at a rate (or of so many users of a closed loop), and the traffic class of each."""
-    draw = np.random.default_rng(seed)
     users = amount
     if flow.concurrency is None:
         step = server.clock.line(server.rules.max_num_seqs, flow.decode_context).seconds
         users = min(amount * flow.osl_mean * step, server.rules.max_num_seqs) + 1
     count = min(max(_REQUESTS, math.ceil(_GENERATIONS * users)), _MOST)
-    which = draw.choice(flow.weight.size, count, p=flow.weight)
-    factors = draw.uniform(1 - _SPREAD, 1 + _SPREAD, (2, count))
-    prompt, output = (
-        np.maximum(np.rint(tokens[which] * factor), 1).astype(np.int64)
-        for tokens, factor in zip((flow.isl, flow.osl), factors, strict=True)
-    )
+    which, prompt, output = lengths(flow, count, 1 - _SPREAD, 1 + _SPREAD, seed)
     label = np.zeros(count, dtype=np.intp) if flow.label is None else flow.label[which]
+    prefix = shared_prefix(prompt, flow.hit_rate, server.block_size)
     if flow.concurrency is not None:
         clients = max(round(amount), 1)
         answer = flow.osl_mean * server.clock.line(clients, flow.decode_context).seconds
         load = closed_loop(clients, count, prompt, output, burst=False, ramp_s=answer)
-        return replace(load, **_prefix(flow, prompt, server.block_size)), label
+        return replace(load, **prefix), label
     arrivals = gamma(amount, count, math.sqrt(flow.arrival_cv2), seed)
-    return open_loop(arrivals, prompt, output, **_prefix(flow, prompt, server.block_size)), label
-
-
-def _prefix(flow: Traffic, prompt: NDArray[np.int64], block: int) -> Mapping[str, Any]:
-    """One prefix that all requests share, so long that the stated share of prompt tokens is found."""
-    if not flow.hit_rate:
-        return {}
-    return {
-        "prefix": [tuple(range(int(tokens * flow.hit_rate) // block)) for tokens in prompt.tolist()],
-        "prefix_block": block,
-    }
+    return open_loop(arrivals, prompt, output, **prefix), label
 
 
 def _settled(records: Records, label: NDArray[np.intp], flow: Traffic) -> Played:

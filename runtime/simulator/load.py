@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from planc.errors import InvalidField
+from planc.planner.traffic import Traffic
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -104,6 +106,30 @@ def open_loop(
         prefix=prefix,
         prefix_block=prefix_block,
     )
+
+
+def lengths(flow: Traffic, count: int, low: float, high: float, seed: int) -> tuple[Ints, Ints, Ints]:
+    """(sample point, prompt, answer) of `count` requests of a workload: prompts and answers drawn as pairs,
+    each then stretched by a factor of its own, evenly between `low` and `high`."""
+    draw = np.random.default_rng(seed)
+    which = draw.choice(flow.weight.size, count, p=flow.weight)
+    factors = draw.uniform(low, high, (2, count))
+    prompt, output = (
+        np.maximum(np.rint(tokens[which] * factor), 1).astype(np.int64)
+        for tokens, factor in zip((flow.isl, flow.osl), factors, strict=True)
+    )
+    return which, prompt, output
+
+
+def shared_prefix(prompt: Ints, hit_rate: float, block: int) -> dict[str, Any]:
+    """Fields of a `Load` whose requests all share one prefix, so long that the stated share of prompt tokens
+    is found; {} where none is."""
+    if not hit_rate:
+        return {}
+    return {
+        "prefix": [tuple(range(int(tokens * hit_rate) // block)) for tokens in prompt.tolist()],
+        "prefix_block": block,
+    }
 
 
 # -- arrivals ----------------------------------------------------------------------------
