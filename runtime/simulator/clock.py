@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -31,8 +32,8 @@ CHUNKS: tuple[int, ...] = (*range(1, 33), *(round(2 ** (k / 8)) for k in range(4
 CACHED: tuple[int, ...] = (0, *(part * 2**k // 4 for k in range(5, 21) for part in (4, 5, 6, 7)))
 #: chunks that share a step; more of them take their shares as the last number does
 TOGETHER: tuple[int, ...] = (*range(1, 9), 10, 12, 16)
-#: batches filled at once
-_BLOCK = 32
+#: batches, and lengths of chunks, filled at once
+_BLOCK, _LENGTHS = 32, 8
 #: prompt tokens beside which logits are priced
 _WIDE = 8192
 
@@ -58,15 +59,17 @@ class StepTimes(Protocol):
 class Clock:
     """Scalar step times of one engine: about a microsecond each, within 1 % of the step model's.
 
-    With pipeline parallelism a "step" is a full cycle: the batch goes round in pp micro-batches, and a
-    prompt's chunk rides in one of them.
+    With pipeline parallelism a "step" is a full cycle: the batch goes round in pp micro-batches, and
+    prompts ride in as few of them as hold them.
+
+    budget   tokens of a micro-batch; None: one carries all prompts of a cycle
     """
 
-    def __init__(self, model: StepModel) -> None:
-        self.model = model
+    def __init__(self, model: StepModel, budget: int | None = None) -> None:
+        self.model, self.budget = model, budget
         self.stages = model.shape.pp
         self._decode: dict[int, list[float]] = {}
-        self._tables = [_StageTables(model, stage) for stage in range(self.stages)]
+        self._tables = [_StageTables(model, stage) for stage in _unlike_stages(model)]
 
     def line(self, seqs: int, context: float, draft: int = 0) -> Line:
         """A step of `seqs` decoding sequences at a mean context (the new token included), and how its
@@ -100,9 +103,14 @@ class Clock:
         if self.stages == 1:
             return self._tables[0].mixed(seqs, context, chunks, draft), 0.0
         riding = max(seqs // self.stages, 1) if seqs else 0
-        full = max(part.mixed(riding, context, chunks, draft) for part in self._tables)
+        room = max(self.budget - riding * (1 + draft), 1) if self.budget else sum(new for new, _ in chunks)
+        full = [
+            max(part.mixed(riding, context, load, draft) for part in self._tables)
+            for load in _loaded(chunks, room)
+        ]
         plain = self.line(riding * self.stages, context, draft).seconds / self.stages if riding else 0.0
-        return (self.stages - 1) * plain + full, (self.stages - 1) * (full - plain)
+        others = max(self.stages - len(full), 0) * plain
+        return sum(full) + others, (self.stages - 1) * full[-1] - others
 
     def _fill(self, seqs: int) -> list[float]:
         low = (seqs - 1) // _BLOCK * _BLOCK + 1
@@ -111,6 +119,30 @@ class Clock:
         for offset, row in enumerate(found.tolist()):
             self._decode[low + offset] = row
         return self._decode[seqs]
+
+
+def _unlike_stages(model: StepModel) -> list[int]:
+    """One stage of each kind: most stages of a pipeline hold the same layers."""
+    probe = StepLoad(np.array([0.0, 9.0]), 1000, np.array([999.0, 0.0]), np.array([1.0, 0.0]))
+    found: dict[bytes, int] = {}
+    for stage, values in enumerate(np.concatenate(astuple(model.pieces(probe)), axis=1)):
+        found.setdefault(values.tobytes(), stage)
+    return list(found.values())
+
+
+def _loaded(chunks: Sequence[tuple[int, int]], room: int) -> list[list[tuple[int, int]]]:
+    """Chunks (new tokens, cached ones) cut into micro-batches of up to `room` tokens, in order."""
+    found: list[list[tuple[int, int]]] = [[]]
+    left = room
+    for new, cached in chunks:
+        while new:
+            if not left:
+                found.append([])
+                left = room
+            part = min(new, left)
+            found[-1].append((part, cached))
+            new, cached, left = new - part, cached + part, left - part
+    return found
 
 
 class _StageTables:
@@ -194,10 +226,13 @@ class _StageTables:
         return low + (new - CHUNKS[left]) / (CHUNKS[left + 1] - CHUNKS[left]) * (high - low)
 
     def _fill_prompt(self, count: int, index: int) -> list[float]:
-        load = StepLoad(0, 0, count * CHUNKS[index], count, np.array(CACHED, dtype=np.float64))
-        found: list[float] = (self._ask(load, "prefill") / count).tolist()
-        self._prompt[count, index] = found
-        return found
+        low = index // _LENGTHS * _LENGTHS
+        tokens = count * np.array(CHUNKS[low : low + _LENGTHS], dtype=np.float64)[:, None]
+        load = StepLoad(0, 0, tokens, count, np.array(CACHED, dtype=np.float64))
+        found = (self._ask(load, "prefill") / count).reshape(len(tokens), -1)
+        for offset, row in enumerate(found.tolist()):
+            self._prompt[count, low + offset] = row
+        return self._prompt[count, index]
 
 
 class Curve:

@@ -58,7 +58,7 @@ def sites(pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], cont
 
     context   mean tokens of a request, prompt and output: layers that forget hold less than that
     """
-    clocks: dict[tuple[EngineShape, Fabric, int], Clock] = {}
+    clocks: dict[tuple[EngineShape, Fabric, int, int], Clock] = {}
     memories: dict[str, MemoryMap] = {}
     homes = _homes(groups)
     found: list[Site] = []
@@ -68,10 +68,10 @@ def sites(pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], cont
             gpu, profile = catalogue.gpu(replica.gpu), catalogue.engine(replica.engine)
             group, island = homes[replica.gpus[0]]
             shape = shape_of(replica)
-            key = (shape, group.fabric, replica.max_num_seqs)
+            key = (shape, group.fabric, replica.max_num_seqs, replica.max_num_batched_tokens)
             if key not in clocks:
                 model = StepModel(table, shape, gpu, group.fabric, profile, max_num_seqs=replica.max_num_seqs)
-                clocks[key] = Clock(model)
+                clocks[key] = Clock(model, replica.max_num_batched_tokens)
             same = replica.model_dump_json(exclude={"gpus", "traffic_share"})
             if same not in memories:
                 memories[same] = memory_map(

@@ -73,6 +73,22 @@ def test_a_pipeline_is_filled_before_a_prompts_answer_comes() -> None:
     assert clock.line(8, 500.0).seconds > clock.line(4, 500.0).seconds
 
 
+def test_a_prompt_fills_one_micro_batch_after_the_other() -> None:
+    step = model(llama70b(), "h100_sxm", {"tp": 2, "pp": 4})
+    whole, cut = Clock(step), Clock(step, budget=1000)
+    piece, long = whole.mixed(0, 0.0, [(1000, 0)])[0], whole.mixed(0, 0.0, [(3000, 0)])
+    seconds, drain = cut.mixed(0, 0.0, [(3000, 0)])
+    assert seconds == pytest.approx(3 * piece, rel=0.15)  # later pieces read what came before
+    assert seconds + drain == pytest.approx((3 + 4 - 1) * seconds / 3, rel=0.05)
+    assert seconds + drain < 0.6 * sum(long)
+    plain = cut.line(400, 1000.0).seconds / 4
+    parts = [[(900, 0)], [(600, 900), (300, 0)], [(700, 300)]]  # beside 100 sequences each
+    each = [whole.mixed(400, 1000.0, part)[0] - 3 * plain for part in parts]
+    seconds, drain = cut.mixed(400, 1000.0, [(1500, 0), (1000, 0)])
+    assert seconds == pytest.approx(sum(each) + plain)
+    assert seconds + drain == pytest.approx(sum(each) + 3 * each[-1])
+
+
 def test_drafts_cost_rows_not_cache_reads() -> None:
     clock = Clock(model(llama70b(), "h200_sxm", {"tp": 4, **FP8}))
     one, drafted, fourfold = clock.line(32, 8000.0), clock.line(32, 8000.0, 3), clock.line(128, 8000.0)
