@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +81,33 @@ class MemoryMap:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a shape puts on its GPUs whatever the batch limits.
+
+    stages   of each pipeline stage: bytes of weights, cache by kind of layer, state bytes per sequence
+    widest   elements per token that the widest op holds at once
+    """
+
+    stages: tuple[tuple[Stage, float, tuple[Kept, ...], float], ...]
+    widest: float
+
+
+def contents(table: CostTable, shape: EngineShape) -> Contents:
+    """Of one rank of each stage."""
+    table = split(table, shape.formats)
+    found = tuple(
+        (
+            stage,
+            weight_bytes(table, shape, stage.counts),
+            kept_by(table, shape, stage.counts),
+            state_bytes(table, shape, stage.counts),
+        )
+        for stage in stages(table, shape)
+    )
+    return Contents(found, max((_live(row, shape) for row in table.rows.get("prefill", ())), default=0.0))
+
+
 def memory_map(
     table: CostTable,
     shape: EngineShape,
@@ -93,15 +119,18 @@ def memory_map(
     max_model_len: int,
     block_size: int | None = None,
     utilization: float | None = None,
+    held: Contents | None = None,
 ) -> MemoryMap:
     """The memory of the GPU with the least room for cache, over the pipeline stages.
+
+    held   `contents` of the shape, where they are known
 
     Blocks are counted as the engines do: what `utilization` allows, divided by the bytes of one block.
     What it is a share of differs (`EngineProfile.utilization_of`): of all memory, less weights, the
     activation peak of a full step, graphs, states and overhead; of all memory, for weights, states and cache
     alone, while the rest lives in what is left; or of what is free once everything else has its place.
     """
-    table = split(table, shape.formats)
+    held = contents(table, shape) if held is None else held
     size = block_size or profile.block_size_on(gpu)
     share = profile.gpu_memory_utilization if utilization is None else utilization
     sizes = () if shape.eager or gpu.vendor == "cpu" else profile.cuda_graphs.sizes(max_num_seqs)
@@ -109,13 +138,11 @@ def memory_map(
     graphs = (rule.mib_fixed + rule.mib_per_size * len(sizes)) * MIB if sizes else 0.0
     overhead = (profile.framework_gib + (profile.communicator_gib if shape.world > 1 else 0.0)) * GIB
 
-    def of(stage: Stage) -> MemoryMap:
-        kept = kept_by(table, shape, stage.counts)
+    def of(stage: Stage, weights: float, kept: tuple[Kept, ...], state: float) -> MemoryMap:
         per_token = sum(k.bytes_per_token for k in kept)
-        weights = _known(weight_bytes, table, shape, stage.counts)
-        states = state_bytes(table, shape, stage.counts) * max_num_seqs
+        states = state * max_num_seqs
         logits = max_num_seqs if stage.last else 0
-        activations = activation_bytes(table, shape, profile, max_num_batched_tokens, logits)
+        activations = activation_bytes(table, shape, profile, held.widest, max_num_batched_tokens, logits)
         fixed = weights + activations + graphs + overhead + states
         limit = gpu.memory_bytes * share
         if profile.utilization_of == "free":
@@ -147,7 +174,7 @@ def memory_map(
             graph_sizes=sizes,
         )
 
-    return min(map(of, stages(table, shape)), key=_room)
+    return min((of(*stage) for stage in held.stages), key=_room)
 
 
 def _room(found: MemoryMap) -> tuple[float, float]:
@@ -209,7 +236,7 @@ def state_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -
 
 
 def activation_bytes(
-    table: CostTable, shape: EngineShape, profile: EngineProfile, tokens: int, logits_rows: int
+    table: CostTable, shape: EngineShape, profile: EngineProfile, widest: float, tokens: int, logits_rows: int
 ) -> float:
     """Peak of live activations in a step of `tokens`: two residuals and the widest op's operands.
 
@@ -217,32 +244,9 @@ def activation_bytes(
     row per sequence, besides the head's own result.
     """
     wide = fmt(unquantized(shape)).bytes
-    widest = _known(_widest, table, shape)
     per_token = (widest + 2 * table.model.hidden) * tokens / shape.cp
     logits = logits_rows * table.model.vocab * (4.0 + wide)
     return profile.activation_factor * (per_token * wide + logits)
-
-
-def _widest(table: CostTable, shape: EngineShape) -> float:
-    return max((_live(row, shape) for row in table.rows.get("prefill", ())), default=0.0)
-
-
-#: results of `_known` by table: its identity, and the table itself, so that no other takes its place
-_kept: dict[int, tuple[CostTable, dict[tuple[object, ...], float]]] = {}
-_TABLES = 8
-
-
-def _known(of: Callable[..., float], table: CostTable, *arguments: Hashable) -> float:
-    """of(table, *arguments), found once per table: batch limits change neither weights nor the widest op."""
-    mine = _kept.get(id(table))
-    if mine is None or mine[0] is not table:
-        while len(_kept) >= _TABLES:
-            _kept.pop(next(iter(_kept)))
-        mine = _kept[id(table)] = table, {}
-    key = (of.__name__, *arguments)
-    if key not in mine[1]:
-        mine[1][key] = of(table, *arguments)
-    return mine[1][key]
 
 
 def _live(row: Row, shape: EngineShape) -> float:

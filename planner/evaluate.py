@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from planc.cost_model.catalogue import GIB
-from planc.cost_model.memory import MemoryMap, memory_map
+from planc.cost_model.memory import Contents, MemoryMap, contents, memory_map
 from planc.cost_model.offload import Reuse, Tier, constants, reuse
 from planc.cost_model.speculative import Drafting, drafting, with_draft
 from planc.cost_model.step import StepLoad, StepModel
@@ -94,6 +94,14 @@ def _caps(traffic: Traffic, caps: Sequence[int], budgets: Sequence[int], budget:
 
 
 @dataclass(frozen=True, slots=True)
+class Memories:
+    """What is known of engines' memory, for searches of one request to share."""
+
+    maps: dict[tuple[object, ...], MemoryMap] = field(default_factory=dict)
+    contents: dict[tuple[object, ...], Contents] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """Memory questions about one candidate under one traffic, of which it does the part of its role."""
 
@@ -103,15 +111,18 @@ class Room:
     max_model_len: int
     utilization: float | None
     role: Part = "aggregated"
-    known: dict[tuple[object, ...], MemoryMap] = field(default_factory=dict, compare=False)
+    known: Memories = field(default_factory=Memories, compare=False)
 
     def memory(self, cap: int, budget: int) -> MemoryMap:
         """The memory map with these limits; `known` ones, which searches of one request share, are kept."""
         one = self.candidate
         key = (one.shape, one.speculation, one.group.gpu.name, cap, budget)
-        if key not in self.known:
-            self.known[key] = memory_map(
-                with_draft(self.table, one.speculation),
+        if key not in self.known.maps:
+            table, mine = with_draft(self.table, one.speculation), (one.shape, one.speculation)
+            if mine not in self.known.contents:
+                self.known.contents[mine] = contents(table, one.shape)
+            self.known.maps[key] = memory_map(
+                table,
                 one.shape,
                 one.group.gpu,
                 one.profile,
@@ -119,8 +130,9 @@ class Room:
                 max_num_batched_tokens=budget,
                 max_model_len=self.max_model_len,
                 utilization=self.utilization,
+                held=self.known.contents[mine],
             )
-        return self.known[key]
+        return self.known.maps[key]
 
     def seats(self, cap: int, budget: int) -> int:
         """Sequences that run at once; 0 when the engine would not start."""

@@ -17,7 +17,7 @@ from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
 from planc.planner import disaggregated, solve
 from planc.planner.candidates import Candidate
-from planc.planner.evaluate import Bench, Engine, Room, model_len
+from planc.planner.evaluate import Bench, Engine, Memories, Room, model_len
 from planc.planner.inventory import Group, groups
 from planc.planner.levels import by_level
 from planc.planner.offers import Deployed, Fleet, Offer
@@ -26,7 +26,7 @@ from planc.planner.promising import left, promising
 from planc.planner.request import Request
 from planc.planner.shares import loads
 from planc.planner.slo import Slo
-from planc.planner.stream import Cuts, Memories, Models, Stream, subsets
+from planc.planner.stream import Cuts, Models, Stream, subsets
 from planc.planner.traffic import Traffic, traffic
 
 Progress = Callable[[str], None]
@@ -68,7 +68,7 @@ class Search:
         self.slos: tuple[Slo, ...] = request.slos()
         self.max_model_len = model_len(request, table, self.traffic)
         self._layouts = layouts
-        self._memories: Memories = {}
+        self._memories = Memories()
         self._known: dict[tuple[tuple[str, ...], Role], Stream] = {}
         self.main = self._stream(self.traffic, self.slos, bench=bench)
         self.streams: list[Stream] = [self.main]

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planc.cost_model.energy import watts
-from planc.cost_model.memory import MemoryMap
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
 from planc.planner import solve
 from planc.planner.candidates import BATCH_LIMITS, Candidate, candidates
 from planc.planner.disaggregated import decoding
-from planc.planner.evaluate import Bench, Engine, Limits, Precise, Room, token_budgets
+from planc.planner.evaluate import Bench, Engine, Limits, Memories, Precise, Room, token_budgets
 from planc.planner.expert_load import with_copies
 from planc.planner.formats import accuracy
 from planc.planner.inventory import Group
@@ -37,7 +36,6 @@ from planc.planner.traffic import Traffic
 _PROMISING = 10
 
 Models = dict[tuple[object, ...], StepModel]
-Memories = dict[tuple[object, ...], MemoryMap]
 #: what a simulation allowed, as a share of the capacity by formulas: (candidate, flow) -> share
 Cuts = dict[tuple[object, ...], float]
 
