@@ -42,6 +42,7 @@ __all__ = [
     "Column",
     "Flow",
     "Limits",
+    "Master",
     "Relaxation",
     "Solution",
     "carried",
@@ -77,7 +78,7 @@ def solve(
     best: tuple[tuple[float, ...], Solution] | None = None
     bounds, proved = [], True
     for mine in _families(columns):
-        master = _Master([columns[i] for i in mine], limits, columns, deadline)
+        master = Master([columns[i] for i in mine], limits, columns, deadline)
         found = master.run(first_only)
         if found is None:
             if master.out_of_time:  # it may hold a better fleet than was found: its bound counts
@@ -133,10 +134,10 @@ class Relaxation:
 
 def relaxation(columns: Sequence[Column], limits: Limits) -> Relaxation | None:
     """Of columns of one family; None when the demand cannot be met."""
-    return _Master(columns, limits, columns, None, relaxed=True).price()
+    return Master(columns, limits, columns, None, relaxed=True).price()
 
 
-class _Master:
+class Master:
     """One integer program, solved for one objective after another."""
 
     def __init__(
@@ -303,7 +304,7 @@ class _Master:
         drops = [round(c.drop * 1e6 * load / UNIT) for c, load in zip(self.columns, self.loads, strict=True)]
         covering = self.limits.demand is not None
         goal = (weights, True, 1 / self.scale) if covering else (self.carried, False, self.unit)
-        first = self._optimise(goal[0], minimise=goal[1])
+        first = self.optimise(goal[0], minimise=goal[1])
         if first is None and self.out_of_time:
             first = self._simple()
         if first is None or (not covering and first[0] <= 0):
@@ -311,13 +312,13 @@ class _Master:
         found, bound, proved = first
         if not first_only and proved:
             if not covering:
-                self._optimise(weights, minimise=True)
+                self.optimise(weights, minimise=True)
             if any(drops):
-                self._optimise(self._sum(drops), minimise=True)
+                self.optimise(self._sum(drops), minimise=True)
             if covering:
-                self._optimise(loads, minimise=False)
+                self.optimise(loads, minimise=False)
             order = [(i + 1) * 1009 + i * i for i in range(len(self.columns))]
-            self._optimise(self._sum(order), minimise=True)
+            self.optimise(self._sum(order), minimise=True)
         weight, drop, load = (
             sum(n * v for n, v in zip(self.best, values, strict=True))
             for values in (self.weights, drops, self.loads)
@@ -350,7 +351,7 @@ class _Master:
         gpus = min(self.limits.max_gpus or math.inf, sum(map(sum, self.limits.islands)))
         return max((load / c.gpus for c, _, load in pairs), default=0.0) * gpus * self.unit
 
-    def _optimise(self, expression: Any, *, minimise: bool) -> tuple[float, float, bool] | None:
+    def optimise(self, expression: Any, *, minimise: bool) -> tuple[float, float, bool] | None:
         """(value, bound, proved) of one objective, which is then fixed for the following ones."""
         if isinstance(expression, int):
             return 0.0, 0.0, True
