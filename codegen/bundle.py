@@ -8,20 +8,14 @@
     front.json, front/      the other plans of a Pareto front, where one was asked for
     report.html, README.md  for people; report.json is what the report is drawn from besides the plan
 
-All files are first written beside the target and then put in place by one rename, so a reader (or a
-kill) never meets half a bundle.
+Several models that share an inventory have a folder of bundles, and `fleet.json`. All files are first
+written beside the target and then put in place by one rename, so a reader (or a kill) never meets half.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
-import os
-import re
-import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +24,7 @@ from planc.codegen.engines import WRITERS, engines_of, writer
 from planc.codegen.readme import readme
 from planc.codegen.triton import render as triton
 from planc.errors import InvalidBundle
+from planc.files import whole_folder, write_files
 from planc.planner import front
 from planc.planner.plan import Plan, canonical_json
 
@@ -72,101 +67,60 @@ def write(plan: Plan, folder: str | Path, *, config: Mapping[str, Any] | None = 
     Raises InvalidBundle where `folder` is something else than a bundle or cannot be written, and
     whatever rendering raises; nothing is written then.
     """
-    contents = files(plan, config)
+    _write(files(plan, config), folder, is_bundle, "a bundle")
+
+
+def write_several(
+    plans: Mapping[str, tuple[Plan, Mapping[str, Any] | None]], summary: Mapping[str, Any], folder: str | Path
+) -> None:
+    """Writes the bundles of a fleet of several models, FOLDER/NAME, and `fleet.json`, which sums them up.
+
+    plans   by name, each with its model's own configuration
+
+    Raises as `write` does.
+    """
+    contents = {"fleet.json": json.dumps(summary, indent=2, sort_keys=True) + "\n"}
+    for name, (plan, config) in plans.items():
+        contents |= {f"{name}/{file}": text for file, text in files(plan, config).items()}
+    _write(contents, folder, is_fleet, "a fleet of several models")
+
+
+def _write(
+    contents: Mapping[str, str], folder: str | Path, replaceable: Callable[[Path], bool], kind: str
+) -> None:
     target = Path(folder).absolute()
     target = target.resolve() if target.is_symlink() else target
-    _refuse_unless_bundle(target, folder)
-    part = target.parent / f".{target.name}.{os.getpid()}.part"
+    if target.exists() and not (target.is_dir() and (replaceable(target) or not any(target.iterdir()))):
+        raise InvalidBundle(
+            path=folder,
+            reason=f"is there already and is not {kind}, so it is not overwritten",
+            mend="Name a new folder, or remove this one yourself.",
+        )
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_abandoned(target)
-        _fill(part, contents)
-        _put(part, target)
+        with whole_folder(target) as part:
+            write_files(part, contents)
     except OSError as error:
         raise InvalidBundle(
             path=folder,
             reason=f"cannot be written ({error.strerror or error})",
             mend="Choose another folder.",
         ) from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def is_bundle(folder: Path) -> bool:
     """Does the folder hold a plan of planc's (of whatever version)?"""
+    return "schema_version" in _read(folder / "plan.json")
+
+
+def is_fleet(folder: Path) -> bool:
+    """Does the folder hold the plans of several models?"""
+    return "models" in _read(folder / "fleet.json")
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """A JSON object, empty where there is none."""
     try:
-        found = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and "schema_version" in found
-
-
-def _refuse_unless_bundle(target: Path, named: str | Path) -> None:
-    if not target.exists():
-        return
-    if target.is_dir() and (is_bundle(target) or not any(target.iterdir())):
-        return
-    raise InvalidBundle(
-        path=named,
-        reason="is there already and is not a bundle, so it is not overwritten",
-        mend="Name a new folder, or remove this one yourself.",
-    )
-
-
-def _fill(part: Path, contents: Mapping[str, str]) -> None:
-    part.mkdir()
-    for name, text in contents.items():
-        file = part / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8", newline="\n")
-        if name.endswith(".sh"):
-            file.chmod(file.stat().st_mode | 0o111)
-
-
-def _put(part: Path, target: Path) -> None:
-    """Puts `part` where `target` is, in one step; what was there ends up in `part`."""
-    if not target.exists():
-        part.rename(target)
-    elif not _exchange(part, target):  # no such call here: there is a moment without the target
-        aside = part.with_suffix(".old")
-        target.rename(aside)
-        part.rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two paths atomically (Linux renameat2); False where the system cannot."""
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "renameat2"):
-        return False
-    at_cwd, exchange = -100, 2
-    if libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code))
-
-
-def _clear_abandoned(target: Path) -> None:
-    """Removes parts that a killed run left beside the target."""
-    for left in target.parent.glob(f".{_literal(target.name)}.*.part"):
-        found = re.fullmatch(r"\.(\d+)\.part", left.name.removeprefix(f".{target.name}"))
-        if found and not _alive(int(found[1])):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planc.errors import FileMissing, InvalidField, PlancError
-from planc.files import whole
 from planc.planner.plan import Plan, load_plan
 from planc.planner.request import Request, load_request
 
@@ -150,18 +149,15 @@ def compile_joint(
 
 
 def write_joint(plan: JointPlan, folder: str | Path) -> None:
-    """Writes a bundle for each model, FOLDER/NAME, and `fleet.json`, which sums them up.
+    """Writes a bundle for each model, FOLDER/NAME, and `fleet.json`, which sums them up: whole or not at all.
 
-    Raises InvalidBundle where one of these is something other than a bundle.
+    Raises InvalidBundle where `folder` is something other than such a fleet.
     """
-    import json
-
+    from planc.codegen.bundle import write_several
     from planc.planner.joint import document
 
-    for name, one in plan.plans.items():
-        write_bundle(one, Path(folder) / name)
-    with whole(Path(folder) / "fleet.json") as file:
-        file.write(json.dumps(document(plan), indent=2) + "\n")
+    plans = {name: (one, model_config(one._model or one.model.source)) for name, one in plan.plans.items()}
+    write_several(plans, document(plan), folder)
 
 
 def estimate(

@@ -7,16 +7,15 @@ no fault of the cache ever stops a compilation.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from planc.files import whole
 from planc.ir.trace.fingerprint import fingerprint, source_digest
 
 if TYPE_CHECKING:
@@ -58,19 +57,13 @@ def read(cache: Path | None, name: str) -> str | None:
 
 def write(cache: Path | None, name: str, text: str) -> None:
     """Stores an entry, atomically: readers see the old one or the new one, never half of it."""
-    place = folder(cache)
-    temporary: str | None = None
+    file = folder(cache) / name
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=place, prefix=f".{name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"{_hash(text)}\n{text}")
-        os.replace(temporary, place / name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with whole(file) as entry:
+            entry.write(f"{_hash(text)}\n{text}")
     except OSError as error:
-        _LOG.warning("cache entry %s could not be written (%s)", place / name, error)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        _LOG.warning("cache entry %s could not be written (%s)", file, error)
 
 
 def cached_trace(source: Path, cache: Path | None, make: Callable[[], Graph]) -> Graph:

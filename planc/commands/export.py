@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import click
 
 from planc.commands.common import emit_json, json_option, out, progress, weights_option
 from planc.errors import FileMissing, InvalidField
+from planc.files import whole_folder, write_files
 
 
 @click.command("export")
@@ -48,26 +47,22 @@ def export_command(bundle: str, engine: str, output: str, weights: str | None, a
             reason="it is there already",
             mend="Name a new folder.",
         )
-    part = target.parent / f".{target.name}.{os.getpid()}.part"
     made: dict[str, Any] = {"output": output, "files": sorted(texts)}
     try:
-        part.mkdir(parents=True)
-        if weights is not None:
-            made["checkpoint"] = _checkpoint(plan, Path(weights), part / "model")
-            packed = json.loads((part / "model" / "config.json").read_text(encoding="utf-8"))
-            texts = writer(engine).render(plan, packed)
-        for name, text in texts.items():
-            file = part / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
-            if file.suffix == ".sh":
-                file.chmod(0o755)
-        (part / "README.md").write_text(writer(engine).readme(plan) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with whole_folder(target) as part:
+            if weights is not None:
+                made["checkpoint"] = _checkpoint(plan, Path(weights), part / "model")
+                packed = json.loads((part / "model" / "config.json").read_text(encoding="utf-8"))
+                texts = writer(engine).render(plan, packed)
+            write_files(part, {**texts, "README.md": writer(engine).readme(plan) + "\n"})
+    except OSError as error:
+        raise InvalidField(
+            where="export",
+            field="--output",
+            value=output,
+            reason=f"it cannot be written ({error.strerror or error})",
+            mend="Choose another folder.",
+        ) from None
     if as_json:
         emit_json(made)
         return

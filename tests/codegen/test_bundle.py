@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from planc import files
 from planc.codegen import bundle
 from planc.errors import CheckFailed, InvalidBundle
 from planc.planner.plan import load_plan
@@ -100,7 +101,7 @@ def test_through_a_link(tmp_path: Path) -> None:
 
 
 def test_without_an_exchange_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     bundle.write(plan(name="old"), tmp_path / "b")
     bundle.write(plan(name="new"), tmp_path / "b")
     assert load_plan(tmp_path / "b").model.name == "new"
