@@ -36,6 +36,8 @@ class Gpu(Entry):
     memory_gib          what a program sees as total device memory, GiB (not the label on the box)
     nvlink_domain       GPUs joined by NVLink/xGMI; 1 means PCIe only
     nvlink_gbytes_s     one direction, per GPU
+    pcie_bridges        of a host without NVLink: GB/s that each GPU has, one direction, in a group of up to so
+                        many neighbours that all send at once; {} where nothing is known to be shared
     fabric_gbit_s       typical network per GPU, one direction
     slice_of            the GPU that this is a MIG slice of; "" for a whole one
     """
@@ -53,6 +55,7 @@ class Gpu(Entry):
     nvlink_domain: int = Field(ge=1)
     nvlink_gbytes_s: float = Field(ge=0)
     pcie_gbytes_s: float = Field(gt=0)
+    pcie_bridges: Mapping[int, float] = Field(default_factory=dict)
     fabric_gbit_s: float = Field(gt=0)
     tdp_w: float = Field(gt=0)
     idle_w: float = Field(ge=0)
@@ -70,6 +73,13 @@ class Gpu(Entry):
     @property
     def memory_bytes_s(self) -> float:
         return self.memory_gbytes_s * 1e9
+
+    def pcie_group_gbytes_s(self, ranks: int) -> float:
+        """Of each of `ranks` neighbours over PCIe while all of them send, one direction."""
+        wider = [bound for bound in sorted(self.pcie_bridges) if bound >= ranks] or sorted(self.pcie_bridges)[
+            -1:
+        ]
+        return min([self.pcie_gbytes_s, *(self.pcie_bridges[bound] for bound in wider[:1])])
 
     def peak_flops(self, precision: Precision) -> float:
         """FLOP/s of a product in `precision`; a format without its own units runs on bf16 (or fp32) ones."""
@@ -154,6 +164,24 @@ class Serving(Entry):
     date: str
 
 
+class ContextParallel(Entry):
+    """Where an engine spreads the tokens of a cache over `cp` of its tp ranks, which else would hold copies.
+
+    caches     "heads": keys and values, over the ranks that hold copies of the same heads; "latent": one
+               compressed cache, of which every tp rank holds a copy
+    roles      pools whose engines may
+    handover   caches that may be handed over so spread, between prefill and decode pools
+    whole      handed over only if spread over all tp ranks
+    """
+
+    caches: tuple[Literal["heads", "latent"], ...]
+    roles: tuple[Literal["aggregated", "prefill", "decode"], ...]
+    handover: tuple[Literal["heads", "latent"], ...] = ()
+    whole: bool = False
+    source: str
+    date: str
+
+
 class EngineProfile(Entry):
     """What an engine can load and run, its defaults, and what its steps cost besides kernels.
 
@@ -170,10 +198,13 @@ class EngineProfile(Entry):
     per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
     overlaps_host        the next step is decided and launched while one runs; see `StepModel.asynchronous`
     serves               kinds of model it runs
-    ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp)
+    ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp; "free":
+                         whatever divides tp*dp, the ranks of a group dividing each expert's width)
+    context_parallel     None: every rank keeps all tokens of its heads
     fusions              patterns of fusion names that the engine's own kernels always apply
     overlaps_shared_experts  experts that every token passes run on a stream beside the routed ones
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
+    custom_all_reduce    its own kernel for messages up to `custom_all_reduce_max_mib`: see `collectives.Own`
     fused_all_reduce     architectures on which the norm after an all-reduce rides in it
     fused_activation_quant  formats whose quantization rides in the pointwise kernel before a product; after
                          attention, or for another format, it is a kernel of its own
@@ -193,6 +224,7 @@ class EngineProfile(Entry):
     reserves_output: bool
     parallel: tuple[Literal["tp", "pp", "dp", "ep", "cp"], ...]
     ep_degrees: Literal["tp_dp", "free"]
+    context_parallel: ContextParallel | None = None
     cuda_graphs: GraphRule
     framework_gib: float
     communicator_gib: float
@@ -207,6 +239,7 @@ class EngineProfile(Entry):
     overlaps_host: bool
     prefill_factor: float
     custom_all_reduce_max_mib: float
+    custom_all_reduce: Literal["barrier", "lamport"] = "barrier"
     fusions: tuple[str, ...]
     fuses_pointwise: bool
     overlaps_shared_experts: bool = False

@@ -87,6 +87,7 @@ class Attention:
     key_flops     of one cached key, as for keys and values expanded out of a latent
     token_flops   of one new token, as for projections absorbed into queries and results
     key_width     cache elements per key on this rank; of a recurrence, of a sequence's state
+    gathered      context parallel: how many ranks' queries it attends with, each to its part of the keys
     """
 
     kind: Literal["attention", "recurrence", "products"]
@@ -104,6 +105,7 @@ class Attention:
     key_flops: float = 0.0
     token_flops: float = 0.0
     key_width: float = 0.0
+    gathered: int = 1
 
 
 @dataclass(frozen=True, slots=True)

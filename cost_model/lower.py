@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 
+from planc.cost_model import context_parallel
 from planc.cost_model.catalogue import EngineProfile, gpu
 from planc.cost_model.collectives import Kind as CollectiveKind
 from planc.cost_model.formats import fmt
@@ -88,7 +89,11 @@ def kernels(
     blocks = table.model.block_scales
     overlaps = profile.overlaps_shared_experts
     load = table.expert_load
-    found = [_kernel_of(row, part, shape, rides, blocks, overlaps, load) for part, row in parts(table)]
+    found = [
+        kernel
+        for part, row in parts(table)
+        for kernel in _merged_over(_kernel_of(row, part, shape, rides, blocks, overlaps, load), row, shape)
+    ]
     found = [replace(k, launches=0.0) if norms and _follows_all_reduce(k, table) else k for k in found]
     after_attention = {
         id(two) for one, two in pairwise(found) if isinstance(one.spec, Attention) and _same_class(one, two)
@@ -223,6 +228,8 @@ def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_b
             key_width=dims.get("state_elements", 0) * divided.heads,
         )
         return replace(base, spec=spec, kv=base.kv or state)
+    cp = shape.cp if base.part == "decode" else 1
+    flops = context_parallel.gathered(base.flops, cp)
     spans = sorted(name[2:] for name in row.work.kv_reads.terms if name.startswith("K:"))
     spec = Attention(
         kind="attention",
@@ -230,18 +237,19 @@ def _attention(row: Row, base: Kernel, shape: EngineShape, wide: float, weight_b
         kv_bytes=fmt(shape.kv_format(row.layer_class)).bytes,
         act_bytes=wide,
         weight_bytes=weight_bytes,
-        q_heads=dims.get("q_heads", 0) * divided.heads,
+        q_heads=dims.get("q_heads", 0) * divided.heads * cp,
         kv_heads=dims.get("kv_heads", 0) * divided.kv,
         qk_dim=dims.get("qk_dim", 0),
         v_dim=dims.get("v_dim", 0),
         latent=bool(dims.get("latent", 0)),
         span=spans[0] if spans else "",
-        pair_flops=sum(value for name, value in base.flops.terms.items() if name.startswith("P:")),
+        pair_flops=sum(value for name, value in flops.terms.items() if name.startswith("P:")),
         key_flops=sum(value for name, value in base.flops.terms.items() if name.startswith("K:")),
         token_flops=base.flops.terms.get("T", 0.0),
         key_width=base.kv.terms.get("T", 0.0),
+        gathered=cp,
     )
-    return replace(base, spec=spec)
+    return replace(base, spec=spec, flops=flops, reads=base.reads * cp, writes=base.writes * cp)
 
 
 def _grouped(
@@ -268,6 +276,20 @@ def _grouped(
         copies=shape.copies,
     )
     return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))
+
+
+def _merged_over(kernel: Kernel, row: Row, shape: EngineShape) -> list[Kernel]:
+    """An attention kernel, and with context parallelism what weights its partial results."""
+    if not isinstance(kernel.spec, Attention) or kernel.spec.gathered == 1:
+        return [kernel]
+    merge = replace(
+        kernel,
+        op="merge partial attention",
+        family="elementwise",
+        spec=None,
+        nbytes=context_parallel.merge_bytes(row, shape),
+    )
+    return [kernel, replace(merge, rows=NONE, flops=NONE, kv=NONE)]
 
 
 def _with_quantization(
@@ -379,6 +401,13 @@ def collectives(table: CostTable, shape: EngineShape, *, spread: bool = False) -
         make = partial(Collective, row.layer_class, row.site, part, calls=float(row.calls))
         if row.shard.kind == "experts" and shape.dp > 1:
             found.extend(_exchange(make, row, shape, table.model.hidden, wide, spread))
+        if row.work.family == "attention" and shape.cp > 1:
+            found.extend(
+                Collective(
+                    row.layer_class, row.site, one.part, one.kind, float(row.calls), shape.cp, one.size
+                )
+                for one in context_parallel.exchanges(row, part, shape)
+            )
         if not row.shard.collective or shape.tp == 1:
             continue
         if row.shard.collective == "all_gather" and id(row) in normed:
@@ -395,10 +424,11 @@ def _exchange(
 
     In a node engines gather all tokens and scatter the sums unless told otherwise (vLLM's
     `allgather_reducescatter`, SGLang's `none`, TensorRT-LLM without an all-to-all). Over nodes whole experts
-    want an all-to-all: a token goes once to each rank that has one of its top_k.
+    want an all-to-all: a token goes once to each rank that has one of its top_k. Ranks that divide an
+    expert's width all need its tokens, so they gather.
     """
     hidden, ranks = Amount({"T": float(width)}), shape.tp * shape.dp
-    if shape.ep > 1 and spread:
+    if shape.ep == ranks > 1 and spread:
         copies = ranks * (1.0 - (1.0 - 1.0 / ranks) ** row.work.dims["top_k"]) / shape.tp
         sent = fmt(activation_format(row, shape)).bytes
         return [

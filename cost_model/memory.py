@@ -244,7 +244,7 @@ def activation_bytes(
     row per sequence, besides the head's own result.
     """
     wide = fmt(unquantized(shape)).bytes
-    per_token = (widest + 2 * table.model.hidden) * tokens / shape.cp
+    per_token = (widest + 2 * table.model.hidden) * tokens
     logits = logits_rows * table.model.vocab * (4.0 + wide)
     return profile.activation_factor * (per_token * wide + logits)
 
@@ -256,7 +256,8 @@ def _live(row: Row, shape: EngineShape) -> float:
         pairs = work.dims["top_k"] * shape.dp / shape.ep  # of all dp ranks' tokens, this group's experts
         width = work.dims["n"] * part.n
         return pairs * (max(width, work.dims["k"]) + width / 2)
-    return work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes
+    own = work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes
+    return own * shape.cp if work.family == "attention" else own  # queries and results of all cp ranks
 
 
 def _looked_up_by(table: CostTable, cls: LayerClass, shape: EngineShape) -> int:

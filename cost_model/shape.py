@@ -8,7 +8,7 @@ from typing import Any
 from planc.cost_model.catalogue import EngineProfile, Gpu
 from planc.cost_model.formats import fmt, formats
 from planc.cost_model.parts import KV, Exceptions, held, module_of, parse, scheme, split, taken
-from planc.cost_model.table import CostTable, Row
+from planc.cost_model.table import CostTable, LayerClass, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +18,8 @@ class EngineShape:
     dp        attention data parallel inside the engine: each of the dp ranks schedules its own batch
     ep        groups of ranks that hold whole experts; the tp*dp/ep ranks of a group divide the width of its
               experts. 1 or tp*dp, or what divides tp*dp in engines that are free in it
-    cp        context parallel: the cache is spread over cp ranks. No engine profile allows it yet, and
-              step times do not model it
+    cp        context parallel: cp of the tp ranks, which else would hold copies of the same cache, share its
+              tokens. It divides tp and takes no GPUs of its own
     formats   (part, scheme) pairs that differ from `weights`, `activations` and `kv`, as
               `planc.cost_model.parts` writes them: ("decoder:self_attn", "bf16/bf16")
     pipeline_layers   layers of each stage; () is the engine's even split
@@ -45,7 +45,7 @@ class EngineShape:
     @property
     def world(self) -> int:
         """GPUs of the instance."""
-        return self.tp * self.pp * self.dp * self.cp
+        return self.tp * self.pp * self.dp
 
     def scheme(self, row: Row) -> tuple[str, str]:
         """(weights, activations) that a row is meant to take. Its class is one of `parts.split`'s."""
@@ -109,6 +109,7 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
             say("ep", f"tp*dp = {shape.tp * shape.dp} ranks do not divide into {shape.ep} groups")
         elif experts % shape.ep:
             say("ep", f"{experts} experts do not divide by {shape.ep}")
+    found.extend(_spread_refusals(shape, table, gpu, profile))
     if shape.copies and (shape.ep == 1 or shape.copies + experts // shape.ep > experts):
         say("copies", "second copies need ranks that hold whole experts, and not all of them")
     if shape.pp > table.model.layers:
@@ -144,8 +145,16 @@ def handover_refusals(
     shape: EngineShape, table: CostTable, profile: EngineProfile, role: str
 ) -> list[Refusal]:
     """Why an engine cannot be one of a prefill or a decode pool; [] when it can, or in any other role."""
+    context = profile.context_parallel
+    if shape.cp > 1 and context is not None and role not in context.roles:
+        return [Refusal("cp", f"{profile.name} spreads no cache over ranks in {_pool(role)}")]
     if role not in ("prefill", "decode"):
         return []
+    if shape.cp > 1 and context is not None:
+        if not {_cache_kind(cls, table) for cls in table.classes if cls.kv_elements} <= set(context.handover):
+            return [Refusal("cp", f"{profile.name} hands over no such cache that is spread over ranks")]
+        if context.whole and shape.cp != shape.tp:
+            return [Refusal("cp", f"{profile.name} hands over caches spread over all tp ranks or none")]
     stages = profile.serving.handover_pp
     if stages is None:
         return [Refusal("serving", f"{profile.name} does not keep prefill and decode apart")]
@@ -154,6 +163,46 @@ def handover_refusals(
     if shape.pp > 1 and len({cls.kv_span for cls in table.classes if cls.kv_elements}) > 1:
         return [Refusal("pp", f"{profile.name} hands over caches of unlike layers from one stage only")]
     return []
+
+
+def _spread_refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProfile) -> list[Refusal]:
+    """Why the tokens of the cache cannot be spread over cp ranks: each needs copies to begin with."""
+    context = profile.context_parallel
+    if shape.cp == 1:
+        return []
+    if context is None or gpu.vendor == "cpu":
+        return [Refusal("cp", f"{profile.name} spreads no cache over ranks on {gpu.arch}")]
+    if shape.tp % shape.cp:
+        return [Refusal("cp", f"tp = {shape.tp} ranks do not divide into groups of {shape.cp}")]
+    for cls in table.classes:
+        if cls.state_elements:
+            return [Refusal("cp", f"{cls.name}: recurrent states have no tokens to spread")]
+        if not cls.kv_elements:
+            continue
+        kind = _cache_kind(cls, table)
+        if cls.kv_span != "full" or kind is None:
+            return [Refusal("cp", f"{cls.name}: only caches of which all tokens are attended to are spread")]
+        if kind not in context.caches:
+            return [Refusal("cp", f"{profile.name} spreads no cache of {kind}")]
+        if kind == "heads" and (copies := max(shape.tp // cls.kv_units, 1)) % shape.cp:
+            reason = f"{cls.kv_units} KV heads have {copies} copies on {shape.tp} ranks"
+            return [Refusal("cp", f"{cls.name}: {reason}, which {shape.cp} do not divide")]
+    return []
+
+
+def _cache_kind(cls: LayerClass, table: CostTable) -> str | None:
+    """ "latent" or "heads"; None where sparse attention reads a part of the cache, or nothing does."""
+    kinds = set()
+    for row in table.rows.get("decode", ()):
+        if row.layer_class == cls.name and row.work.family == "attention":
+            if set(row.work.kv_reads.terms) != {"K:full"}:
+                return None
+            kinds.add("latent" if row.work.dims.get("latent") else "heads")
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _pool(role: str) -> str:
+    return "pools that do both halves" if role == "aggregated" else f"{role} pools"
 
 
 def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:

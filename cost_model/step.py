@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -412,7 +412,8 @@ class StepModel:
         return Times(seconds, bound), links
 
     def _features(self, load: Load) -> dict[str, Array]:
-        """[features, N] for each part; the whole step's tokens are padded to a captured graph size."""
+        """[features, N] for each part; the whole step's tokens are padded to a captured graph size. Of a
+        decoding sequence's cache each of cp ranks reads its share."""
         padded = load
         if self._graphs.size:
             slot = np.searchsorted(self._graphs, load.seqs)
@@ -421,7 +422,7 @@ class StepModel:
             padded = Load(np.where(fits, up, load.seqs), load.context, load.tokens, load.chunks, load.cached)
         found = {
             "step": padded.merged(self._names),
-            "decode": load.decode(self._names),
+            "decode": replace(load, context=load.context / self.shape.cp).decode(self._names),
             "prefill": load.prefill(self._names),
         }
         return {part: np.stack([values[name] for name in self._names]) for part, values in found.items()}

@@ -25,6 +25,9 @@ from planc.planner.traffic import Traffic
 #: planc's own executor for what no serving engine loads
 DEFAULT_ENGINES = {"causal_lm": ("vllm",), "encoder": ("planc",), "module": ("planc",)}
 MAX_PIPELINE = 8
+#: tokens of a decoding sequence's cache from which on engines are offered that spread it over ranks: below,
+#: the exchanges cost more than shorter reads of the cache save (docs/techniques.md has the figures)
+LONG_CONTEXT = 16_384
 MAX_WORLD = 128
 
 #: formats of checkpoints that any other can be made of
@@ -120,7 +123,8 @@ def candidates(
     accuracy = accuracy or Accuracy(table)
     pruned: Counter[str] = Counter()
     found = []
-    for candidate in _all(accuracy, groups, limits, pruned):
+    long = load.decode_steps > 0 and load.decode_context >= LONG_CONTEXT
+    for candidate in _all(accuracy, groups, limits, pruned, long):
         reasons = refusals(candidate.shape, table, candidate.group.gpu, candidate.profile)
         reasons = reasons or handover_refusals(candidate.shape, table, candidate.profile, role)
         if reasons:
@@ -139,14 +143,15 @@ def candidates(
 
 def _drafting(candidate: Candidate, limits: Constraints, role: Role) -> Iterator[Candidate]:
     """The engine, and the same with each way of speculation that is offered: where it does all the work on a
-    request, and without pipeline stages. Engines have more, but not all of them, nor do the formulas."""
+    request, without pipeline stages or context parallelism. Engines have more, but not all of them, nor do
+    the formulas."""
     yield candidate
-    if role == "aggregated" and candidate.shape.pp == 1:
+    if role == "aggregated" and candidate.shape.pp == candidate.shape.cp == 1:
         yield from (replace(candidate, speculation=way) for way in speculations(limits))
 
 
 def _all(
-    accuracy: Accuracy, groups: tuple[Group, ...], limits: Constraints, pruned: Counter[str]
+    accuracy: Accuracy, groups: tuple[Group, ...], limits: Constraints, pruned: Counter[str], long: bool
 ) -> Iterator[Candidate]:
     table = accuracy.table
     gpus = {catalogue.gpu(name).name for name in limits.gpus} if limits.gpus else None
@@ -158,7 +163,7 @@ def _all(
             profile = catalogue.engine(engine)
             cuts = [
                 EngineShape(engine, group.gpu.name, *degrees)
-                for degrees in _degrees(table, group, limits, pruned)
+                for degrees in _degrees(table, group, profile, limits, pruned, long)
             ]
             kinds = _kinds(accuracy, group, profile, cuts, limits)
             if not kinds:
@@ -191,9 +196,15 @@ def _kinds(
 
 
 def _degrees(
-    table: CostTable, group: Group, limits: Constraints, pruned: Counter[str]
+    table: CostTable,
+    group: Group,
+    profile: EngineProfile,
+    limits: Constraints,
+    pruned: Counter[str],
+    long: bool,
 ) -> Iterator[tuple[int, int, int, int, int]]:
-    """(tp, pp, dp, ep, cp) that can lie in the group. Powers of two unless the request lists degrees."""
+    """(tp, pp, dp, ep, cp) that can lie in the group. Powers of two unless the request lists degrees; caches
+    are spread over ranks where contexts are `long`."""
     most = min(group.gpus, limits.max_gpus or group.gpus)
     causal = table.model.kind == "causal_lm"
     for tp in limits.tp or _powers(most):
@@ -208,9 +219,9 @@ def _degrees(
                 if dp > 1 and not table.model.experts:
                     pruned["dp without experts is the same as replicas"] += 1
                     continue
-                for ep in sorted({1, tp * dp} if table.model.experts else {1}):
-                    for cp in limits.cp or (1,):
-                        world = tp * pp * dp * cp
+                for ep in _expert_groups(table, profile, tp * dp, limits):
+                    for cp in limits.cp or (_powers(tp) if long and profile.context_parallel else (1,)):
+                        world = tp * pp * dp
                         if limits.ep is not None and ep not in limits.ep:
                             pruned["ep not allowed"] += 1
                         elif group.gpu.slice_of and world > 1:
@@ -221,6 +232,17 @@ def _degrees(
                             pruned["does not fill whole islands"] += 1
                         else:
                             yield tp, pp, dp, ep, cp
+
+
+def _expert_groups(
+    table: CostTable, profile: EngineProfile, ranks: int, limits: Constraints
+) -> tuple[int, ...]:
+    """Expert-parallel degrees: experts cut over all ranks, whole on each, and in engines that are free in it
+    what lies between, each of `ep` groups of ranks cutting its own experts."""
+    if not table.model.experts:
+        return (1,)
+    between = (limits.ep or _powers(ranks)) if profile.ep_degrees == "free" else ()
+    return tuple(sorted({1, ranks, *(ep for ep in between if ranks % ep == 0)}))
 
 
 def _powers(most: int) -> tuple[int, ...]:

@@ -84,9 +84,9 @@ def _placement(plan: Plan, request: Request) -> Iterator[str]:
     sizes = Counter(home for _, home, _ in homes.values())
     for number, replica in enumerate(plan.replicas()):
         known = [homes[gpu] for gpu in replica.gpus if gpu in homes]
-        world = replica.tp * replica.pp * replica.dp * replica.cp
+        world = replica.tp * replica.pp * replica.dp
         if len(replica.gpus) != world:
-            yield f"replica {number} has {len(replica.gpus)} GPUs for tp*pp*dp*cp = {world}"
+            yield f"replica {number} has {len(replica.gpus)} GPUs for tp*pp*dp = {world}"
         if any(name != replica.gpu for name, _, _ in known):
             yield f"replica {number} is planned for {replica.gpu} but lies on another type"
         spread = Counter(home for _, home, _ in known)

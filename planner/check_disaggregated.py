@@ -126,7 +126,7 @@ class _Pair:
                 yield f"a decode replica ({_shape(replica)}) has no room for {running:.4g} sequences at once"
         for role, replicas in (("prefill", self.prefill), ("decode", self.decode)):
             for replica in {_kind(r): r for r in replicas}.values():
-                bytes_s = self._at(replica) * self._cache(replica) * replica.tp * replica.pp * replica.cp
+                bytes_s = self._at(replica) * self._cache(replica) * replica.tp * replica.pp
                 wire = self._wire(replica) * len(replica.gpus)
                 if bytes_s > wire:
                     yield f"{role}: caches at {bytes_s / 1e9:.4g} GB/s exceed links of {wire / 1e9:.4g} GB/s"
@@ -237,7 +237,7 @@ class _Pair:
     def _transfer(self, source: Replica, target: Replica) -> float:
         """Seconds at the full rate of the slower link."""
         arriving = self._cache(target)
-        spread = target.tp * target.pp * target.cp / (source.tp * source.pp * source.cp)
+        spread = target.tp * target.pp / (source.tp * source.pp)
         return arriving * max(spread, 1.0) / min(self._wire(source), self._wire(target))
 
 

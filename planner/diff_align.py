@@ -56,7 +56,7 @@ class Kind:
     def title(self) -> str:
         r = self.replica
         degrees = "".join(f" {name}={getattr(r, name)}" for name in _DEGREES if getattr(r, name) > 1)
-        gpus = r.tp * r.pp * r.dp * r.cp
+        gpus = r.tp * r.pp * r.dp
         return f"{self.count} x {r.engine} on {gpus} {r.gpu}{degrees}, {r.weights}/{r.activations}/{r.kv}"
 
 

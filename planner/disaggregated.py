@@ -74,7 +74,7 @@ def transfer_seconds(
     near   whether both lie in one island; None: unknown, so only where the group has no other island
     """
     arriving = cache_bytes(table, decode, tokens)
-    leaving = arriving * decode.tp * decode.pp * decode.cp / (prefill.tp * prefill.pp * prefill.cp)
+    leaving = arriving * decode.tp * decode.pp / (prefill.tp * prefill.pp)
     wire = link(source, target, near)
     return float(collectives.transfer_seconds(max(arriving, leaving), wire))
 
@@ -96,7 +96,7 @@ def decoding(table: CostTable, engines: Sequence[Engine], traffic: Traffic) -> l
     partners: dict[tuple[object, ...], Candidate] = {}
     for engine in engines:
         one = engine.candidate
-        width = one.shape.tp * one.shape.pp * one.shape.cp
+        width = one.shape.tp * one.shape.pp
         partners.setdefault((one.group.index, width, one.shape.kv), one)
 
     def worst(one: Candidate) -> float:

@@ -160,11 +160,13 @@ class Room:
             return None
         most = max(limits, key=lambda item: (item.seats, item.budget))
         memory = self.memory(most.max_num_seqs, most.budget)
-        each = memory.kv_bytes_per_token
+        cp = self.candidate.shape.cp
+        each = memory.kv_bytes_per_token / cp
         if not each:
             return None
         running = most.seats * (flow.decode_context if flow.decode_steps else flow.isl_mean)
-        room = max(memory.kv_tokens - running, constants()["resident"] * memory.kv_tokens)
+        held = memory.kv_tokens * cp
+        room = max(held - running, constants()["resident"] * held)
         tiers = [Tier("gpu", room * self.candidate.shape.dp)]
         if flow.role == "aggregated":
             ranks = self.candidate.shape.dp

@@ -31,7 +31,7 @@ def settings(
     """Everything that goes into `config.yaml`. Raises CheckFailed for what vLLM has no setting for."""
     on_cpu = replica.gpu == "cpu"
     _expressible(replica, on_cpu)
-    world = replica.tp * replica.pp * replica.cp
+    world = replica.tp * replica.pp
     out: dict[str, Any] = {
         "served-model-name": plan.model.name.lstrip("-") or "model",  # a leading dash would be an option
         "dtype": DTYPES.get(replica.weights) or DTYPES.get(replica.activations, "bfloat16"),
@@ -40,7 +40,7 @@ def settings(
         "data-parallel-size": replica.dp,
     }
     if replica.cp > 1:
-        out["prefill-context-parallel-size"] = replica.cp
+        out["decode-context-parallel-size"] = replica.cp
     if replica.ep > 1:
         out["enable-expert-parallel"] = True
         if any(experts.ranks == replica.ep for experts in plan.experts):

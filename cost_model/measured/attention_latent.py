@@ -83,7 +83,7 @@ def _absorbed(spec: Attention, profile: Profile, engine: str) -> One | None:
 def _products(spec: Attention, table: Table) -> Callable[[Array], Array]:
     """Seconds of both products by tokens."""
     ideal, (tokens, heads) = Ideal.of(table), table.axes
-    column = Grid((heads,), np.arange(heads.size, dtype=np.float64)).at(spec.q_heads)
+    column = Grid((heads,), np.arange(heads.size, dtype=np.float64)).at(spec.q_heads / spec.gathered)
     low = min(int(column), max(heads.size - 2, 0))
     share = float(column) - low
     grid = Grid((tokens,), table.values[:, low] * (1 - share) + table.values[:, low + 1] * share)

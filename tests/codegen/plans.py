@@ -37,11 +37,11 @@ def memory(**changes: float) -> Memory:
 
 
 def replica(**changes: Any) -> Replica:
-    tp, pp, dp, cp = (changes.get(name, 1) for name in ("tp", "pp", "dp", "cp"))
+    tp, pp, dp = (changes.get(name, 1) for name in ("tp", "pp", "dp"))
     settings: dict[str, Any] = {
         "engine": "vllm",
         "gpu": "h200_sxm",
-        "gpus": [f"node0/{index}" for index in range(tp * pp * dp * cp)],
+        "gpus": [f"node0/{index}" for index in range(tp * pp * dp)],
         "tp": 1,
         "pp": 1,
         "dp": 1,

@@ -242,7 +242,7 @@ def test_bands_and_sources_come_with_the_seconds(model: Make) -> None:
         ({"tp": 3}, "tp", "units do not divide by 3"),
         ({"tp": 16}, "", ""),
         ({"pp": 81}, "pp", "80 layers"),
-        ({"cp": 2}, "cp", "no cp"),
+        ({"tp": 8, "cp": 2}, "cp", "copies on 8 ranks"),
         ({"ep": 8, "tp": 8}, "ep", "no routed experts"),
         ({"weights": "nvfp4", "activations": "nvfp4"}, "weights", "nvfp4"),
         ({"kv": "int8"}, "kv", "int8"),
