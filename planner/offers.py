@@ -85,6 +85,11 @@ class Offer:
     capacity: float
     stream: Stream
 
+    @property
+    def load(self) -> float:
+        """Its capacity in the demand's unit."""
+        return self.capacity
+
     def precise(self) -> Offer:
         """Its capacity by the step model itself."""
         return self.stream.precise(self)

@@ -1,8 +1,8 @@
 """Which offers the master problem must see: columns by the step model of the few that may matter.
 
-Three bounds leave the others out, each with 5 % more capacity than was interpolated: an offer that one or
-several others of its family surely replace; a family whose linear relaxation is worse than the best fleet
-found; an engine whose reduced cost in it is more than what lies between the two.
+Three bounds leave the others out, each with 5 % more than was interpolated: an offer that one or several
+others of its family surely replace; a family whose linear relaxation is worse than the best fleet found; an
+engine whose reduced cost in it is more than what lies between the two.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from planc.planner import solve
 from planc.planner.offers import NEAR, Offer
@@ -22,17 +23,70 @@ Rough = Sequence[tuple[Offer, solve.Column]]
 Columns = tuple[list[Offer], list[solve.Column]]
 
 
+class Goal(Protocol):
+    """What fleets are compared by; less is better."""
+
+    def hopeful(self, column: solve.Column) -> solve.Column:
+        """The best that a column can turn out to be when the step model evaluates it."""
+        ...
+
+    def precise(self, offer: Offer, column: solve.Column) -> tuple[Offer, solve.Column]:
+        """A column by the step model; load 0 where it cannot be."""
+        ...
+
+    def relaxation(self, columns: Sequence[solve.Column]) -> solve.Relaxation | None:
+        """What no fleet of these columns is better than; None when there is no fleet."""
+        ...
+
+    def value(self, columns: Sequence[solve.Column]) -> float:
+        """Of the best fleet; infinite when there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Carrying:
+    """The master problem's own goal, of engines at their capacity: least weight, or most load."""
+
+    limits: solve.Limits
+    deadline: float | None = None
+
+    def hopeful(self, column: solve.Column) -> solve.Column:
+        return replace(column, load=column.load / NEAR)
+
+    def precise(self, offer: Offer, column: solve.Column) -> tuple[Offer, solve.Column]:
+        return at_capacity(offer, column)
+
+    def relaxation(self, columns: Sequence[solve.Column]) -> solve.Relaxation | None:
+        found = solve.relaxation(columns, self.limits)
+        return found and replace(found, bound=self._sign * found.bound)
+
+    def value(self, columns: Sequence[solve.Column]) -> float:
+        fleet = solve.solve(columns, self.limits, time_limit=left(self.deadline), first_only=True)
+        return math.inf if fleet is None else self._sign * fleet.value
+
+    @property
+    def _sign(self) -> float:
+        return 1.0 if self.limits.demand is not None else -1.0
+
+
+def at_capacity(offer: Offer, column: solve.Column) -> tuple[Offer, solve.Column]:
+    """An offer and its column with the capacity that the step model finds."""
+    exact = offer.precise()
+    return exact, replace(column, load=exact.load)
+
+
 def promising(
-    rough: Rough, limits: solve.Limits, deadline: float | None = None, *, every: bool = False
+    rough: Rough, limits: solve.Limits, deadline: float | None = None, goal: Goal | None = None
 ) -> Columns:
     """Offers and their columns, by the step model.
 
     rough      offers with columns of their interpolated capacities
     deadline   of time.perf_counter()
-    every      leave out only what is surely replaced: the objective is not the master problem's
+    goal       None: the master problem's own
     """
-    hopeful = [replace(column, load=column.load / NEAR) for _, column in rough]
-    several_fit = limits.max_replicas is None and not every
+    goal = goal or Carrying(limits, deadline)
+    hopeful = [goal.hopeful(column) for _, column in rough]
+    several_fit = limits.max_replicas is None
     kept: list[int] = []
     for mine in _rivals([column for _, column in rough]).values():
         kept += [
@@ -45,47 +99,40 @@ def promising(
                 if j != i
             )
         ]
-    if every:
-        return _precise(rough, sorted(kept), multiples=False)
     families: dict[str, list[int]] = {}
     several = len({column.owner for _, column in rough}) > 1
     for i in sorted(kept):
         families.setdefault("" if several else rough[i][1].family, []).append(i)
-    return _within_bounds(families, rough, hopeful, limits, deadline)
+    return _within_bounds(families, rough, hopeful, goal, limits)
 
 
 def _within_bounds(
     families: Mapping[str, list[int]],
     rough: Rough,
     hopeful: Sequence[solve.Column],
+    goal: Goal,
     limits: solve.Limits,
-    deadline: float | None,
 ) -> Columns:
-    sign = 1.0 if limits.demand is not None else -1.0
     relaxed = {}
     for name, members in families.items():
-        relaxation = solve.relaxation([hopeful[i] for i in members], limits)
+        relaxation = goal.relaxation([hopeful[i] for i in members])
         if relaxation is not None:
             relaxed[name] = relaxation
-
-    def value(columns: list[solve.Column]) -> float:
-        fleet = solve.solve(columns, limits, time_limit=left(deadline), first_only=True)
-        return math.inf if fleet is None else sign * fleet.value
-
+    several_fit = limits.max_replicas is None
     found: list[tuple[float, Columns]] = []
     best = math.inf
-    for name in sorted(relaxed, key=lambda name: (sign * relaxed[name].bound, name)):
-        bound = sign * relaxed[name].bound
+    for name in sorted(relaxed, key=lambda name: (relaxed[name].bound, name)):
+        bound = relaxed[name].bound
         if bound > best + 1e-9 * abs(best):
             break
         costs = dict(zip(families[name], relaxed[name].reduced_costs, strict=True))
         core = sorted(costs, key=lambda i: (costs[i], i))[:_CORE]
-        mine = value(_precise(rough, core, limits.max_replicas is None)[1])
+        mine = goal.value(_precise(rough, core, goal, several_fit)[1])
         best = min(best, mine)
         members = [i for i in costs if costs[i] <= best - bound + 1e-6 * abs(bound)]
-        columns = _precise(rough, members, limits.max_replicas is None)
+        columns = _precise(rough, members, goal, several_fit)
         if len(members) > len(core):
-            mine = value(columns[1])
+            mine = goal.value(columns[1])
             best = min(best, mine)
         found.append((mine, columns))
     slack = limits.gap * abs(best) + 1e-6 * abs(best) if math.isfinite(best) else 0.0
@@ -93,12 +140,8 @@ def _within_bounds(
     return [o for offers, _ in kept for o in offers], [c for _, columns in kept for c in columns]
 
 
-def _precise(rough: Rough, chosen: Iterable[int], multiples: bool) -> Columns:
-    made = []
-    for i in sorted(chosen):
-        offer, column = rough[i]
-        exact = offer.precise()
-        made.append((exact, replace(column, load=exact.capacity)))
+def _precise(rough: Rough, chosen: Iterable[int], goal: Goal, multiples: bool) -> Columns:
+    made = [goal.precise(*rough[i]) for i in sorted(chosen)]
     kept = solve.undominated([column for _, column in made], multiples)
     return [made[i][0] for i in kept], [made[i][1] for i in kept]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
-from planc.planner import disaggregated, solve
+from planc.planner import disaggregated, ratio, solve
 from planc.planner.candidates import Candidate
 from planc.planner.evaluate import Bench, Engine, Memories, Room, model_len
 from planc.planner.inventory import Group, groups
 from planc.planner.levels import by_level
 from planc.planner.offers import Deployed, Fleet, Offer
 from planc.planner.plan import Role
-from planc.planner.promising import left, promising
+from planc.planner.promising import Goal, left, promising
 from planc.planner.request import Request
 from planc.planner.shares import loads
 from planc.planner.slo import Slo
@@ -133,8 +133,6 @@ class Search:
         self.flows: list[solve.Flow] = [solve.Flow(self.traffic.shares)]
         if self.traffic.concurrency is not None or self.request.objective not in ("min_cost", "max_goodput"):
             return
-        if self._by_price:
-            return
         names = self.traffic.names
         for chosen in subsets(names):
             load = self.traffic.only(*chosen)
@@ -160,11 +158,6 @@ class Search:
             number = len(self.flows)
             self._add(solve.Flow(shares, "prefill", number), self._priced(load, (), "prefill"), split.prefill)
             self._add(solve.Flow(shares, "decode", number), self._priced(load, steps, "decode"), split.decode)
-
-    @property
-    def _by_price(self) -> bool:
-        """No demand is stated: the engine with the lowest price per request is wanted."""
-        return self.request.objective == "min_cost" and self.demand is None
 
     @property
     def demand(self) -> float | None:
@@ -218,14 +211,14 @@ class Search:
         if objective in ("min_latency", "min_energy"):
             return by_level(self, objective, time_limit)
         limits = self.master_limits(self.demand)
-        offers, columns = self._columns(limits, deadline, prune=not self._by_price)
+        if objective == "min_cost" and self.demand is None:
+            return self._cheapest_token(limits, deadline)
+        offers, columns = self._columns(limits, deadline)
         if not offers and objective == "max_goodput" and self.demand is not None:
             limits = replace(limits, demand=None)
             offers, columns = self._columns(limits, deadline)
         if not offers:
             return None
-        if self._by_price:
-            return self._cheapest_token(offers, columns)
         solution = solve.solve(columns, limits, time_limit=left(deadline))
         if solution is None and objective == "max_goodput":
             limits = replace(limits, demand=None)
@@ -260,11 +253,11 @@ class Search:
         )
 
     def _columns(
-        self, limits: solve.Limits, deadline: float | None, prune: bool = True
+        self, limits: solve.Limits, deadline: float | None, goal: Goal | None = None
     ) -> tuple[list[Offer], list[solve.Column]]:
         """Precise columns of the offers that may matter."""
         rough = self.rough()
-        found = promising(rough, limits, deadline, every=not prune)
+        found = promising(rough, limits, deadline, goal)
         self.pruned["dominated"] = len(rough) - len(found[1])
         return found
 
@@ -272,23 +265,23 @@ class Search:
         """All offers that may be used, with columns of their interpolated capacities."""
         allowed = self.request.constraints.serving
         return [
-            (offer, offer.column(offer.capacity))
+            (offer, offer.column(offer.load))
             for stream in self.streams
             if not (stream.role == "aggregated" and allowed and "aggregated" not in allowed)
             for offer in stream.offers
         ]
 
-    def _cheapest_token(self, offers: list[Offer], columns: list[solve.Column]) -> Fleet | None:
-        """No demand is stated: the engine with the lowest price per request, as many as there is room for.
-        A fleet's price per request is a mean of its engines', so none is below the best engine's."""
-        best = min(range(len(columns)), key=lambda i: (columns[i].weight / columns[i].load, i))
-        solution = solve.solve([columns[best]], self.master_limits(None))
+    def _cheapest_token(self, limits: solve.Limits, deadline: float | None) -> Fleet | None:
+        """No demand is stated: the fleet with the lowest price per token."""
+        goal = ratio.PerLoad(limits, deadline)
+        offers, columns = self._columns(limits, deadline, goal)
+        solution = ratio.cheapest(columns, limits, time_limit=left(deadline)) if columns else None
         if solution is None:
             return None
-        tokens = (self.traffic.osl_mean or self.traffic.isl_mean) * offers[best].rate()
-        price = columns[best].weight / 3600 / tokens * 1e6
-        solution = solve.Solution(solution.counts, solution.status, price, price)
-        return self.deployed([offers[best]], [columns[best]], solution, None, "usd_per_million_tokens")
+        tokens = self.traffic.osl_mean or self.traffic.isl_mean
+        price, bound = (usd / 3600 / tokens * 1e6 for usd in (solution.value, solution.bound))
+        solution = replace(solution, value=price, bound=bound)
+        return self.deployed(offers, columns, solution, None, "usd_per_million_tokens")
 
     def deployed(
         self,

@@ -46,6 +46,7 @@ __all__ = [
     "Relaxation",
     "Solution",
     "carried",
+    "families",
     "integer_loads",
     "integer_weights",
     "outdoes",
@@ -77,7 +78,7 @@ def solve(
     deadline = None if time_limit is None else time.perf_counter() + time_limit
     best: tuple[tuple[float, ...], Solution] | None = None
     bounds, proved = [], True
-    for mine in _families(columns):
+    for mine in families(columns):
         master = Master([columns[i] for i in mine], limits, columns, deadline)
         found = master.run(first_only)
         if found is None:
@@ -112,7 +113,7 @@ def solve(
     return replace(whole_fleet, status="optimal" if met else "feasible")
 
 
-def _families(columns: Sequence[Column]) -> list[list[int]]:
+def families(columns: Sequence[Column]) -> list[list[int]]:
     """Columns that are solved together: those of one family; all of them where several models have families
     of their own to choose."""
     if len({column.owner for column in columns}) > 1:
@@ -161,30 +162,32 @@ class Master:
         self.loads = integer_loads(columns, max(whole, 1e-300))
         self.weights, self.scale = integer_weights([c.weight for c in columns], [c.weight for c in every])
         self.counts = [
-            self.model.add_variable(lb=0, ub=self._most(c), is_integer=self.whole_engines, name=f"n{i}")
+            self.model.add_variable(lb=0, ub=self.most(c), is_integer=self.whole_engines, name=f"n{i}")
             for i, c in enumerate(columns)
         ]
         self._place()
         if len({column.owner for column in columns}) > 1:
             self._one_family_each()
         if limits.plain:
-            self.carried = self._sum(self.loads)
+            self.carried = self.total(self.loads)
             if limits.demand is not None:
                 self.model.add_linear_constraint(self.carried >= UNIT)
         else:
             self.carried = self._carried()
         if limits.max_gpus is not None:
-            self.model.add_linear_constraint(self._sum([c.gpus for c in columns]) <= limits.max_gpus)
+            self.model.add_linear_constraint(self.total([c.gpus for c in columns]) <= limits.max_gpus)
         if limits.max_replicas is not None:
-            self.model.add_linear_constraint(self._sum([1] * len(columns)) <= limits.max_replicas)
+            self.model.add_linear_constraint(self.total([1] * len(columns)) <= limits.max_replicas)
         if limits.max_watts is not None:
             watts = [math.ceil(c.watts) for c in columns]
-            self.model.add_linear_constraint(self._sum(watts) <= math.floor(limits.max_watts))
+            self.model.add_linear_constraint(self.total(watts) <= math.floor(limits.max_watts))
 
-    def _most(self, column: Column) -> int:
+    def most(self, column: Column) -> int:
+        """Engines of one column that fit."""
         return sum(island // column.size for island in self.limits.islands[column.group]) // column.pieces
 
-    def _sum(self, factors: Sequence[float]) -> Any:
+    def total(self, factors: Sequence[float]) -> Any:
+        """A sum over all engines."""
         return sum(f * n for f, n in zip(factors, self.counts, strict=True))
 
     def _one_family_each(self) -> None:
@@ -287,7 +290,7 @@ class Master:
         """The linear relaxation; None when even divisible engines do not suffice."""
         covering = self.limits.demand is not None
         (self.model.minimize if covering else self.model.maximize)(
-            self._sum(self.weights) if covering else self.carried
+            self.total(self.weights) if covering else self.carried
         )
         result = self.mathopt.solve(self.model, self.mathopt.SolverType.GLOP)
         if result.termination.reason != self.mathopt.TerminationReason.OPTIMAL:
@@ -300,7 +303,7 @@ class Master:
 
     def run(self, first_only: bool) -> tuple[tuple[float, ...], Solution] | None:
         """(rank for comparing families, solution); None when nothing is feasible."""
-        weights, loads = self._sum(self.weights), self._sum(self.loads)
+        weights, loads = self.total(self.weights), self.total(self.loads)
         drops = [round(c.drop * 1e6 * load / UNIT) for c, load in zip(self.columns, self.loads, strict=True)]
         covering = self.limits.demand is not None
         goal = (weights, True, 1 / self.scale) if covering else (self.carried, False, self.unit)
@@ -314,11 +317,11 @@ class Master:
             if not covering:
                 self.optimise(weights, minimise=True)
             if any(drops):
-                self.optimise(self._sum(drops), minimise=True)
+                self.optimise(self.total(drops), minimise=True)
             if covering:
                 self.optimise(loads, minimise=False)
             order = [(i + 1) * 1009 + i * i for i in range(len(self.columns))]
-            self.optimise(self._sum(order), minimise=True)
+            self.optimise(self.total(order), minimise=True)
         weight, drop, load = (
             sum(n * v for n, v in zip(self.best, values, strict=True))
             for values in (self.weights, drops, self.loads)
@@ -351,15 +354,18 @@ class Master:
         gpus = min(self.limits.max_gpus or math.inf, sum(map(sum, self.limits.islands)))
         return max((load / c.gpus for c, _, load in pairs), default=0.0) * gpus * self.unit
 
-    def optimise(self, expression: Any, *, minimise: bool) -> tuple[float, float, bool] | None:
-        """(value, bound, proved) of one objective, which is then fixed for the following ones."""
+    def optimise(
+        self, expression: Any, *, minimise: bool, slack: float = 0.0
+    ) -> tuple[float, float, bool] | None:
+        """(value, bound, proved) of one objective, which is then fixed for the following ones. `slack`: an
+        absolute gap at which to stop."""
         if isinstance(expression, int):
             return 0.0, 0.0, True
         goal = self.model.minimize if minimise else self.model.maximize
         goal(expression)
         parameters = self.mathopt.SolveParameters(
             relative_gap_tolerance=self.limits.gap,
-            absolute_gap_tolerance=0.0,
+            absolute_gap_tolerance=slack,
             random_seed=0,
             node_limit=self.limits.nodes,
             time_limit=timedelta(seconds=max(self.deadline - time.perf_counter(), 0.02))
