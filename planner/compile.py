@@ -32,7 +32,8 @@ def plan(
 ) -> Plan:
     """The best plan for the request, sealed.
 
-    time_limit   seconds for the integer program; a plan that is then not proved best says so
+    time_limit   seconds for the integer programs and for proposals; a plan that is then not proved best, or
+                 misses an objective when simulated, says so
     progress     called with a word on what is being done
     referee      plays the workload against proposals; None: what formulas say is taken
 
@@ -53,7 +54,8 @@ def plan(
         raise infeasible(search, time_limit)
     judgement = None
     if referee is not None and table.model.kind == "causal_lm":
-        judged = accepted(search, fleet, referee, time_limit)
+        rest = None if time_limit is None else max(time_limit - (time.perf_counter() - start), 0.0)
+        judged = accepted(search, fleet, referee, rest)
         if judged is None:
             raise never_accepted(search)
         search, fleet, judgement = judged

@@ -7,7 +7,7 @@ these keys. The inventory is theirs together; the fleet of all is as cheap as ca
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from planc.planner.offers import Fleet, Offer
 from planc.planner.overrides import apply_overrides
 from planc.planner.plan import Plan
 from planc.planner.promising import promising
-from planc.planner.referee import ALONE, ROUNDS, Judgement, Referee, cuts_of
+from planc.planner.referee import Judgement, Proposal, Referee, agreed
 from planc.planner.request import Inventory, Request, make_request, read_mapping
 from planc.planner.search import Progress, Search
 from planc.planner.workload import Part
@@ -177,25 +177,27 @@ def plans(
     searches = {
         name: Search(request, tables[name], progress=progress) for name, request in joint.requests.items()
     }
-    found: tuple[dict[str, Fleet], solve.Solution] | None = None
-    judged: dict[str, Judgement] = {}
-    for number in range(ROUNDS if referee else 1):
+    names = tuple(searches)
+
+    def propose(mine: Sequence[Search], seconds: float | None) -> Proposal | None:
         say("solving")
-        found = _fleets(searches, joint.limits, time_limit)
-        if found is None:
-            raise _infeasible(joint, searches, number)
-        if referee is None:
-            break
-        say(f"simulating proposal {number + 1}")
-        judged = {name: referee.judge(searches[name], fleet) for name, fleet in found[0].items()}
-        if all(judgement.accepted for judgement in judged.values()):
-            break
-        searches = {
-            name: search.with_cuts({**search.cuts, **cuts_of(judged[name].verdicts, widely=number >= ALONE)})
-            for name, search in searches.items()
-        }
-    assert found is not None
-    fleets, solution = found
+        return proposed(mine, joint.limits, seconds)
+
+    found = propose(tuple(searches.values()), time_limit)
+    if found is None:
+        raise _infeasible(searches, cut=False)
+    judged: dict[str, Judgement] = {}
+    if referee is not None:
+        spent = time.perf_counter() - start
+        rest = None if time_limit is None else max(time_limit - spent, 0.0)
+        settled = agreed(tuple(searches.values()), found, propose, referee, rest)
+        if settled is None:
+            raise _infeasible(searches, cut=True)
+        found = settled.proposal
+        searches = dict(zip(names, settled.searches, strict=True))
+        judged = dict(zip(names, settled.judgements, strict=True))
+    solution = found.solution
+    fleets = {name: shared(fleet, solution) for name, fleet in zip(names, found.fleets, strict=True)}
     items = [item for fleet in fleets.values() for item in fleet.items for _ in range(item.count)]
     groups = next(iter(searches.values())).groups
     homes = assemble.placement(groups, [item.candidate for item in items])
@@ -212,16 +214,21 @@ def plans(
     return JointPlan(made, solution)
 
 
-def _fleets(
-    searches: Mapping[str, Search], limits: Together, time_limit: float | None
-) -> tuple[dict[str, Fleet], solve.Solution] | None:
-    """Fleets by model and the solution of the master problem over all of them."""
-    total = sum(search.demand or 0.0 for search in searches.values())
+def shared(fleet: Fleet, whole: solve.Solution) -> Fleet:
+    """A model's fleet with its part of the bound of all, by price."""
+    mine = fleet.solution
+    alone = replace(mine, status=whole.status, bound=mine.value * whole.bound / whole.value)
+    return replace(fleet, solution=alone)
+
+
+def proposed(searches: Sequence[Search], limits: Together, time_limit: float | None) -> Proposal | None:
+    """The cheapest fleets of several models, and the solution of the master problem over all of them."""
+    total = sum(search.demand or 0.0 for search in searches)
     classes: list[float] = []
     flows: list[solve.Flow] = []
     rough: list[tuple[Offer, solve.Column]] = []
-    count = sum(len(search.traffic.shares) for search in searches.values())
-    for owner, search in enumerate(searches.values()):
+    count = sum(len(search.traffic.shares) for search in searches)
+    for owner, search in enumerate(searches):
         first, before = len(flows), len(classes)
         part = (search.demand or 0.0) / total
         classes += [share * part for share in search.traffic.shares]
@@ -233,9 +240,8 @@ def _fleets(
             (offer, replace(column, flow=column.flow + first, owner=owner))
             for offer, column in search.rough()
         ]
-    every = next(iter(searches.values()))
     whole = replace(
-        every.master_limits(total),
+        searches[0].master_limits(total),
         classes=tuple(classes),
         flows=tuple(flows),
         max_gpus=limits.max_gpus,
@@ -248,21 +254,21 @@ def _fleets(
     solution = solve.solve(columns, whole, time_limit=time_limit)
     if solution is None:
         return None
-    fleets = {}
-    for owner, (name, search) in enumerate(searches.items()):
+    fleets = []
+    for owner, search in enumerate(searches):
         mine = [i for i, column in enumerate(columns) if column.owner == owner]
         own = [offers[i].column(offers[i].capacity) for i in mine]
         bought = tuple(solution.counts[i] for i in mine)
         usd = sum(n * column.weight for n, column in zip(bought, own, strict=True))
-        bound = usd * solution.bound / solution.value
-        alone = solve.Solution(bought, solution.status, usd, bound)
-        fleets[name] = search.deployed([offers[i] for i in mine], own, alone, search.demand, "usd_per_hour")
-    return fleets, solution
+        alone = solve.Solution(bought, solution.status, usd, usd)
+        fleet = search.deployed([offers[i] for i in mine], own, alone, search.demand, "usd_per_hour")
+        fleets.append(fleet)
+    return Proposal(tuple(fleets), solution)
 
 
-def _infeasible(joint: Joint, searches: Mapping[str, Search], rounds: int) -> Infeasible:
-    """Why the models do not fit together: one that does not fit alone, or all of them."""
-    if rounds:
+def _infeasible(searches: Mapping[str, Search], *, cut: bool) -> Infeasible:
+    """Why the models do not fit together: one does not fit alone, or all of them; or cuts left none."""
+    if cut:
         reason = "no fleet kept the objectives of all models when their workloads were simulated"
     else:
         lone = [name for name, search in searches.items() if search.fleet() is None]

@@ -10,11 +10,14 @@ rule out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from planc.errors import ToolFailed
 from planc.planner.offers import Deployed, Fleet
+from planc.planner.promising import left
 from planc.planner.search import Search
 from planc.planner.solve import Solution
 from planc.planner.stream import Cuts
@@ -65,32 +68,97 @@ class Referee(Protocol):
     def judge(self, search: Search, fleet: Fleet) -> Judgement: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """Fleets on one inventory, one per search, and the master problem's solution over all of them."""
+
+    fleets: tuple[Fleet, ...]
+    solution: Solution
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What the loop ends with: the searches with their cuts, and what the referee found of each fleet."""
+
+    searches: tuple[Search, ...]
+    proposal: Proposal
+    judgements: tuple[Judgement, ...]
+
+
+#: fleets of some searches, in so many seconds; None when there are none
+Propose = Callable[[Sequence[Search], float | None], Proposal | None]
+
+
+def agreed(
+    searches: Sequence[Search],
+    first: Proposal,
+    propose: Propose,
+    referee: Referee,
+    time_limit: float | None = None,
+) -> Agreed | None:
+    """The first proposal of which the referee accepts every fleet; None when cuts left no fleets.
+
+    After `ROUNDS` proposals, or when time runs out, the last one is returned as it is: `Judgement.accepted`
+    says so. Its solution has the bound of the loop.
+    """
+    deadline = None if time_limit is None else time.perf_counter() + time_limit
+    start, found = tuple(searches), first
+    mine, proved = start, [dict(search.cuts) for search in start]
+    for number in range(ROUNDS):
+        mine[0].say("simulating the plan" if not number else f"simulating proposal {number + 1}")
+        judged = tuple(referee.judge(*pair) for pair in zip(mine, found.fleets, strict=True))
+        if all(judgement.accepted for judgement in judged) or number == ROUNDS - 1 or _over(deadline):
+            break
+        for known, judgement in zip(proved, judged, strict=True):
+            for key, load in cuts_of(judgement.verdicts, 0.0).items():
+                known[key] = min(load, known.get(key, 1.0))
+        following = tuple(
+            search.with_cuts({**search.cuts, **cuts_of(judgement.verdicts, widely=number >= ALONE)})
+            for search, judgement in zip(mine, judged, strict=True)
+        )
+        try:
+            proposal = propose(following, left(deadline))
+        except ToolFailed:
+            if not _over(deadline):
+                raise
+            break
+        if proposal is None:
+            return None
+        mine, found = following, proposal
+    if proved != [search.cuts for search in start]:
+        best: Proposal | None = first
+        if not _over(deadline):
+            free = [search.with_cuts(cuts) for search, cuts in zip(start, proved, strict=True)]
+            best = propose(free, left(deadline))
+        found = replace(found, solution=_bounded(found.solution, best))
+    return Agreed(mine, found, judged)
+
+
 def accepted(
     search: Search, fleet: Fleet, referee: Referee, time_limit: float | None = None
 ) -> tuple[Search, Fleet, Judgement] | None:
-    """The first proposal that the referee accepts, with what it found; None when cuts left no fleet.
-
-    After `ROUNDS` proposals the last one is returned as it is: `Judgement.accepted` says so.
-    """
-    start, proved = search, dict(search.cuts)
-    for number in range(ROUNDS):
-        search.say("simulating the plan" if not number else f"simulating proposal {number + 1}")
-        found = referee.judge(search, fleet)
-        if found.accepted or number == ROUNDS - 1:
-            break
-        proved |= {key: min(load, proved.get(key, 1.0)) for key, load in cuts_of(found.verdicts, 0.0).items()}
-        search = search.with_cuts({**search.cuts, **cuts_of(found.verdicts, widely=number >= ALONE)})
-        following = search.fleet(time_limit)
-        if following is None:
-            return None
-        fleet = following
-    if proved != start.cuts:
-        fleet = replace(fleet, solution=_bounded(fleet.solution, start.with_cuts(proved).fleet(time_limit)))
-    return search, fleet, found
+    """`agreed` for one search, with the fleet it has proposed."""
+    first = Proposal((fleet,), fleet.solution)
+    found = agreed((search,), first, _proposed, referee, time_limit)
+    if found is None:
+        return None
+    last, solution = found.proposal.fleets[0], found.proposal.solution
+    if solution is not last.solution:
+        last = replace(last, solution=solution)
+    return found.searches[0], last, found.judgements[0]
 
 
-def _bounded(solution: Solution, best: Fleet | None) -> Solution:
-    """A solution with the loop's bound: that of the best fleet which is not ruled out."""
+def _proposed(searches: Sequence[Search], seconds: float | None) -> Proposal | None:
+    fleet = searches[0].fleet(seconds)
+    return None if fleet is None else Proposal((fleet,), fleet.solution)
+
+
+def _over(deadline: float | None) -> bool:
+    return deadline is not None and time.perf_counter() >= deadline
+
+
+def _bounded(solution: Solution, best: Proposal | None) -> Solution:
+    """A solution with the loop's bound: that of the best proposal which is not ruled out."""
     bound = best.solution.bound if best is not None else solution.value
     same = abs(solution.value - bound) <= 1e-9 * abs(bound)
     return replace(solution, bound=bound, status=solution.status if same else "feasible")
