@@ -45,6 +45,7 @@ def accepted(whole: Any, argv: list[str]) -> dict[str, Any]:
         "pipeline_parallel": parallel.pipeline_parallel_size,
         "data_parallel": parallel.data_parallel_size,
         "expert_parallel": parallel.enable_expert_parallel,
+        "decode_context_parallel": parallel.decode_context_parallel_size,
         "max_num_seqs": scheduler.max_num_seqs,
         "max_num_batched_tokens": scheduler.max_num_batched_tokens,
         "chunked_prefill": scheduler.enable_chunked_prefill,

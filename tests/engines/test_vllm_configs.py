@@ -58,6 +58,8 @@ SHAPES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "pipeline": ("llama-3.1-70b", {"tp": 2, "pp": 2, "pipeline_layers": [38, 42]}),
     "data and expert parallel": ("qwen3-30b-a3b", {"dp": 4, "ep": 4, "prefix_caching": True}),
     "tensor and expert parallel": ("qwen3-30b-a3b", {"tp": 4, "ep": 4, "cuda_graph_sizes": []}),
+    "a latent cache over ranks": ("deepseek-r1", {"tp": 8, "cp": 8}),
+    "copies of heads over ranks": ("qwen3-235b-a22b", {"tp": 8, "ep": 8, "cp": 2}),
     "whole prefills": ("llama-3.1-8b", {"chunked_prefill": False, "max_num_batched_tokens": 8192}),
     "fp8 weights, bf16 activations": ("llama-3.1-8b", {"weights": "fp8"}),
     "formats of parts": (
@@ -145,6 +147,7 @@ def test_accepted_as_meant(name: str, commands: dict[str, dict[str, Any]]) -> No
     assert theirs["pipeline_parallel"] == mine.pp
     assert theirs["data_parallel"] == mine.dp
     assert theirs["expert_parallel"] == (mine.ep > 1)
+    assert theirs["decode_context_parallel"] == mine.cp
     assert theirs["max_num_seqs"] == mine.max_num_seqs
     assert theirs["max_model_len"] == mine.max_model_len
     assert theirs["prefix_caching"] == mine.prefix_caching
