@@ -36,7 +36,7 @@ from planc.planner.traffic import Traffic
 _PROMISING = 10
 
 Models = dict[tuple[object, ...], StepModel]
-#: what a simulation allowed, as a share of the capacity by formulas: (candidate, flow) -> share
+#: what a simulation allowed, as a share of the capacity by formulas: `Stream.key` -> share
 Cuts = dict[tuple[object, ...], float]
 
 
@@ -169,8 +169,10 @@ class Stream:
             self.pruned["objectives missed at any load"] += dead
 
     def key(self, engine: Engine) -> tuple[object, ...]:
-        """Names an engine of this stream in `Cuts`."""
-        return (*engine.candidate.key(), self.flow)
+        """Names an engine of this stream in `Cuts`: those that do the same work alike, wherever they lie."""
+        one = engine.candidate
+        where = one.group.fabric, one.group.stores
+        return one.shape, one.speculation, *where, self.role, self.classes, self.slos
 
     def allowed(self, engine: Engine) -> float:
         """Share of an engine's capacity that simulations left to it."""

@@ -57,6 +57,13 @@ class Traffic:
     hits: tuple[float, ...] = ()
     prefix_tokens: float | None = None
 
+    def key(self) -> tuple[object, ...]:
+        """Names what requests are like; not how many come."""
+        label = None if self.label is None else self.label.tobytes()
+        drawn = self.isl.tobytes(), self.osl.tobytes(), self.weight.tobytes(), label
+        known = self.hit_rate, self.hits, self.prefix_tokens, self.arrival_cv2
+        return *drawn, *known, self.names, self.role, self.concurrency is None
+
     @property
     def shares(self) -> tuple[float, ...]:
         """Share of the requests of each traffic class."""

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planc.cost_model import catalogue
+from planc.cost_model.table import CostTable
 from planc.planner import assemble
 from planc.planner.disaggregated import transfer_seconds
 from planc.planner.offers import Deployed, Fleet
@@ -80,6 +81,7 @@ class Simulation:
     tolerance: float = 0.02
     _seen: dict[tuple[object, ...], Played] = field(default_factory=dict)
     _known: dict[tuple[object, ...], list[Server]] = field(default_factory=dict)
+    _tables: dict[int, CostTable] = field(default_factory=dict)
 
     def judge(self, search: Search, fleet: Fleet) -> Judgement:
         """Plays the workload against every kind of engine."""
@@ -89,15 +91,15 @@ class Simulation:
             assert items[0].stream is not None
             slos = _objectives(search, items)
             key = tuple(
-                (id(i.engine), i.limits, i.load, i.count if i.role != "aggregated" else 1) for i in items
+                (self._key(search, i), i.load, i.count if i.role != "aggregated" else 1) for i in items
             )
             played = self._seen.get(key) or self._seen.setdefault(key, self._play(search, items))
             values = {slo.key: played.value(slo) for slo in slos}
             broken = [slo for slo in slos if values[slo.key] > slo.limit * (1 + self.tolerance)]
             excess = max((values[slo.key] / slo.limit for slo in broken), default=1.0)
             verdict = Verdict(tuple(items), values, not broken, excess, _failing(items, broken))
-            mine = sum(item.count * item.load for item in items if item.role != "decode")
-            found.append((verdict, played, mine / whole))
+            part = sum(item.count * item.load for item in items if item.role != "decode")
+            found.append((verdict, played, part / whole))
         return Judgement(tuple(v for v, _, _ in found), _latencies([(p, share) for _, p, share in found]))
 
     def _play(self, search: Search, items: Sequence[Deployed]) -> Played:
@@ -140,8 +142,17 @@ class Simulation:
         )
         return _settled(records, label, flow)
 
+    def _key(self, search: Search, item: Deployed) -> tuple[object, ...]:
+        """Names engines of whatever search that do the same work in steps that take as long."""
+        assert item.stream is not None
+        one, table = item.candidate, self._tables.setdefault(id(search.table), search.table)
+        hardware = catalogue.gpu(one.group.gpu.name).memory_gib, catalogue.engine(one.profile.name).fusions
+        room = search.max_model_len, search.request.constraints.gpu_memory_utilization
+        how = one.shape, one.speculation, one.group.fabric, item.limits, item.role, item.engine.reuse
+        return id(table), *hardware, *room, *how, item.stream.traffic.key()
+
     def _servers(self, search: Search, item: Deployed) -> list[Server]:
-        key = (id(item.engine), item.limits, item.role)
+        key = self._key(search, item)
         if key not in self._known:
             self._known[key] = _servers(search, item)
         return self._known[key]
