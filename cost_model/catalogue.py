@@ -36,8 +36,8 @@ class Gpu(Entry):
     memory_gib          what a program sees as total device memory, GiB (not the label on the box)
     nvlink_domain       GPUs joined by NVLink/xGMI; 1 means PCIe only
     nvlink_gbytes_s     one direction, per GPU
-    pcie_bridges        of a host without NVLink: GB/s that each GPU has, one direction, in a group of up to so
-                        many neighbours that all send at once; {} where nothing is known to be shared
+    pcie_bridges        of a host without NVLink: GB/s that each GPU has, one direction, in a group of up to
+                        so many neighbours that all send at once; {} where nothing is known to be shared
     fabric_gbit_s       typical network per GPU, one direction
     slice_of            the GPU that this is a MIG slice of; "" for a whole one
     """

@@ -3,7 +3,10 @@
 Formulas are those of ring and one-shot algorithms (Thakur et al. 2005; NCCL's bus bandwidth
 convention): a ring all-reduce of b bytes over n ranks moves 2 (n-1)/n b through each rank's
 link, an all-gather or reduce-scatter (n-1)/n b, an all-to-all (n-1)/n b of a rank's own send
-buffer. Constants live in `data/links.yaml`.
+buffer. A library picks the fastest of its protocols: those whose data carry flags (NCCL's LL and LL128: early
+start, a fraction of the bandwidth) for small messages, a pipeline of slices (Simple) for large ones.
+Kernels' starts and steps are instructions, so they scale with the GPU's clock. Constants live in
+`data/links.yaml`.
 """
 
 from __future__ import annotations
@@ -40,40 +43,64 @@ _MOVED = {
 #: seconds of a collective of (kind, bytes, ranks) inside a node
 Inside = Callable[[Kind, Array, int], Array]
 
-#: kinds that engines have small-message kernels for, and those that are tokens on their way to experts
-_CUSTOM = ("all_reduce", "all_gather", "reduce_scatter")
+#: kinds that engines have small-message kernels for, those that are tokens on their way to experts, and
+#: those where one rank sends at a time
+_OWN = ("all_reduce", "all_gather", "reduce_scatter")
 _EXCHANGE = ("dispatch", "combine")
+_ALONE = ("p2p", "broadcast")
 
 
 class Constants(Entry):
-    """Of one way to run collectives on one kind of wire.
+    """Of one protocol on one kind of wire.
 
     alpha_us, per_step_us   start, and one step of the ring
     share                   of the link's one-direction peak that large messages reach
-    chunk_us                start of one chunk of a pipelined message
     """
 
     alpha_us: float
     per_step_us: float
     share: float
-    chunk_us: float = 0.0
+
+    def at_clock(self, slower: float) -> Constants:
+        """On a GPU whose clock is so many times slower."""
+        start = {"alpha_us": self.alpha_us * slower, "per_step_us": self.per_step_us * slower}
+        return self.model_copy(update=start)
+
+
+Protocols = tuple[Constants, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """An engine's own all-reduce: which kernel, and up to how many bytes it is taken.
+
+    barrier   ranks wait for each other before and after (vLLM, SGLang)
+    lamport   data carry their own flags (TensorRT-LLM, FlashInfer)
+    """
+
+    up_to: float = 0.0
+    kernel: Literal["barrier", "lamport"] = "barrier"
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """A kind of wire: one direction, per GPU.
 
-    library       a collective of NCCL's kind
-    custom        an engine's own kernel; messages up to `custom_up_to` bytes take it
-    exchange      tokens to experts and back
+    bytes_s            of one rank that sends alone
+    group_bytes_s      the same while all ranks of the group send: less where they share a host's bridges
+    library            a collective of NCCL's kind
+    own                an engine's own kernel; messages up to `own_up_to` bytes may take it
+    dispatch, combine  tokens to experts and back
     """
 
     name: str
     bytes_s: float
-    library: Constants
-    custom: Constants
-    exchange: Constants
-    custom_up_to: float = 0.0
+    group_bytes_s: float
+    library: Protocols
+    own: Protocols
+    dispatch: Protocols
+    combine: Protocols
+    own_up_to: float = 0.0
     source: Provenance = "assumed"
 
 
@@ -91,19 +118,19 @@ class Fabric:
         """GPUs that reach each other without the network: a node's, or a rack's for rack-scale NVLink."""
         return max(self.gpus_per_node, gpu.nvlink_domain if gpu.nvlink_domain > 8 else 1)
 
-    def inner(self, gpu: Gpu, ranks: int, custom_up_to: float = 0.0) -> Link:
+    def inner(self, gpu: Gpu, ranks: int, own: Own = Own()) -> Link:
         """The link inside a node for a group of `ranks` neighbours: NVLink while they fit its domain."""
         if gpu.vendor == "cpu":
-            return _link("shared_memory", gpu.memory_bytes_s, gpu.arch, 0.0)
+            return _link("shared_memory", gpu, gpu.memory_bytes_s)
         if ranks <= gpu.nvlink_domain and gpu.nvlink_gbytes_s > 0:
-            name = "xgmi" if gpu.vendor == "amd" else "nvlink"
-            return _link(name, gpu.nvlink_gbytes_s * 1e9, gpu.arch, custom_up_to)
-        return _link("pcie", gpu.pcie_gbytes_s * 1e9, gpu.arch, custom_up_to if ranks <= 2 else 0.0)
+            return _link("xgmi" if gpu.vendor == "amd" else "nvlink", gpu, gpu.nvlink_gbytes_s * 1e9, own)
+        group = gpu.pcie_group_gbytes_s(ranks) * 1e9
+        return _link("pcie", gpu, gpu.pcie_gbytes_s * 1e9, own if ranks <= 2 else Own(), group)
 
     def outer(self, gpu: Gpu) -> Link:
         """The network between nodes."""
         gbit_s = gpu.fabric_gbit_s if self.inter_node_gbit_s is None else self.inter_node_gbit_s
-        return _link("fabric", gbit_s * 1e9 / 8, gpu.arch, 0.0)
+        return _link("fabric", gpu, gbit_s * 1e9 / 8)
 
 
 @cache
@@ -111,22 +138,37 @@ def _constants() -> Any:
     return read("links.yaml")
 
 
+def reference_mhz(wire: str) -> float:
+    """Clock at which a wire's constants are stated. Raises KeyError where no clock matters."""
+    return float(_constants()["links"][wire]["at_mhz"])
+
+
+def _link(name: str, gpu: Gpu, bytes_s: float, own: Own = Own(), group: float | None = None) -> Link:
+    return _made(name, gpu.arch, gpu.clock_mhz, bytes_s, bytes_s if group is None else group, own)
+
+
 @cache
-def _link(name: str, bytes_s: float, arch: str, custom_up_to: float) -> Link:
+def _made(name: str, arch: str, clock_mhz: float, bytes_s: float, group: float, own: Own) -> Link:
     raw = _constants()["links"][name]
     lanes = raw | raw.get("by_arch", {}).get(arch, {})
-    made = {lane: Constants(**lanes[lane]) for lane in ("library", "custom", "exchange")}
-    return Link(name, bytes_s, **made, custom_up_to=custom_up_to, source=raw["source_kind"])
+    slower = raw["at_mhz"] / clock_mhz if "at_mhz" in raw else 1.0
+    library, engine, dispatch, combine = (
+        tuple(Constants(**one).at_clock(slower) for one in lanes[lane])
+        for lane in ("library", own.kernel, "dispatch", "combine")
+    )
+    return Link(name, bytes_s, group, library, engine, dispatch, combine, own.up_to, raw["source_kind"])
 
 
 def alpha_beta(kind: Kind, size: Array, ranks: int, of: Constants, bytes_s: float) -> Array:
-    """Start, ring steps, bytes through one rank's link, and what pipelining them in chunks leaves over.
-
-    A message of b/B seconds in chunks of start c takes b/B + 2 sqrt(c b/B) at the best number of chunks.
-    """
-    wire: Array = size * (_MOVED[kind](ranks) / (of.share * bytes_s))
+    """Start, ring steps, and bytes through one rank's link, s."""
     start = (of.alpha_us + of.per_step_us * steps(kind, ranks)) * 1e-6
-    found: Array = start + wire + 2.0 * np.sqrt(of.chunk_us * 1e-6 * wire)
+    found: Array = start + size * (_MOVED[kind](ranks) / (of.share * bytes_s))
+    return found
+
+
+def fastest(kind: Kind, size: Array, ranks: int, protocols: Protocols, bytes_s: float) -> Array:
+    """Seconds of the best protocol for each size."""
+    found: Array = np.minimum.reduce([alpha_beta(kind, size, ranks, of, bytes_s) for of in protocols])
     return found
 
 
@@ -149,10 +191,11 @@ def seconds(kind: Kind, size: ArrayLike, ranks: int, link: Link) -> Array:
     size = np.asarray(size, dtype=np.float64)
     if ranks <= 1:
         return np.zeros_like(size)
-    time = alpha_beta(kind, size, ranks, link.exchange if kind in _EXCHANGE else link.library, link.bytes_s)
-    if kind in _CUSTOM and link.custom_up_to > 0:
-        custom = alpha_beta(kind, size, ranks, link.custom, link.bytes_s)
-        time = np.where(size <= link.custom_up_to, np.minimum(custom, time), time)
+    rate = link.bytes_s if kind in _ALONE else link.group_bytes_s
+    time = fastest(kind, size, ranks, getattr(link, kind if kind in _EXCHANGE else "library"), rate)
+    if kind in _OWN and link.own_up_to > 0:
+        own = fastest(kind, size, ranks, link.own, rate)
+        time = np.where(size <= link.own_up_to, np.minimum(own, time), time)
     return np.where(size > 0, time, 0.0)
 
 
@@ -164,7 +207,7 @@ def group_seconds(
     fabric: Fabric,
     *,
     stride: int = 1,
-    custom_up_to: float = 0.0,
+    own: Own = Own(),
     inside: Inside | None = None,
 ) -> Array:
     """Time of one collective over `ranks` GPUs that lie `stride` apart, hierarchical where they span nodes.
@@ -180,7 +223,7 @@ def group_seconds(
     if far <= 1:
         if inside is not None:
             return inside(kind, size, ranks)
-        return seconds(kind, size, ranks, fabric.inner(gpu, ranks * stride, custom_up_to))
+        return seconds(kind, size, ranks, fabric.inner(gpu, ranks * stride, own))
     outer = fabric.outer(gpu)
     if near == 1 or kind == "p2p":
         return seconds(kind, size, ranks, outer)

@@ -14,7 +14,7 @@ import numpy as np
 
 from planc.cost_model import softmax
 from planc.cost_model.catalogue import Gpu, Precision, Provenance
-from planc.cost_model.collectives import Fabric, Kind, group_seconds
+from planc.cost_model.collectives import Fabric, Kind, Own, group_seconds
 from planc.cost_model.efficiency import Efficiencies, efficiencies
 from planc.cost_model.experts import Curve, ExpertKernel, curve, stack
 from planc.cost_model.features import Array
@@ -38,7 +38,7 @@ class Roofline:
 
     gpu: Gpu
     named: Efficiencies = field(default_factory=efficiencies)
-    custom_up_to: float = 0.0  # bytes up to which the engine has collectives of its own
+    own: Own = field(default_factory=Own)  # the engine's own all-reduce
 
     @property
     def source(self) -> Provenance:
@@ -160,7 +160,7 @@ class Roofline:
         return price
 
     def collective(self, kind: Kind, ranks: int, fabric: Fabric) -> Callable[[Array], Array]:
-        return lambda size: group_seconds(kind, size, ranks, self.gpu, fabric, custom_up_to=self.custom_up_to)
+        return lambda size: group_seconds(kind, size, ranks, self.gpu, fabric, own=self.own)
 
     @property
     def elementwise_floor(self) -> float:

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from planc.cost_model import catalogue
-from planc.cost_model.collectives import Constants, Fabric, Kind, alpha_beta, steps
+from planc.cost_model.collectives import Fabric, Kind, Own, alpha_beta
 from planc.cost_model.features import Array
-from planc.cost_model.fitting import Score, sources
+from planc.cost_model.fitting import Score, links_physics, sources
+from planc.cost_model.fitting.links_physics import Lane, Sample
 from planc.cost_model.measured.links import curve
 from planc.cost_model.profile import Profile, Table, TableInfo
 
@@ -40,9 +41,6 @@ _BY_PHASE = {"dispatch": 1.0, "combine": 2.0}
 _NODE = 8
 _LOW_LATENCY = 256
 
-#: engines' own kernels take messages up to this
-_CUSTOM_UP_TO = 8 * 1024.0**2
-
 
 def fit(folder: Path) -> Iterator[Profile]:
     """One profile per GPU that has tables."""
@@ -53,79 +51,52 @@ def fit(folder: Path) -> Iterator[Profile]:
 
 
 def score(folder: Path) -> Iterator[Score]:
-    """Held out: every tenth message size of each table; physics: constants for each wire and architecture,
-    fitted without this GPU."""
-    names = list(dict.fromkeys(sources.GPUS.values()))
-    found = {name: list(_measured(folder, name)) for name in names}
-    for name in names:
-        known = physics([(n, item) for n in names if n != name for item in found[n]])
-        for item in found[name]:
-            near = [of for key, of in known.items() if key[0] == _wire(name) and key[2] == _lane(item)]
-            of = known.get((_wire(name), _arch(name), _lane(item))) or near[0]
-            bytes_s = Fabric().inner(catalogue.gpu(name), 2).bytes_s
-            alone = np.stack([alpha_beta(item.kind, item.sizes, n, of, bytes_s) for n in item.ranks])
+    """Held out: every tenth message size of each table; physics: `links_physics`, fitted without this GPU."""
+    found = {name: list(_measured(folder, name)) for name in dict.fromkeys(sources.GPUS.values())}
+    samples = {name: [_samples(name, item, items) for item in items] for name, items in found.items()}
+    for name, items in found.items():
+        others = [
+            sample for other, each in samples.items() if other != name for mine in each for sample in mine
+        ]
+        known = links_physics.fit(others)
+        for item, mine in zip(items, samples[name], strict=True):
+            errors = np.concatenate([sample.errors(known) for sample in mine])
             yield Score(
                 family="links",
                 gpu=name,
                 table=f"{item.kind}/{item.engine}",
                 rows=item.seconds.size,
                 held_out=_held_out(name, item),
-                physics=float(np.median(np.abs(alone / item.seconds - 1.0))),
+                physics=float(np.median(np.abs(np.expm1(errors)))),
             )
 
 
-def physics(found: Sequence[tuple[str, _Rows]]) -> dict[tuple[str, str, str], Constants]:
-    """Constants by (wire, architecture, lane) from (GPU, rows): what `data/links.yaml` has."""
-    from scipy.optimize import lsq_linear
+def samples(folder: Path) -> list[Sample]:
+    """What physics is fitted to, of all GPUs."""
+    found = {name: list(_measured(folder, name)) for name in dict.fromkeys(sources.GPUS.values())}
+    return [s for name, items in found.items() for item in items for s in _samples(name, item, items)]
 
-    grouped: dict[tuple[str, str, str], list[tuple[str, _Rows]]] = {}
-    for gpu, item in found:
-        grouped.setdefault((_wire(gpu), _arch(gpu), _lane(item)), []).append((gpu, item))
-    made = {}
-    for key, mine in sorted(grouped.items()):
-        terms = np.concatenate([_terms(gpu, item) for gpu, item in mine])
-        weight = np.ones(len(terms))
-        low, high = [0.0, 0.0, 1.0, 0.0], [np.inf, np.inf, 2.5, np.inf]
-        for _ in range(6):
-            x = lsq_linear(terms * weight[:, None], weight, (low, high)).x
-            weight = np.maximum(np.abs(terms @ x - 1.0), 0.05) ** -0.5
-        alpha, step, wire, chunk = map(float, x)
-        made[key] = Constants(
-            alpha_us=round(alpha, 2),
-            per_step_us=round(step, 2),
-            share=round(1.0 / wire, 3),
-            chunk_us=round(chunk**2 / wire / 4.0, 3),
-        )
+
+def _samples(gpu: str, item: _Rows, items: Sequence[_Rows]) -> list[Sample]:
+    """What physics is fitted to, and scored on: a table's rows by ranks, those that planc believes."""
+    library = next((other for other in items if (other.kind, other.engine) == (item.kind, "nccl")), None)
+    made = []
+    for ranks, timed in zip(item.ranks, item.seconds, strict=True):
+        sample = Sample(gpu, _lane(item), item.kind, ranks, item.sizes, timed)
+        if library is not None and ranks in library.ranks:
+            logs = np.log(library.sizes), np.log(library.seconds[library.ranks.index(ranks)])
+            sample = sample.believed(np.exp(np.interp(np.log(item.sizes), *logs)))
+        made.append(sample)
     return made
 
 
-def _terms(gpu: str, item: _Rows) -> Array:
-    """What alpha, a step, the wire and the root of it add, as shares of the measured time, [rows, 4]."""
-    link = Fabric().inner(catalogue.gpu(gpu), 2)
-    plain = Constants(alpha_us=0.0, per_step_us=0.0, share=1.0)
-    rows = []
-    for ranks, timed in zip(item.ranks, item.seconds, strict=True):
-        wire = alpha_beta(item.kind, item.sizes, ranks, plain, link.bytes_s)
-        one = np.ones_like(wire)
-        parts = 1e-6 * one, 1e-6 * steps(item.kind, ranks) * one, wire, np.sqrt(1e-6 * wire)
-        used = item.sizes <= _CUSTOM_UP_TO if _lane(item) == "custom" else one > 0
-        rows.append((np.stack(parts, axis=1) / timed[:, None])[used])
-    return np.concatenate(rows)
-
-
-def _wire(gpu: str) -> str:
-    return Fabric().inner(catalogue.gpu(gpu), 2).name
-
-
-def _arch(gpu: str) -> str:
-    """Blackwell's kernels start later than Hopper's and Ampere's; PCIe hides that."""
-    return "blackwell" if catalogue.gpu(gpu).arch in ("sm_100", "sm_103") else "other"
-
-
-def _lane(item: _Rows) -> str:
-    if item.kind in ("dispatch", "combine"):
-        return "exchange"
-    return "library" if item.engine == "nccl" else "custom"
+def _lane(item: _Rows) -> Lane:
+    if item.kind == "dispatch":
+        return "dispatch" if item.engine == "sglang" else "dispatch_call"
+    if item.kind == "combine":
+        return "combine" if item.engine == "sglang" else "combine_call"
+    own: Lane = "lamport" if item.engine == "trtllm" else "barrier"
+    return "library" if item.engine == "nccl" else own
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +191,10 @@ def _table(gpu: str, item: _Rows) -> Table:
 
 
 def _made(gpu: str, item: _Rows, error: float) -> Table:
-    link = Fabric().inner(catalogue.gpu(gpu), 2)
-    of = getattr(link, _lane(item)).model_copy(update={"chunk_us": 0.0, "share": 1.0})
+    lane = _lane(item)
+    own = Own(kernel="lamport" if lane == "lamport" else "barrier")
+    link = Fabric().inner(catalogue.gpu(gpu), 2, own)
+    of = getattr(link, links_physics.field(lane))[0].model_copy(update={"share": 1.0})
     ideal = {"alpha_us": of.alpha_us, "per_step_us": of.per_step_us, "bytes_s": link.bytes_s}
     times = [alpha_beta(item.kind, item.sizes, n, of, link.bytes_s) for n in item.ranks]
     return Table(

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from planc.cost_model import overlay
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance
-from planc.cost_model.collectives import Fabric, Kind
+from planc.cost_model.collectives import Fabric, Kind, Own
 from planc.cost_model.features import Array
 from planc.cost_model.kernels import (
     Attention,
@@ -37,7 +37,8 @@ class Measured:
 
     @cached_property
     def roofline(self) -> Roofline:
-        return Roofline(self.gpu, custom_up_to=self.engine.custom_all_reduce_max_mib * 1024**2)
+        own = Own(self.engine.custom_all_reduce_max_mib * 1024**2, self.engine.custom_all_reduce)
+        return Roofline(self.gpu, own=own)
 
     @property
     def source(self) -> Provenance:

@@ -20,7 +20,7 @@ from planc.cost_model.profile import Table, shipped
 from planc.cost_model.roofline import Roofline
 
 #: an engine's own collective is not believed beyond this multiple of the fastest known one
-_DEFECT = 1.75
+DEFECT = 1.75
 
 
 def prepare(
@@ -36,7 +36,7 @@ def prepare(
     def inside(kind: Kind, size: Array, among: int) -> Array:
         tables = find(kind, gpu, engine)
         if not tables:
-            return seconds(kind, size, among, fabric.inner(gpu, near, roofline.custom_up_to))
+            return seconds(kind, size, among, fabric.inner(gpu, near, roofline.own))
         if (kind, among) not in priced:
             priced[kind, among] = [curve(table, kind, among) for table in tables]
         own, *others = [of(size) for of in priced[kind, among]]
@@ -63,9 +63,9 @@ def find(kind: Kind, gpu: Gpu, engine: EngineProfile) -> tuple[Table, ...]:
 
 
 def _sane(own: Array, others: Array) -> Array:
-    """Seconds of the engine's own kernel, or of the fastest one where its own takes `_DEFECT` times as long:
+    """Seconds of the engine's own kernel, or of the fastest one where its own takes `DEFECT` times as long:
     a benchmark's choice of algorithm that a serving engine, tuned on its machine, does not make."""
-    found: Array = np.where(own > _DEFECT * others, others, own)
+    found: Array = np.where(own > DEFECT * others, others, own)
     return found
 
 
