@@ -30,6 +30,8 @@ from planc.planner.traffic import Traffic, traffic
 #: step times jump where kernels change tiles and graphs are padded; two ways to the operating point may
 #: land on different sides of a jump
 _TOLERANCE = 0.06
+#: a batch a little below the one that a plan's mean TPOT implies
+_BELOW = 0.97
 GIB = 1024.0**3
 
 
@@ -203,8 +205,10 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
         gpu = catalogue.gpu(replica.gpu)
         if abs(m.capacity_gib - gpu.memory_gib) > 1e-6:
             yield f"replica {number}: {replica.gpu} has {gpu.memory_gib} GiB"
-        ranks = replica.tp * replica.pp * replica.dp
-        least = table.model.parameters * min(*(fmt(w).bytes for w, _ in shape.schemes()), 2.0) / ranks / GIB
+        ranks = replica.tp * replica.dp
+        least = (
+            _lightest(table, replica) * min(*(fmt(w).bytes for w, _ in shape.schemes()), 2.0) / ranks / GIB
+        )
         if m.weights_gib < least * 0.98:
             yield f"replica {number}: weights of {m.weights_gib:.2f} GiB are below {least:.2f} GiB"
         tokens = replica.kv_blocks * replica.block_size
@@ -230,6 +234,15 @@ def _memory(plan: Plan, table: CostTable) -> Iterator[str]:
             keeps_all = all(cls.kv_span in ("", "full", "both") for cls in table.classes)
             if keeps_all and tokens * replica.cp < replica.max_model_len:
                 yield f"replica {number}: the cache holds {tokens} tokens, less than max_model_len"
+
+
+def _lightest(table: CostTable, replica: Replica) -> float:
+    """Parameters of a pipeline stage at least: its map is that of the stage with the least room for cache,
+    which need not be the heaviest."""
+    if replica.pp == 1:
+        return float(table.model.parameters)
+    each = sorted(cls.parameters for cls in table.classes for _ in cls.layers)
+    return float(sum(each[: min(replica.pipeline_layers)]))
 
 
 def _cache_share(units: int, tp: int) -> float:
@@ -309,8 +322,15 @@ def _tpot(model: StepModel, replica: Replica, load: Traffic, rate: float, runnin
 
     CUDA graphs are captured at some batch sizes and others are padded to the next, so D(B) is a staircase
     and several batches can sustain themselves at one rate. It starts from the batch that the plan's own TPOT
-    implies (`running`): is that one of them?
+    implies (`running`): is that one of them? A mean TPOT is a little more than the time average, so the batch
+    may be one that is just below the end of a step of the staircase.
     """
+    stated = running / (rate * load.decode_steps) if rate else 0.0
+    found = (_settled(model, replica, load, rate, start) for start in (running, _BELOW * running))
+    return min(found, key=lambda tpot: abs(tpot - stated))
+
+
+def _settled(model: StepModel, replica: Replica, load: Traffic, rate: float, running: float) -> float:
     steps, fresh, context = load.decode_steps, load.new_tokens, load.decode_context
     batch, tpot = max(running, 1.0), math.inf
     speculation = techniques.read(replica.speculative)
