@@ -1,29 +1,48 @@
 """Objectives that depend on how loaded each engine is: latency and energy.
 
-Columns of the master problem are engines at 1/n of the demand, for every number n of replicas.
+Columns of the master problem are engines at a level: a simple fraction of all that their flow can be asked
+for, so that like engines share evenly and unlike ones in proportions near any that pays. Mean end-to-end
+latency and power are sums over engines, halves of the work included, so that fleets of all flows compare.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from planc.cost_model.energy import watts
 from planc.errors import InvalidField
 from planc.planner import solve
-from planc.planner.evaluate import Engine, Precise
 from planc.planner.offers import NEAR, SAME, Fleet, Offer
+from planc.planner.promising import left, promising
 from planc.planner.steady_state import Array, Steady
 
 if TYPE_CHECKING:
     from planc.planner.search import Search
+    from planc.planner.stream import Stream
+
+Objective = Literal["min_latency", "min_energy"]
+
+#: fractions with denominators up to the first, one n-th for all n up to the second and powers of two beyond
+_FINE, _EVEN = 5, 16
+#: a column states this much more than it was evaluated at: the master problem rounds loads down
+_MARGIN = 5e-6
 
 
-def by_level(search: Search, objective: str, time_limit: float | None) -> Fleet | None:
-    """Latency and energy depend on each engine's load: columns are engines at 1/n of the demand."""
+def fractions(most: int) -> list[Fraction]:
+    """Shares of a flow that one of at most so many engines may carry, ascending."""
+    fine = {Fraction(j, n) for n in range(1, min(most, _FINE) + 1) for j in range(1, n + 1)}
+    even = {Fraction(1, n) for n in range(1, most + 1) if n <= _EVEN or n & (n - 1) == 0}
+    return sorted(fine | even)
+
+
+def by_level(search: Search, objective: Objective, deadline: float | None) -> Fleet | None:
+    """The best fleet for latency or energy at the stated load. Raises InvalidField where none is stated."""
     if search.demand is None:
         raise InvalidField(
             where="request",
@@ -32,80 +51,90 @@ def by_level(search: Search, objective: str, time_limit: float | None) -> Fleet 
             reason="needs a stated load, and the workload says 'max'",
             mend="Give request_rate or concurrency, or use max_goodput or min_cost.",
         )
-    if not search.offers:
-        return None
+    limits = search.master_limits(search.demand)
     most = min(sum(g.gpus for g in search.groups), search.request.constraints.max_replicas or 10**9)
-    numbers = [n for n in range(1, most + 1) if n <= 16 or n & (n - 1) == 0]
-    levels = np.array([[search.demand / n for n in numbers]])
-    state = search.bench.at_load(levels)
-    good = state.meets(search.slos)
-    cost = state.e2e if objective == "min_latency" else _watts(search, state)
-    cost = np.where(good, cost, np.inf)
-    offers, columns = [], []
-    for number, engine in enumerate(search.bench.engines):
-        rows = np.flatnonzero(search.bench.owner == number)
-        fits = sum(i // engine.candidate.pieces[1] for i in engine.candidate.group.islands)
-        for k, n in enumerate(numbers):
-            least = float(cost[rows, k].min())
-            row = search.main.smallest(rows, -cost[:, k], -least * (1 + SAME)) if np.isfinite(least) else 0
-            if not np.isfinite(least) or n > fits // engine.candidate.pieces[0]:
-                continue
-            if search.main.allowed(engine) < 1 and levels[0, k] > search.main.capacity[rows].max():
-                continue  # a simulation ruled it out
-            offer = Offer(engine, search.bench.limits[row], float(levels[0, k]), search.main)
-            share = float(levels[0, k]) if objective == "min_latency" else engine.candidate.shape.world
-            offers.append(offer)
-            columns.append(offer.column(offer.capacity, float(cost[row, k]) * share))
-    columns = _precisely(search, offers, columns, objective)
-    chosen = solve.undominated(columns)
-    search.pruned["dominated"] = len(columns) - len(chosen)
-    offers, columns = [offers[i] for i in chosen], [columns[i] for i in chosen]
-    solution = solve.solve(columns, search.master_limits(search.demand), time_limit=time_limit)
+    rough = [one for stream in search.serving for one in _columns(stream, fractions(most), objective)]
+    offers, columns = promising(rough, limits, deadline, Loaded(objective, limits, deadline))
+    search.pruned["dominated"] = len(rough) - len(columns)
+    solution = solve.solve(columns, limits, time_limit=left(deadline)) if columns else None
     if solution is None:
         return None
-    unit = "e2e_mean_ms" if objective == "min_latency" else "watts"
+    if objective == "min_energy":
+        return search.deployed(offers, columns, solution, search.demand, "watts")
+    value, bound = (1e3 * total / search.demand for total in (solution.value, solution.bound))
+    solution = replace(solution, value=value, bound=bound)
+    return search.deployed(offers, columns, solution, search.demand, "e2e_mean_ms")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Latency or power of engines at their levels as the goal of a search (`promising.Goal`)."""
+
+    objective: Objective
+    limits: solve.Limits
+    deadline: float | None = None
+    _known: dict[tuple[object, ...], float] = field(default_factory=dict)
+
+    def hopeful(self, column: solve.Column) -> solve.Column:
+        return replace(column, weight=column.weight * NEAR)
+
+    def precise(self, offer: Offer, column: solve.Column) -> tuple[Offer, solve.Column]:
+        key = id(offer.engine), offer.limits, column.flow, offer.capacity
+        if key not in self._known:
+            state = offer.stream.evaluator(offer.engine, offer.limits).at(offer.capacity)
+            good = bool(state.meets(offer.stream.slos)[0, 0])
+            cost = float(cost_of(self.objective, state)[0, 0])
+            self._known[key] = _weight(self.objective, offer, cost) if good else math.inf
+        weight = self._known[key]
+        return offer, replace(column, weight=weight) if math.isfinite(weight) else replace(column, load=0.0)
+
+    def relaxation(self, columns: Sequence[solve.Column]) -> solve.Relaxation | None:
+        return solve.relaxation(columns, self.limits)
+
+    def value(self, columns: Sequence[solve.Column]) -> float:
+        fleet = solve.solve(columns, self.limits, time_limit=left(self.deadline), first_only=True)
+        return math.inf if fleet is None else fleet.value
+
+
+def _columns(
+    stream: Stream, shares: list[Fraction], objective: Objective
+) -> Iterator[tuple[Offer, solve.Column]]:
+    """Engines of a stream at each level that they can carry, with the limits that suit it best: least cost,
+    then the smallest batch cap, then the smallest budget."""
+    whole = stream.traffic.concurrency or stream.traffic.rate
+    if not stream.offers or whole is None:
+        return
+    able = np.flatnonzero(stream.capacity > 0)
+    bench, capacity = stream.bench.only(able.tolist()), stream.capacity[able]
+    levels = np.array([[whole * float(share) for share in shares]])
+    state = bench.at_load(levels)
+    every = np.where(state.meets(stream.slos), cost_of(objective, state), np.inf)
+    number = {id(engine): i for i, engine in enumerate(bench.engines)}
+    for offer in stream.offers:
+        rows = np.flatnonzero(bench.owner == number[id(offer.engine)])
+        cost = every[rows]
+        for k, load in enumerate(levels[0]):
+            least = float(cost[:, k].min())
+            if not math.isfinite(least) or (stream.allowed(offer.engine) < 1 and load > capacity[rows].max()):
+                continue  # objectives are missed, or a simulation ruled it out
+            enough = [int(row) for row, c in zip(rows, cost[:, k], strict=True) if c <= least * (1 + SAME)]
+            row = min(enough, key=lambda r: (bench.limits[r].max_num_seqs, bench.limits[r].budget))
+            found = replace(offer, limits=bench.limits[row], capacity=float(load))
+            yield found, found.column(found.load * (1 + _MARGIN), _weight(objective, found, every[row, k]))
+
+
+def cost_of(objective: Objective, state: Steady) -> Array:
+    """What grows with the objective: seconds of a request, or the share of time that an engine runs."""
+    return state.e2e if objective == "min_latency" else running_share(state)
+
+
+def _weight(objective: Objective, offer: Offer, cost: float) -> float:
+    """What an engine at its level adds to the objective: seconds that its requests take in a second, given
+    those of one; or W, given the share of time that it runs."""
     if objective == "min_latency":
-        solution = replace(
-            solution,
-            value=solution.value / search.demand * 1e3,
-            bound=solution.bound / search.demand * 1e3,
-        )
-    return search.deployed(offers, columns, solution, search.demand, unit)
-
-
-def _precisely(
-    search: Search, offers: Sequence[Offer], columns: Sequence[solve.Column], objective: str
-) -> list[solve.Column]:
-    """The best few columns of each size and level by the step model; the others are dropped."""
-    kinds: dict[tuple[object, ...], list[int]] = {}
-    for i, column in enumerate(columns):
-        kinds.setdefault((column.group, column.pieces, column.size, column.load, column.family), []).append(i)
-    found = [replace(column, load=0.0) for column in columns]
-    for members in kinds.values():
-        best = min(columns[i].weight for i in members)
-        for i in members:
-            if columns[i].weight > best / NEAR:
-                continue
-            offer = offers[i]
-            state = Precise(offer.engine, offer.limits, search.traffic).at(offer.capacity)
-            if bool(state.meets(search.slos)[0, 0]):
-                value = state.e2e if objective == "min_latency" else _watts(search, state, offer.engine)
-                world = offer.engine.candidate.shape.world
-                share = offer.capacity if objective == "min_latency" else world
-                found[i] = replace(columns[i], weight=float(np.ravel(value)[0]) * share)
-    return found
-
-
-def _watts(search: Search, state: Steady, engine: Engine | None = None) -> Array:
-    """Power of one GPU of each row, W."""
-    busy = running_share(state)
-    if engine is not None:
-        return watts(engine.candidate.group.gpu, busy)
-    out = np.empty_like(busy)
-    for number, mine in enumerate(search.bench.engines):
-        rows = search.bench.owner == number
-        out[rows] = watts(mine.candidate.group.gpu, busy[rows])
-    return out
+        return float(cost) * offer.capacity
+    candidate = offer.engine.candidate
+    return float(watts(candidate.group.gpu, cost)) * candidate.shape.world
 
 
 def running_share(state: Steady) -> Array:

@@ -129,9 +129,9 @@ class Search:
 
     def _more_streams(self) -> None:
         """Pools for some of the traffic classes, and prefill and decode pools, where they can be combined
-        freely: not in a closed loop, nor where the objective depends on how loaded each engine is."""
+        freely: not in a closed loop."""
         self.flows: list[solve.Flow] = [solve.Flow(self.traffic.shares)]
-        if self.traffic.concurrency is not None or self.request.objective not in ("min_cost", "max_goodput"):
+        if self.traffic.concurrency is not None:
             return
         names = self.traffic.names
         for chosen in subsets(names):
@@ -209,7 +209,7 @@ class Search:
         deadline = None if time_limit is None else time.perf_counter() + time_limit
         self.say("solving")
         if objective in ("min_latency", "min_energy"):
-            return by_level(self, objective, time_limit)
+            return by_level(self, objective, deadline)
         limits = self.master_limits(self.demand)
         if objective == "min_cost" and self.demand is None:
             return self._cheapest_token(limits, deadline)
@@ -263,13 +263,14 @@ class Search:
 
     def rough(self) -> list[tuple[Offer, solve.Column]]:
         """All offers that may be used, with columns of their interpolated capacities."""
+        return [(offer, offer.column(offer.load)) for stream in self.serving for offer in stream.offers]
+
+    @property
+    def serving(self) -> list[Stream]:
+        """The streams whose engines may be used."""
         allowed = self.request.constraints.serving
-        return [
-            (offer, offer.column(offer.load))
-            for stream in self.streams
-            if not (stream.role == "aggregated" and allowed and "aggregated" not in allowed)
-            for offer in stream.offers
-        ]
+        aggregated = not allowed or "aggregated" in allowed
+        return [stream for stream in self.streams if aggregated or stream.role != "aggregated"]
 
     def _cheapest_token(self, limits: solve.Limits, deadline: float | None) -> Fleet | None:
         """No demand is stated: the fleet with the lowest price per token."""
