@@ -381,12 +381,15 @@ def explain(
     trust_remote_code: bool = False,
     profile: ProfileDocument | str | Path | None = None,
     progress: Callable[[str], None] | None = None,
+    simulate: bool = True,
 ) -> Explanation:
     """Why a plan is as it is: which constraints bind and what a unit of each would buy, what each decision
     bought, where time and memory go.
 
     why_not      "tp=8,weights=bf16": what sank the best plan with these decisions, instead of all that
     time_limit   seconds of wall clock for solving varied requests (default 300)
+    simulate     judges all fleets that are compared by playing the workload, where the plan was made so;
+                 False: compares by formulas alone
 
     Raises FileMissing or InvalidBundle for the plan, FileMissing where its model or workload files are not
     found, InvalidField, UnknownField or UnknownName for an alternative that cannot be named.
@@ -401,7 +404,7 @@ def explain(
     request = make_request(found.request)
     table = _plan_table(found, trust_remote_code=trust_remote_code)
     referee = None
-    if found.simulated:
+    if simulate and found.simulated:
         from planc.runtime.referee import Simulation
 
         referee = Simulation()

@@ -1,14 +1,14 @@
 """Why a plan is as it is: what binds and what a unit of it would buy, what each decision bought, where the
 time and the memory go; and why a named alternative lost.
 
-The request of the plan is solved again, as it stands and varied, by formulas. A referee may judge the first
-of these fleets, as it does when a plan is compiled; what it cuts stays cut in the others, which are not
-simulated.
+The request of the plan is solved again, as it stands and varied. What is compared is found in the same way:
+either a referee plays the workload against every fleet, as it does when a plan is compiled, or none is judged
+by more than formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class Explanation:
     objective, value   what is optimised, in the unit that its name ends in, and what the plan reaches
     complete           False when time ran out before everything was tried
     solved             how many varied requests were solved
+    simulated          whether fleets, the plan's as all others, were judged by playing the workload
     """
 
     model: str
@@ -63,6 +64,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
     complete: bool = True
     solved: int = 0
+    simulated: bool = False
     maximising: bool = field(default=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -89,6 +91,7 @@ class Explanation:
             "notes": list(self.notes),
             "complete": self.complete,
             "solved": self.solved,
+            "simulated": self.simulated,
         }
 
 
@@ -107,7 +110,7 @@ def explain(
     request      that of the plan with its folder, where it names files
     time_limit   seconds of wall clock for varied requests, besides what the request itself takes; what they
                  do not allow is marked as not tried
-    referee      as in `planner.compile.plan`
+    referee      as in `planner.compile.plan`, for every fleet that is compared; None: formulas alone
 
     Raises CheckFailed when the request has no plan with present numbers, InvalidField, UnknownField or
     UnknownName for an alternative that cannot be named.
@@ -148,9 +151,10 @@ def explain(
         ablations=taken,
         engines=() if alternative is not None else engines(plan, table, request),
         why_not=asked,
-        notes=tuple(_notes(plan, base, resolver, complete)),
+        notes=tuple(_notes(plan, base, resolver, taken, complete)),
         complete=complete,
         solved=resolver.solved,
+        simulated=referee is not None,
         maximising=resolver.maximising,
     )
 
@@ -176,7 +180,9 @@ def engines(plan: Plan, table: CostTable, request: Request) -> tuple[Engine, ...
     )
 
 
-def _notes(plan: Plan, base: Outcome, resolver: Resolver, complete: bool) -> list[str]:
+def _notes(
+    plan: Plan, base: Outcome, resolver: Resolver, taken: Sequence[Ablation], complete: bool
+) -> list[str]:
     notes = []
     same = plan.solver.objective == base.objective
     if same and abs(plan.solver.value - base.value) > 1e-6 * abs(base.value):
@@ -185,9 +191,22 @@ def _notes(plan: Plan, base: Outcome, resolver: Resolver, complete: bool) -> lis
             f"solved again the best is {words}, not {plan.solver.value:.6g}: the plan was made with other "
             "numbers, or in less time. Gains and losses are against the former"
         )
-    cuts = len(base.search.cuts)
-    if cuts:
-        notes.append(f"simulation cut {cuts} engines; what is compared with the plan was not simulated")
+    if resolver.missed:
+        notes.append(f"the plan misses {resolver.missed}; so may what is compared with it")
+    if resolver.judges:
+        words = "every fleet that is compared was judged by playing the workload"
+        cuts = len(base.search.cuts)
+        notes.append(words + (f"; that cut {cuts} engines" if cuts else ""))
+    elif plan.simulated:
+        notes.append("the plan was simulated; here both sides are compared by formulas alone")
+    else:
+        notes.append("both sides are compared by formulas alone, as the plan was made")
+    better = [one for one in taken if one.loss is not None and one.loss < 0]
+    if better:
+        notes.append(
+            f"without {better[0].decision} a better plan was found: what a simulation refuses is cut further "
+            "than it proves"
+        )
     if resolver.restricted:
         notes.append(
             f"solved among {len(resolver.layouts or ())} promising layouts: gains may be larger, and losses "

@@ -48,7 +48,7 @@ class Ablation:
     """The best plan without a decision.
 
     loss       by how much the objective is worse, in its unit; None where no plan is left or the two have
-               no common unit
+               no common unit. Below 0 where the plan was not proved best and this one is better
     fleet      what that plan runs
     metrics    its predicted means; `reason` says why there is no plan
     more_nodes True: that plan takes more nodes than there are, `MANY_NODES` times as many being offered
@@ -96,7 +96,7 @@ def _ablated(resolver: Resolver, base: Outcome, decision: Decision) -> Ablation:
     return Ablation(
         decision.name,
         decision.instead,
-        loss=None if gain is None else max(0.0, -gain),
+        loss=None if gain is None else 0.0 - gain,
         fleet=fleet_words(best.plan),
         metrics=metrics(best.plan),
     )

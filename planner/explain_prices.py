@@ -77,7 +77,7 @@ def prices(resolver: Resolver, base: Outcome) -> Iterator[Price]:
 
 def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Price:
     free = None if knob.without is None else resolver.solve(knob.without)
-    without = resolver.gain(free, base)
+    without = _gained(resolver, free, base)
     price = replace(price, without=without)
     if knob.at is None or knob.stated is None:
         return replace(price, verdict="limits" if without else "slack")
@@ -87,7 +87,7 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
     elif back >= knob.least:
         found = resolver.solve(knob.at(back))
         loss = resolver.gain(found, base)
-        price = replace(price, tighter=None if loss is None else abs(loss), tighter_fails=found is None)
+        price = replace(price, tighter=None if loss is None else max(0.0, -loss), tighter_fails=found is None)
     if without == 0.0:  # then no looser value gains
         return replace(price, looser=0.0, verdict="slack")
     unit, known = knob.stated + knob.step, knob.stated
@@ -97,12 +97,18 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
     if known == unit or _beyond(knob, known, unit):
         looser: float | None = 0.0
     else:
-        looser = resolver.gain(resolver.solve(knob.at(unit)), base)
+        looser = _gained(resolver, resolver.solve(knob.at(unit)), base)
     if looser:
         price = replace(price, pays_at=unit, pays=looser)
     verdict: Verdict = "binds" if looser else "limits" if without else "slack"
     marginal = None if verdict == "slack" else _marginal(resolver, base, knob.at(unit))
     return replace(price, looser=looser, verdict=verdict, marginal=marginal)
+
+
+def _gained(resolver: Resolver, found: Outcome | None, base: Outcome) -> float | None:
+    """What a looser constraint gains: nothing at least, since the plan is one under it too."""
+    gain = resolver.gain(found, base)
+    return None if gain is None else max(gain, 0.0)
 
 
 def _marginal(resolver: Resolver, base: Outcome, looser: Variation) -> float | None:
@@ -162,14 +168,14 @@ def _nearest(
     assert knob.stated is not None
     tidy = _tidy(knob)
     low, high = knob.stated, tidy(far)
-    best = without if knob.sure else resolver.gain(resolver.solve(knob.at(high)), base)
+    best = without if knob.sure else _gained(resolver, resolver.solve(knob.at(high)), base)
     if not best:
         return high, None, None
     for _ in range(_BISECTIONS):
         middle = tidy(math.sqrt(low * high) if low > 0 and high > 0 else (low + high) / 2)
         if not min(low, high) < middle < max(low, high):
             break
-        found = resolver.gain(resolver.solve(knob.at(middle)), base)
+        found = _gained(resolver, resolver.solve(knob.at(middle)), base)
         if found:
             high, best = middle, found
         else:

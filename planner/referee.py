@@ -95,11 +95,14 @@ def agreed(
     propose: Propose,
     referee: Referee,
     time_limit: float | None = None,
+    *,
+    proving: bool = True,
 ) -> Agreed | None:
     """The first proposal of which the referee accepts every fleet; None when cuts left no fleets.
 
     After `ROUNDS` proposals, or when time runs out, the last one is returned as it is: `Judgement.accepted`
-    says so. Its solution has the bound of the loop.
+    says so. Its solution has the bound of the loop, for which the problem is solved once more; without
+    `proving` that of the last problem.
     """
     deadline = None if time_limit is None else time.perf_counter() + time_limit
     start, found = tuple(searches), first
@@ -125,7 +128,7 @@ def agreed(
         if proposal is None:
             return None
         mine, found = following, proposal
-    if proved != [search.cuts for search in start]:
+    if proving and proved != [search.cuts for search in start]:
         best: Proposal | None = first
         if not _over(deadline):
             free = [search.with_cuts(cuts) for search, cuts in zip(start, proved, strict=True)]
@@ -139,7 +142,7 @@ def accepted(
 ) -> tuple[Search, Fleet, Judgement] | None:
     """`agreed` for one search, with the fleet it has proposed."""
     first = Proposal((fleet,), fleet.solution)
-    found = agreed((search,), first, _proposed, referee, time_limit)
+    found = agreed((search,), first, proposed, referee, time_limit)
     if found is None:
         return None
     last, solution = found.proposal.fleets[0], found.proposal.solution
@@ -148,7 +151,8 @@ def accepted(
     return found.searches[0], last, found.judgements[0]
 
 
-def _proposed(searches: Sequence[Search], seconds: float | None) -> Proposal | None:
+def proposed(searches: Sequence[Search], seconds: float | None) -> Proposal | None:
+    """The best fleet of one search."""
     fleet = searches[0].fleet(seconds)
     return None if fleet is None else Proposal((fleet,), fleet.solution)
 

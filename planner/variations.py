@@ -1,7 +1,8 @@
 """Re-solving a request that was changed a little: the one way in which explanations get their numbers.
 
 A `Variation` is the request with something changed; a `Resolver` solves variations of one request with
-shared step models, remembers their outcomes, and stops when its time is up.
+shared step models, remembers their outcomes, and stops when its time is up. Each variation is compiled as the
+request itself is: a referee, where there is one, judges what formulas propose for all of them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +22,7 @@ from planc.cost_model.table import CostTable
 from planc.errors import InvalidField, ToolFailed
 from planc.planner.inventory import groups
 from planc.planner.offers import Fleet
-from planc.planner.referee import Referee, accepted
+from planc.planner.referee import Proposal, Referee, accepted, agreed, proposed
 from planc.planner.request import Request
 from planc.planner.search import Search
 from planc.planner.stream import Models
@@ -42,7 +43,7 @@ UNITS = {
     "watts": "W",
 }
 #: relative difference of objective values that counts as none
-SAME = 1e-6
+SAME = 1e-5
 
 #: constraints of the fleet as a whole: no engine is the other for them
 _FLEET_LIMITS = ("max_replicas", "max_power_kw", "spare_replicas", "max_spot_share")
@@ -144,7 +145,8 @@ class Resolver:
     """Solves variations of one request on one cost table.
 
     seconds   of wall clock for variations, once `base` is found; then `solve` raises OutOfTime. None: no end
-    referee   plays the workload against the request's own fleet; what it cuts stays cut in all variations
+    referee   plays the workload against fleets, those of variations as of the request; None: formulas alone.
+              Each starts from what was cut of engines that do the same under the same objectives
     clock     what tells the time
 
     Variations are solved over all layouts where there are few candidates, else over the promising ones
@@ -194,6 +196,7 @@ class Resolver:
         self._known: dict[tuple[object, ...], Outcome | None] = {}
         self.layouts: Layouts | None = None
         self._referee = referee
+        self.missed = ""
         self.solved = 0
 
     def _restrict(self, taken: Iterable[tuple[int, ...]]) -> None:
@@ -212,8 +215,8 @@ class Resolver:
             if judged is None:
                 fleet = None
             else:
-                search, fleet, _ = judged
-                self.base_search = search
+                search, fleet, verdict = judged
+                self.base_search, self.missed = search, verdict.missed
         if fleet is not None:
             self._restrict(item.candidate.layout for item in fleet.items)
         found = None if fleet is None else Outcome(self.start, search, fleet)
@@ -234,6 +237,11 @@ class Resolver:
             self._end = end
 
     @property
+    def judges(self) -> bool:
+        """Whether fleets are judged by playing the workload."""
+        return self._referee is not None
+
+    @property
     def restricted(self) -> bool:
         return self.layouts is not None
 
@@ -242,10 +250,7 @@ class Resolver:
         key = variation.key()
         if key in self._known:
             return self._known[key]
-        left = None if self._end is None else self._end - self._clock()
-        if left is not None and left <= 0:
-            raise OutOfTime
-        self._known[key] = found = self._solve(variation, left)
+        self._known[key] = found = self._solve(variation, self.left())
         self.solved += 1
         return found
 
@@ -256,11 +261,28 @@ class Resolver:
         try:
             with hardware(variation):
                 fleet = search.fleet(left)
+                if fleet is None or self._referee is None:
+                    return None if fleet is None else Outcome(variation, search, fleet)
+                first = Proposal((fleet,), fleet.solution)
+                found = agreed((search,), first, self._propose, self._referee, proving=False)
         except ToolFailed:
             if left is not None and self._clock() >= (self._end or 0.0):
                 raise OutOfTime from None
             raise
-        return None if fleet is None else Outcome(variation, search, fleet)
+        return None if found is None else Outcome(variation, found.searches[0], found.proposal.fleets[0])
+
+    def _propose(self, searches: Sequence[Search], seconds: float | None) -> Proposal | None:
+        """The next proposal for a variation, within the time that is left."""
+        return proposed(searches, self.left())
+
+    def left(self) -> float | None:
+        """Seconds that are left; None: no end. Raises OutOfTime where there are none."""
+        if self._end is None:
+            return None
+        seconds = self._end - self._clock()
+        if seconds <= 0:
+            raise OutOfTime
+        return seconds
 
     def search(self, variation: Variation) -> Search | None:
         """The search of a variation, not solved yet; None when it contradicts itself."""
@@ -283,7 +305,7 @@ class Resolver:
                     models=models,
                     load=load,
                     layouts=layouts,
-                    cuts=self.base_search.cuts,
+                    cuts=self.base_search.cuts if self._same_work(variation) else {},
                 )
             except InvalidField:
                 return None
@@ -302,6 +324,12 @@ class Resolver:
         layouts, models = self._layouts(self.start), self._models[None]
         cuts = self.base_search.cuts
         return Search(free, self.table, models=models, layouts=layouts, cuts=cuts)
+
+    def _same_work(self, variation: Variation) -> bool:
+        """Whether engines have the same requests to serve, in steps that take as long: cuts hold then."""
+        mine, load = self.base_search.traffic, self._traffic(variation)
+        alike = variation.fusions is None and not variation.memory_gib
+        return alike and load.key() == mine.key()
 
     def _same_engines(self, variation: Variation) -> bool:
         """Whether a variation differs from the request in what `_unlimited` serves alone."""

@@ -46,11 +46,21 @@ _STYLES = {"binds": "bold red", "limits": "yellow", "slack": "dim", "not tried":
     type=click.FloatRange(min=0, min_open=True),
     help="Seconds for solving varied requests (300 unless given).",
 )
+@click.option(
+    "--simulate/--no-simulate",
+    default=True,
+    help="Judge what is compared by playing the workload, as the plan was (default), or by formulas alone.",
+)
 @trust_option
 @profile_option
 @json_option
 def explain_command(
-    bundle: str, why_not: str | None, time_limit: float | None, trust_remote_code: bool, as_json: bool
+    bundle: str,
+    why_not: str | None,
+    time_limit: float | None,
+    simulate: bool,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Explain the plan of BUNDLE (or a plan.json): which constraints bind and what a unit more of each would
     buy, what each decision bought, where time and memory go; or why a named alternative lost."""
@@ -59,7 +69,12 @@ def explain_command(
 
     with progress() as say:
         found = api.explain(
-            bundle, why_not, time_limit=time_limit, trust_remote_code=trust_remote_code, progress=say
+            bundle,
+            why_not,
+            time_limit=time_limit,
+            trust_remote_code=trust_remote_code,
+            progress=say,
+            simulate=simulate,
         )
     if as_json:
         emit_json(found.to_json())
@@ -159,10 +174,14 @@ def _decision(found: Explanation, ablation: Ablation) -> tuple[str, ...]:
         return name, instead, "[red]all[/]", "", "", "", escape(ablation.reason)
     sign = -1.0 if found.maximising else 1.0
     value = "" if ablation.loss is None else number(found.value + sign * ablation.loss)
-    loss = "" if ablation.loss is None else "0" if ablation.loss == 0 else number(ablation.loss)
+    loss = "" if ablation.loss is None else "0" if ablation.loss == 0 else _minus(ablation.loss)
     words = "the same" if ablation.fleet == found.fleet else escape(ablation.fleet)
     words += " (needs more nodes)" if ablation.more_nodes else ""
     return name, instead, loss, value, *_latencies(ablation.metrics), words
+
+
+def _minus(value: float) -> str:
+    return number(value) if value > 0 else f"[green]-{number(-value)}[/]"
 
 
 def _latencies(metrics: Mapping[str, float]) -> tuple[str, str]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from planc.cost_model.table import CostTable
 from planc.planner.compile import plan
+from planc.planner.offers import Fleet
 from planc.planner.plan import Plan
+from planc.planner.referee import Judgement, Verdict
 from planc.planner.request import Request, make_request
+from planc.planner.search import Search
 from tests import sample_tables
 
 
@@ -50,3 +54,22 @@ def planned(name: str = "llama8b", **changes: Any) -> Plan:
     import json
 
     return _planned(json.dumps(raw(**changes), sort_keys=True), name)
+
+
+class Strict:
+    """A referee that lets no engine carry more than `share` of what formulas give it."""
+
+    def __init__(self, share: float) -> None:
+        self.share, self.asked = share, 0
+
+    def judge(self, search: Search, fleet: Fleet) -> Judgement:
+        self.asked += 1
+        verdicts = []
+        for item in fleet.items:
+            assert item.stream is not None
+            offer = next(o for o in item.stream.offers if o.engine is item.engine)
+            whole = offer.precise().capacity / item.stream.allowed(item.engine)
+            within = item.load <= self.share * whole
+            verdicts.append(Verdict((item,), {}, within, 1.0 if within else 1.2, () if within else (item,)))
+        latencies: Mapping[str, Mapping[str, float]] = {}
+        return Judgement(tuple(verdicts), latencies)

@@ -22,7 +22,7 @@ from planc.planner.request import Request, make_request
 from planc.planner.search import Search
 from planc.planner.traffic import traffic
 from planc.planner.variations import Outcome, Resolver, Variation, hardware
-from tests.planner.cases import planned, raw, table
+from tests.planner.cases import Strict, planned, raw, table
 
 LIMITS = {
     "weights": ["bf16", "fp8"],
@@ -95,6 +95,33 @@ def test_more_memory_holds_for_the_variation_alone() -> None:
     assert more is not None
     room = [max(r.memory.kv_cache_gib for r in found.plan.replicas()) for found in (plain, more)]
     assert room[1] == pytest.approx(room[0] + 4.0 * 0.92, abs=0.4)
+
+
+def test_all_that_is_compared_is_judged_alike() -> None:
+    """A referee that halves what engines carry: every fleet keeps to it, and costs more than formulas say."""
+    strict = Strict(0.6)
+    resolver = Resolver(REQUEST, table(), referee=strict)
+    judged = [resolver.base, *(resolver.solve(Variation(VARIED[name])) for name in ("objective", "load"))]
+    for found in judged:
+        assert found is not None
+        assert strict.judge(found.search, found.fleet).accepted
+        by_formulas = value(found.variation.request)
+        assert by_formulas is not None
+        assert found.value >= by_formulas - 1e-9
+    assert base(resolver).value > base(asked()).value
+
+
+def test_what_was_cut_under_other_objectives_is_free_again() -> None:
+    resolver = Resolver(REQUEST, table(), referee=Strict(0.6))
+    cut = set(base(resolver).search.cuts)
+    assert cut
+    same = resolver.search(Variation(VARIED["load"]))
+    looser = resolver.search(Variation(VARIED["objective"]))
+    assert same is not None
+    assert looser is not None
+    for search, kept in ((same, True), (looser, False)):
+        held = {s.key(engine) for s in search.streams for engine in s.bench.engines}
+        assert bool(held & cut) == kept
 
 
 # -- prices --------------------------------------------------------------------------------
@@ -310,6 +337,8 @@ def test_an_alternative_alone() -> None:
     assert found.why_not.verdict == "illegal"
     assert not found.prices
     assert found.complete
+    assert not found.simulated
+    assert any("formulas alone" in note for note in found.notes)
     body = json.dumps(found.to_json(), sort_keys=True)
     assert body == json.dumps(explained(alternative="tp=3").to_json(), sort_keys=True)
 

@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pytest
 
 from planc.errors import Infeasible
 from planc.planner.check import check
 from planc.planner.compile import plan
-from planc.planner.offers import Fleet
-from planc.planner.referee import Judgement, Verdict, accepted
+from planc.planner.referee import accepted
 from planc.planner.search import Search
 from planc.runtime.referee import Simulation
-from tests.planner.cases import request, table
-
-
-class Strict:
-    """A referee that lets no engine carry more than `share` of what formulas give it."""
-
-    def __init__(self, share: float) -> None:
-        self.share, self.asked = share, 0
-
-    def judge(self, search: Search, fleet: Fleet) -> Judgement:
-        self.asked += 1
-        verdicts = []
-        for item in fleet.items:
-            assert item.stream is not None
-            offer = next(o for o in item.stream.offers if o.engine is item.engine)
-            whole = offer.precise().capacity / item.stream.allowed(item.engine)
-            within = item.load <= self.share * whole
-            verdicts.append(Verdict((item,), {}, within, 1.0 if within else 1.2, () if within else (item,)))
-        latencies: Mapping[str, Mapping[str, float]] = {}
-        return Judgement(tuple(verdicts), latencies)
-
+from tests.planner.cases import Strict, request, table
 
 BUSY = {"workload": {"isl": 1000, "osl": 200, "request_rate": 9}}
 
