@@ -21,8 +21,9 @@ from planc.planner.explain_why_not import WhyNot, why_not
 from planc.planner.plan import Plan
 from planc.planner.referee import Referee
 from planc.planner.request import Request, make_request
+from planc.planner.resolving import OutOfTime
 from planc.planner.traffic import traffic
-from planc.planner.variations import Outcome, OutOfTime, Resolver
+from planc.planner.variations import Outcome, Resolver
 
 #: seconds of wall clock for re-solving when none are given
 SECONDS = 300.0

@@ -20,7 +20,8 @@ from planc.planner.explain_knobs import MANY_NODES
 from planc.planner.formats import allowed
 from planc.planner.loosen import times_nodes
 from planc.planner.plan import Plan, Replica
-from planc.planner.variations import Outcome, OutOfTime, Resolver, Variation
+from planc.planner.resolving import OutOfTime
+from planc.planner.variations import Outcome, Resolver, Variation
 
 _METRICS = (
     "ttft_ms",

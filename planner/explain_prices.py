@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from planc.planner import solve
 from planc.planner.explain_knobs import Knob, knobs
 from planc.planner.loosen import rounded_down, rounded_up
-from planc.planner.search import Search
-from planc.planner.variations import Outcome, OutOfTime, Resolver, Variation, hardware
+from planc.planner.resolving import OutOfTime
+from planc.planner.variations import Outcome, Resolver
 
 _BISECTIONS = 5
 
@@ -101,7 +100,7 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
     if looser:
         price = replace(price, pays_at=unit, pays=looser)
     verdict: Verdict = "binds" if looser else "limits" if without else "slack"
-    marginal = None if verdict == "slack" else _marginal(resolver, base, knob.at(unit))
+    marginal = None if verdict == "slack" else resolver.marginal(base, knob.at(unit))
     return replace(price, looser=looser, verdict=verdict, marginal=marginal)
 
 
@@ -109,34 +108,6 @@ def _gained(resolver: Resolver, found: Outcome | None, base: Outcome) -> float |
     """What a looser constraint gains: nothing at least, since the plan is one under it too."""
     gain = resolver.gain(found, base)
     return None if gain is None else max(gain, 0.0)
-
-
-def _marginal(resolver: Resolver, base: Outcome, looser: Variation) -> float | None:
-    search = resolver.search(looser)
-    if search is None or base.objective not in ("usd_per_hour", "requests_s"):
-        return None
-    with hardware(looser):
-        bounds = _relaxed(base.search), _relaxed(search)
-    if bounds[0] is None or bounds[1] is None:
-        return None
-    gain = bounds[1] - bounds[0] if resolver.maximising else bounds[0] - bounds[1]
-    return max(gain, 0.0)
-
-
-def _relaxed(search: Search) -> float | None:
-    """The best value that divisible engines reach; None when even they do not suffice, or where a stated load
-    is the value."""
-    if search.request.objective == "max_goodput" and search.demand is not None:
-        return None
-    families: dict[str, list[solve.Column]] = {}
-    for _, column in search.rough():
-        families.setdefault(column.family, []).append(column)
-    limits = search.master_limits(search.demand)
-    found = [solve.relaxation(columns, limits) for columns in families.values()]
-    bounds = [one.bound for one in found if one is not None]
-    if not bounds:
-        return None
-    return min(bounds) if limits.demand is not None else max(bounds)
 
 
 def _holds(knob: Knob, reached: float | None, value: float) -> bool:

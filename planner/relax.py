@@ -27,8 +27,9 @@ from planc.planner.loosen import (
     without_rate,
 )
 from planc.planner.request import Request
+from planc.planner.resolving import OutOfTime
 from planc.planner.search import Search
-from planc.planner.variations import Outcome, OutOfTime, Resolver, Variation
+from planc.planner.variations import Outcome, Resolver, Variation
 
 _BISECTIONS = 7
 _MOST_NODES = 64

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Literal
 from planc.cost_model import catalogue, overlay
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.table import CostTable
-from planc.errors import InvalidField, ToolFailed
+from planc.errors import InvalidField
+from planc.planner import solve
 from planc.planner.inventory import groups
 from planc.planner.offers import Fleet
-from planc.planner.referee import Proposal, Referee, accepted, agreed, proposed
+from planc.planner.referee import Referee, proposed
 from planc.planner.request import Request
+from planc.planner.resolving import Resolving
 from planc.planner.search import Search
 from planc.planner.stream import Models
 from planc.planner.traffic import Traffic, traffic
@@ -42,17 +44,10 @@ UNITS = {
     "e2e_mean_ms": "ms",
     "watts": "W",
 }
-#: relative difference of objective values that counts as none
-SAME = 1e-5
-
 #: constraints of the fleet as a whole: no engine is the other for them
 _FLEET_LIMITS = ("max_replicas", "max_power_kw", "spare_replicas", "max_spot_share")
 
 Layouts = frozenset[tuple[int, ...]]
-
-
-class OutOfTime(Exception):
-    """The time for re-solving is up; what was found so far stands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +136,7 @@ def hardware(variation: Variation) -> Iterator[None]:
         yield
 
 
-class Resolver:
+class Resolver(Resolving[Variation, Outcome]):
     """Solves variations of one request on one cost table.
 
     seconds   of wall clock for variations, once `base` is found; then `solve` raises OutOfTime. None: no end
@@ -163,41 +158,22 @@ class Resolver:
         progress: Callable[[str], None] | None = None,
         referee: Referee | None = None,
         clock: Callable[[], float] = time.monotonic,
+        search: Search | None = None,
     ) -> None:
-        self._begin(request, table, None, progress, clock, {}, referee)
-        self._seconds = seconds
-        self.base_search = Search(request, table, models=self._models[None], progress=progress)
+        super().__init__(seconds, progress, referee, clock)
+        self.table, self.start = table, Variation(request)
+        models: Models = {} if search is None else search.models
+        self._models: dict[frozenset[str] | None, Models] = {None: models}
+        self.layouts: Layouts | None = None
+        self.base_search = search or Search(request, table, models=models, progress=progress)
 
     @classmethod
     def of(cls, search: Search, seconds: float | None = None) -> Resolver:
         """For variations of a request whose search has found no fleet."""
-        self = cls.__new__(cls)
-        self._begin(search.request, search.table, seconds, search.say, time.monotonic, search.models)
-        self.base_search = search
+        self = cls(search.request, search.table, seconds=seconds, progress=search.say, search=search)
         self._restrict(())
+        self.begin()
         return self
-
-    def _begin(
-        self,
-        request: Request,
-        table: CostTable,
-        seconds: float | None,
-        progress: Callable[[str], None] | None,
-        clock: Callable[[], float],
-        models: Models,
-        referee: Referee | None = None,
-    ) -> None:
-        self.table = table
-        self._models: dict[frozenset[str] | None, Models] = {None: models}
-        self.say = progress or (lambda message: None)
-        self.start = Variation(request)
-        self._clock = clock
-        self._end = None if seconds is None else clock() + seconds
-        self._known: dict[tuple[object, ...], Outcome | None] = {}
-        self.layouts: Layouts | None = None
-        self._referee = referee
-        self.missed = ""
-        self.solved = 0
 
     def _restrict(self, taken: Iterable[tuple[int, ...]]) -> None:
         """Where there are many candidates, keeps the promising layouts and those that are taken."""
@@ -208,81 +184,32 @@ class Resolver:
     @cached_property
     def base(self) -> Outcome | None:
         """The request as it stands."""
-        search = self.base_search
-        fleet = search.fleet()
-        if fleet is not None and self._referee is not None:
-            judged = accepted(search, fleet, self._referee)
-            if judged is None:
-                fleet = None
-            else:
-                search, fleet, verdict = judged
-                self.base_search, self.missed = search, verdict.missed
-        if fleet is not None:
-            self._restrict(item.candidate.layout for item in fleet.items)
-        found = None if fleet is None else Outcome(self.start, search, fleet)
+        settled = self.settled((self.base_search,), proposed)
+        found = None
+        if settled is not None:
+            found = self.settle(settled.searches[0], settled.proposal.fleets[0])
+            self.missed = next((one.missed for one in settled.judgements if not one.accepted), "")
         self._known[self.start.key()] = found
-        self._end = None if self._seconds is None else self._clock() + self._seconds
+        self.begin()
         return found
 
-    @contextmanager
-    def within(self, share: float) -> Iterator[None]:
-        """Leaves this share of the remaining time to what is done until the block ends."""
-        end = self._end
-        if end is not None:
-            now = self._clock()
-            self._end = now + share * max(end - now, 0.0)
-        try:
-            yield
-        finally:
-            self._end = end
-
-    @property
-    def judges(self) -> bool:
-        """Whether fleets are judged by playing the workload."""
-        return self._referee is not None
+    def settle(self, search: Search, fleet: Fleet) -> Outcome:
+        """Takes a search and its fleet for the request's own: variations start from its cuts and layouts."""
+        self.base_search = search
+        self._restrict(item.candidate.layout for item in fleet.items)
+        return Outcome(self.start, search, fleet)
 
     @property
     def restricted(self) -> bool:
         return self.layouts is not None
 
-    def solve(self, variation: Variation) -> Outcome | None:
-        """The best fleet; None when there is none or the variation contradicts itself. Raises OutOfTime."""
-        key = variation.key()
-        if key in self._known:
-            return self._known[key]
-        self._known[key] = found = self._solve(variation, self.left())
-        self.solved += 1
-        return found
-
-    def _solve(self, variation: Variation, left: float | None) -> Outcome | None:
+    def _solve(self, variation: Variation) -> Outcome | None:
         search = self.search(variation)
         if search is None:
             return None
-        try:
-            with hardware(variation):
-                fleet = search.fleet(left)
-                if fleet is None or self._referee is None:
-                    return None if fleet is None else Outcome(variation, search, fleet)
-                first = Proposal((fleet,), fleet.solution)
-                found = agreed((search,), first, self._propose, self._referee, proving=False)
-        except ToolFailed:
-            if left is not None and self._clock() >= (self._end or 0.0):
-                raise OutOfTime from None
-            raise
+        with hardware(variation):
+            found = self.settled((search,), proposed)
         return None if found is None else Outcome(variation, found.searches[0], found.proposal.fleets[0])
-
-    def _propose(self, searches: Sequence[Search], seconds: float | None) -> Proposal | None:
-        """The next proposal for a variation, within the time that is left."""
-        return proposed(searches, self.left())
-
-    def left(self) -> float | None:
-        """Seconds that are left; None: no end. Raises OutOfTime where there are none."""
-        if self._end is None:
-            return None
-        seconds = self._end - self._clock()
-        if seconds <= 0:
-            raise OutOfTime
-        return seconds
 
     def search(self, variation: Variation) -> Search | None:
         """The search of a variation, not solved yet; None when it contradicts itself."""
@@ -369,19 +296,22 @@ class Resolver:
             if own[index].gpu.name == group.gpu.name
         )
 
-    # -- comparing -------------------------------------------------------------------------
-
     @property
     def maximising(self) -> bool:
         return self.start.request.objective == "max_goodput"
 
-    def gain(self, found: Outcome | None, than: Outcome) -> float | None:
-        """By how much `found` is better, in the objective's unit; None where the two have no common unit
-        or nothing was found."""
-        if found is None or found.objective != than.objective:
+    def marginal(self, base: Outcome, looser: Variation) -> float | None:
+        """What a looser constraint would gain if engines could be bought in parts (interpolated capacities);
+        None where the objective depends on how loaded engines are."""
+        search = self.search(looser)
+        if search is None or base.objective not in ("usd_per_hour", "requests_s"):
             return None
-        gain = found.value - than.value if self.maximising else than.value - found.value
-        return 0.0 if abs(gain) <= SAME * abs(than.value) else gain
+        with hardware(looser):
+            bounds = _relaxed(base.search), _relaxed(search)
+        if bounds[0] is None or bounds[1] is None:
+            return None
+        gain = bounds[1] - bounds[0] if self.maximising else bounds[0] - bounds[1]
+        return max(gain, 0.0)
 
 
 def _without_objectives(request: Request) -> Request:
@@ -404,3 +334,19 @@ def _engines_key(request: Request, closed: bool) -> str:
     limits = request.constraints.model_copy(update=dict.fromkeys(_FLEET_LIMITS))
     objective = "max_goodput" if request.objective == "min_cost" else request.objective
     return request.changed(slo={}, workload=bare, constraints=limits, objective=objective).model_dump_json()
+
+
+def _relaxed(search: Search) -> float | None:
+    """The best value that divisible engines reach; None when even they do not suffice, or where a stated load
+    is the value."""
+    if search.request.objective == "max_goodput" and search.demand is not None:
+        return None
+    families: dict[str, list[solve.Column]] = {}
+    for _, column in search.rough():
+        families.setdefault(column.family, []).append(column)
+    limits = search.master_limits(search.demand)
+    found = [solve.relaxation(columns, limits) for columns in families.values()]
+    bounds = [one.bound for one in found if one is not None]
+    if not bounds:
+        return None
+    return min(bounds) if limits.demand is not None else max(bounds)
