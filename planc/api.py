@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from planc.planner.diff import PlanDiff
     from planc.planner.estimate import Estimate
     from planc.planner.explain import Explanation
+    from planc.planner.explain_fleet import FleetExplanation
     from planc.planner.joint import JointPlan
     from planc.runtime.simulator.replay import Replay
     from planc.runtime.validation.report import ValidationReport
@@ -33,6 +34,7 @@ __all__ = [
     "diff",
     "estimate",
     "explain",
+    "explain_joint",
     "load_plan",
     "load_profile",
     "load_request",
@@ -197,12 +199,18 @@ def _with_load_test(request: Request, settings: Mapping[str, Any]) -> tuple[Requ
     return request.overridden(mine) if mine else request, rest
 
 
+def _router(what: Plan | Request) -> str:
+    """The router that a plan decided on."""
+    routing = what.routing if isinstance(what, Plan) else None
+    return routing.policy if routing is not None else "round_robin"
+
+
 def replay(
     what: Plan | Request | str | Path,
     trace: str | Path,
     *,
     format: str | None = None,
-    router: str = "round_robin",
+    router: str | None = None,
     limit: int | None = None,
     rate_scale: float = 1.0,
     seed: int = 0,
@@ -215,6 +223,7 @@ def replay(
     `settings` name: `replay("request.yaml", "trace.csv", tp=2, replicas=4, prefill_replicas=1)`.
 
     format      "mooncake", "azure" or "vllm"; told by the file when left out
+    router      left out: the plan's, in turn where it names none
     limit       the first so many requests only          rate_scale   requests come so many times as fast
 
     Raises FileMissing or FileUnreadable for the trace, UnknownName for a format or router, InvalidField
@@ -230,7 +239,8 @@ def replay(
     if not isinstance(what, Plan | Request):
         place = Path(what)
         what = load_plan(place) if place.is_dir() or place.suffix == ".json" else load_request(place)
-    known(router)  # unknown ones are refused before any work
+    if router is not None:
+        known(router)  # unknown ones are refused before any work
     if progress:
         progress("reading the trace")
     scanned = scan(trace, format, limit, rate_scale)
@@ -252,7 +262,7 @@ def replay(
             sites,
             nodes,
             scanned,
-            router=router,
+            router=router or _router(what),
             limit=limit,
             rate_scale=rate_scale,
             seed=seed,
@@ -394,6 +404,7 @@ def explain(
     Raises FileMissing or InvalidBundle for the plan, FileMissing where its model or workload files are not
     found, InvalidField, UnknownField or UnknownName for an alternative that cannot be named.
     """
+    from planc.planner.expert_load import with_expert_load
     from planc.planner.explain import explain as run
     from planc.planner.explain_asked import asked
     from planc.planner.request import make_request
@@ -402,7 +413,7 @@ def explain(
         asked(why_not)  # what cannot be named is refused before any work
     found = plan if isinstance(plan, Plan) else load_plan(plan)
     request = make_request(found.request)
-    table = _plan_table(found, trust_remote_code=trust_remote_code)
+    table = with_expert_load(request, _plan_table(found, trust_remote_code=trust_remote_code))
     referee = None
     if simulate and found.simulated:
         from planc.runtime.referee import Simulation
@@ -414,6 +425,47 @@ def explain(
             table,
             request=request,
             alternative=why_not,
+            time_limit=time_limit,
+            progress=progress,
+            referee=referee,
+        )
+
+
+def explain_joint(
+    folder: str | Path,
+    *,
+    time_limit: float | None = None,
+    trust_remote_code: bool = False,
+    profile: ProfileDocument | str | Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    simulate: bool = True,
+) -> FleetExplanation:
+    """Why the plans of several models on one inventory (a folder that `write_joint` wrote) are as they are:
+    whom more of the inventory would serve, what sharing costs each, what the decisions of each bought.
+
+    Parameters and errors as of `explain`.
+    """
+    from planc.planner.expert_load import with_expert_load
+    from planc.planner.explain_fleet import explain_fleet
+    from planc.planner.joint import Joint, load_fleet
+    from planc.planner.request import make_request
+
+    found = load_fleet(folder)
+    requests = {name: make_request(plan.request) for name, plan in found.plans.items()}
+    tables = {
+        name: with_expert_load(requests[name], _plan_table(plan, trust_remote_code=trust_remote_code))
+        for name, plan in found.plans.items()
+    }
+    referee = None
+    if simulate and any(plan.simulated for plan in found.plans.values()):
+        from planc.runtime.referee import Simulation
+
+        referee = Simulation()
+    with with_profile(profile, {gpu for request in requests.values() for gpu in _gpus(request)}):
+        return explain_fleet(
+            found,
+            Joint(requests, found.limits),
+            tables,
             time_limit=time_limit,
             progress=progress,
             referee=referee,

@@ -29,7 +29,8 @@ def pools(search: Search, fleet: Fleet, homes: list[list[str]] | None = None) ->
     """The replicas, placed: a pool for each role and set of traffic classes, identical ones together."""
     if homes is None:
         homes = placement(search.groups, [i.candidate for i in fleet.items for _ in range(i.count)])
-    total = sum(item.count * item.load for item in fleet.items if item.role != "decode")
+    rates = {id(item): item.requests_s(search.traffic) for item in fleet.items}
+    total = sum(item.count * rates[id(item)] for item in fleet.items if item.role != "decode")
     found: dict[tuple[Role, tuple[str, ...]], list[Replica]] = {}
     position = 0
     for item in fleet.items:
@@ -37,7 +38,7 @@ def pools(search: Search, fleet: Fleet, homes: list[list[str]] | None = None) ->
         role: Role = item.role if search.table.model.kind == "causal_lm" else "encoder"
         mine = found.setdefault((role, classes if classes != search.traffic.names else ()), [])
         for _ in range(item.count):
-            mine.append(replica(search, item, homes[position], item.load / total))
+            mine.append(replica(search, item, homes[position], rates[id(item)] / total))
             position += 1
     return [
         Pool(role=role, classes=list(classes), replicas=replicas)
@@ -213,7 +214,9 @@ def coverage(search: Search, judgement: Judgement | None = None) -> Coverage:
             missing.append("memory that the prefix cache needs to reach its hit rate")
         else:
             modelled.append("what each memory holds of the prefixes that recur, loaded or computed again")
-            missing.append("prefixes that are wanted more often than others, and routing that heeds caches")
+            missing.append(
+                "prefixes that are wanted more often than others, and what heeding caches in routing saves"
+            )
     if search.request.workload.trace is not None:
         modelled.append("length distribution, arrival rate and burstiness of the trace")
         missing.append("correlation and drift of the trace's arrivals")

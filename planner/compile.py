@@ -15,10 +15,11 @@ from planc.planner.check import check, shape_of
 from planc.planner.expert_load import expert_maps, with_expert_load
 from planc.planner.observe import observe
 from planc.planner.offers import Fleet
-from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Replica, Solver
+from planc.planner.plan import Fingerprint, ModelSummary, Plan, Predicted, Replica, Routing, Solver
 from planc.planner.predict import by_class, predicted
 from planc.planner.referee import Judgement, Referee, accepted
 from planc.planner.request import Request
+from planc.planner.routing import decided
 from planc.planner.search import Progress, Search
 
 
@@ -61,7 +62,8 @@ def plan(
         search, fleet, judgement = judged
     if progress:
         progress("checking the plan")
-    found = assembled(search, fleet, time.perf_counter() - start, judgement)
+    route = decided(search, fleet, referee)
+    found = assembled(search, fleet, time.perf_counter() - start, judgement, route=route)
     wrong = check(found, table, request)
     if wrong:
         raise CheckFailed(what="the plan", reason=wrong[0], mend="Please report the request.")
@@ -87,11 +89,13 @@ def assembled(
     seconds: float,
     judgement: Judgement | None = None,
     homes: list[list[str]] | None = None,
+    route: Routing | None = None,
 ) -> Plan:
     """The plan document of a fleet.
 
     judgement   what a referee found of it
     homes       GPUs of each replica, where others lie on the same inventory
+    route       how requests are spread, where that was decided
     """
     table = search.table
     pools = assemble.pools(search, fleet, homes)
@@ -120,6 +124,7 @@ def assembled(
         predicted_by_class=by_class(fleet.items, search.traffic, search.slos),
         simulated={k: dict(v) for k, v in judgement.latencies.items()} if judgement else {},
         pools=pools,
+        routing=route or decided(search, fleet),
         layers=assemble.layers(table, fleet),
         experts=expert_maps(table, pools),
         rejected=rejected(search, fleet),

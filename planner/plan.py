@@ -193,6 +193,21 @@ class ExpertMap(_Part):
     physical_to_logical: list[list[int]]
 
 
+Policy = Literal["least_loaded", "round_robin", "power_of_two", "prefix_aware"]
+
+
+class Routing(_Part):
+    """How requests are spread over replicas, by traffic shares: `reason` says how that was decided.
+
+    compared   policy -> hit_rate, mean ttft_ms, tpot_ms and e2e_ms, and excess (the largest objective as a
+               multiple of its limit) of this fleet, simulated; {} where nothing told policies apart
+    """
+
+    policy: Policy
+    reason: str
+    compared: dict[Policy, dict[str, float]] = Field(default_factory=dict)
+
+
 class Plan(_Part):
     """`simulated`: latencies of the workload played against the plan, metric -> mean, p50, p90, p95, p99."""
 
@@ -206,6 +221,7 @@ class Plan(_Part):
     predicted_by_class: dict[str, dict[str, Predicted]] = Field(default_factory=dict)
     simulated: dict[str, dict[str, float]] = Field(default_factory=dict)
     pools: list[Pool]
+    routing: Routing | None = Field(default=None, exclude_if=_none)
     layers: list[LayerPlan]
     experts: list[ExpertMap] = Field(default_factory=list, exclude_if=_no_maps)
     rejected: list[Rejected]
@@ -259,6 +275,13 @@ def load_plan(path: str | Path) -> Plan:
     """
     place = Path(path)
     file = place / "plan.json" if place.is_dir() else place
+    if place.is_dir() and not file.exists() and (place / "fleet.json").is_file():
+        names = sorted(found.parent.name for found in place.glob("*/plan.json"))
+        raise InvalidBundle(
+            path=path,
+            reason="it holds the plans of several models",
+            mend=f"Name one of them: {', '.join(str(place / name) for name in names)}.",
+        )
     if not file.is_file():
         raise FileMissing(what="bundle", path=path, mend="Name a folder that `planc compile -o` wrote.")
     try:
@@ -266,6 +289,10 @@ def load_plan(path: str | Path) -> Plan:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidBundle(
             path=path, reason=f"plan.json is not JSON ({error})", mend="It may be truncated; compile again."
+        ) from None
+    except OSError as error:
+        raise InvalidBundle(
+            path=path, reason=f"plan.json cannot be read ({error.strerror})", mend="Check who may read it."
         ) from None
     found = raw.get("schema_version") if isinstance(raw, dict) else None
     if not isinstance(found, int):

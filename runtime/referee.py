@@ -21,11 +21,12 @@ from planc.cost_model.table import CostTable
 from planc.planner import assemble
 from planc.planner.disaggregated import transfer_seconds
 from planc.planner.offers import Deployed, Fleet
-from planc.planner.plan import Pool
+from planc.planner.plan import Policy, Pool
 from planc.planner.referee import Judgement, Verdict
 from planc.planner.search import Search
 from planc.planner.slo import Slo
 from planc.planner.traffic import Traffic
+from planc.runtime.routing import behind
 from planc.runtime.simulator import Load, Records, Rules, Server, closed_loop, open_loop, simulate
 from planc.runtime.simulator.deployment import sites, speculation
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
@@ -86,7 +87,8 @@ class Simulation:
     def judge(self, search: Search, fleet: Fleet) -> Judgement:
         """Plays the workload against every kind of engine."""
         found: list[tuple[Verdict, Played, float]] = []
-        whole = sum(item.count * item.load for item in fleet.items if item.role != "decode")
+        flow = search.traffic
+        whole = sum(item.count * item.requests_s(flow) for item in fleet.items if item.role != "decode")
         for items in _together(fleet.items):
             assert items[0].stream is not None
             slos = _objectives(search, items)
@@ -98,7 +100,7 @@ class Simulation:
             broken = [slo for slo in slos if values[slo.key] > slo.limit * (1 + self.tolerance)]
             excess = max((values[slo.key] / slo.limit for slo in broken), default=1.0)
             verdict = Verdict(tuple(items), values, not broken, excess, _failing(items, broken))
-            part = sum(item.count * item.load for item in items if item.role != "decode")
+            part = sum(item.count * item.requests_s(flow) for item in items if item.role != "decode")
             found.append((verdict, played, part / whole))
         return Judgement(tuple(v for v, _, _ in found), _latencies([(p, share) for _, p, share in found]))
 
@@ -121,7 +123,10 @@ class Simulation:
         prefill, first_weights, most = self._pool(search, first, part)
         decode, second_weights, more = self._pool(search, second, part)
         rate = min(most, more)
-        load, label = _load(flow, rate, prefill[0], self.seed)
+        if flow.concurrency is None:
+            load, label = _load(flow, rate, prefill[0], self.seed)
+        else:
+            load, label = _load(flow, rate * _answer_seconds(items), decode[0], self.seed)
         source, target = first[0].candidate, second[0].candidate
 
         @cache
@@ -141,6 +146,27 @@ class Simulation:
             seed=self.seed,
         )
         return _settled(records, label, flow)
+
+    def routes(
+        self, search: Search, fleet: Fleet, policies: Sequence[Policy]
+    ) -> dict[Policy, dict[str, float]]:
+        """A `planc.planner.routing.Routes`: the whole fleet behind each router."""
+        flow, items = search.traffic, [item for item in fleet.items for _ in range(item.count)]
+        servers = [self._servers(search, item)[0] for item in items]
+        running = [float(item.state(flow).batch[0, 0]) * flow.decode_context for item in items]
+        weights = [item.load for item in items]
+        found: dict[Policy, dict[str, float]] = {}
+        for policy in policies:
+            records, filled, label = behind(policy, servers, weights, running, flow, sum(weights), self.seed)
+            times = records.ttft_s[filled], records.tpot_s[filled], records.e2e_s[filled]
+            played = Played(*times, records, label[filled], flow.names)
+            means = zip(("ttft_ms", "tpot_ms", "e2e_ms"), times, strict=True)
+            found[policy] = {
+                "hit_rate": float(records.hit[filled].sum() / records.prompt[filled].sum()),
+                **{name: 1e3 * float(np.nanmean(values)) for name, values in means},
+                "excess": max([1.0, *(played.value(slo) / slo.limit for slo in search.slos)]),
+            }
+        return found
 
     def _key(self, search: Search, item: Deployed) -> tuple[object, ...]:
         """Names engines of whatever search that do the same work in steps that take as long."""
@@ -222,6 +248,12 @@ def _servers(search: Search, item: Deployed) -> list[Server]:
     return [Server(site.clock, rules, site.kv_blocks, replica.block_size) for site in found]
 
 
+def _answer_seconds(items: Sequence[Deployed]) -> float:
+    """From a request to the end of its answer on prefill and decode pools, by formulas."""
+    users = sum(i.count * i.load * float(i.state(i.stream.traffic).e2e[0, 0]) for i in items if i.stream)
+    return users / sum(i.count * i.load for i in items if i.role == "decode")
+
+
 def _load(flow: Traffic, amount: float, server: Server, seed: int) -> tuple[Load, NDArray[np.intp]]:
     """Requests at a rate (or of so many users of a closed loop), and the traffic class of each."""
     users = amount
@@ -234,7 +266,8 @@ def _load(flow: Traffic, amount: float, server: Server, seed: int) -> tuple[Load
     prefix = shared_prefix(prompt, flow.hit_rate, server.block_size)
     if flow.concurrency is not None:
         clients = max(round(amount), 1)
-        answer = flow.osl_mean * server.clock.line(clients, flow.decode_context).seconds
+        together = min(clients, server.rules.max_num_seqs)
+        answer = flow.osl_mean * server.clock.line(together, flow.decode_context).seconds
         load = closed_loop(clients, count, prompt, output, burst=False, ramp_s=answer)
         return replace(load, **prefix), label
     arrivals = gamma(amount, count, math.sqrt(flow.arrival_cv2), seed)

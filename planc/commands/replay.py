@@ -33,9 +33,7 @@ _WIDTH = 60
 @click.option("--format", "form", help="mooncake, azure or vllm. Default: told by the file's first line.")
 @click.option(
     "--router",
-    default="round_robin",
-    show_default=True,
-    help="round_robin, least_loaded, power_of_two or prefix_aware.",
+    help="round_robin, least_loaded, power_of_two or prefix_aware. Default: the plan's, else round_robin.",
 )
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Replay the first N requests only.")
 @click.option(
@@ -55,7 +53,7 @@ def replay_command(
     what: str,
     trace: str,
     form: str | None,
-    router: str,
+    router: str | None,
     limit: int | None,
     rate_scale: float,
     seed: int,
