@@ -108,6 +108,7 @@ class GraphRule(Entry):
     """Which decode batch sizes get a CUDA graph: 1, 2, 4, then in steps up to `largest`.
 
     mib_fixed, mib_per_size   memory of all captures: a pool, and each size's share (assumed)
+    piecewise                 rows up to which steps with prompts replay graphs between their attentions
     """
 
     small: tuple[int, ...]
@@ -117,6 +118,7 @@ class GraphRule(Entry):
     largest: int
     mib_fixed: float
     mib_per_size: float
+    piecewise: int = 0
 
     def sizes(self, max_num_seqs: int) -> tuple[int, ...]:
         """Captured sizes for an engine with this batch cap, ascending; () when graphs are off."""
@@ -140,6 +142,7 @@ class Serving(Entry):
     preemption         what becomes of the cache of a sequence that must give way
     stream_interval    tokens per message to a client
     recv_interval      steps between looks at new requests
+    stream_us          a frontend's time for one message to a client, one after another
     first_token        of a request whose prompt another engine computed: the client has it from that engine
                        ("prefill"), when decoding begins ("decode"), or after one more step that computes
                        it again ("again")
@@ -157,6 +160,7 @@ class Serving(Entry):
     preemption: Literal["recompute", "swap"] = "recompute"
     stream_interval: int = Field(default=1, ge=1)
     recv_interval: int = Field(default=1, ge=1)
+    stream_us: float = Field(default=0.0, ge=0)
     first_token: Literal["prefill", "decode", "again"] = "prefill"
     handover_pp: tuple[Literal["prefill", "decode"], ...] | None = None
     request_ms: float | None = Field(default=None, ge=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -146,11 +146,10 @@ class StepModel:
         self._collective_calls = _calls(
             self._collectives, self._stages, count, range(len(self._collectives)), len(self._collectives)
         )
-        self._launches = np.array(
-            [
-                sum(k.calls * k.launches * s.counts[count[k.layer_class]] for k in self.kernels)
-                for s in self._stages
-            ]
+        attention = [kernel for kernel in self.kernels if kernel.part != "step"]
+        self._launches = np.array([_launches(self.kernels, s.counts, count) for s in self._stages])
+        self._between_graphs = np.array(
+            [len(s.layers) + _launches(attention, s.counts, count) for s in self._stages]
         )
         self._beside = self._hidden()
 
@@ -370,7 +369,9 @@ class StepModel:
         layers = np.array([[len(stage.layers)] for stage in self._stages])
         each = self.profile.per_sequence_us * (load.seqs + load.chunks)
         host = (fixed + self.profile.layer_us * layers + each) * 1e-6
-        launches = self._launches[:, None] * per_launch
+        piecewise = 0 if self.shape.eager else self.profile.cuda_graphs.piecewise
+        launched = np.where(rows <= piecewise, self._between_graphs[:, None], self._launches[:, None])
+        launches = launched * per_launch
         return Pieces(shared, decode, prefill, launches, self._hand_over(rows) + host)
 
     def _hand_over(self, tokens: Array) -> Array:
@@ -443,6 +444,11 @@ class _Group:
     index: npt.NDArray[np.intp]
     price: Callable[[Array], Times]
     sources: tuple[Provenance, ...]
+
+
+def _launches(kernels: Sequence[Kernel], counts: Sequence[int], order: Mapping[str, int]) -> float:
+    """How many kernels a stage with so many layers of each class launches."""
+    return float(sum(k.calls * k.launches * counts[order[k.layer_class]] for k in kernels))
 
 
 def _groups(kernels: Sequence[Kernel], names: Sequence[str], costs: KernelCosts) -> list[_Group]:

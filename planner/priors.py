@@ -18,6 +18,7 @@ from planc.cost_model.step import StepModel
 class Priors:
     """request_s, lag_steps   what TTFT holds besides waiting and prompt steps; see `way`
     intake_ms, intake_us      a frontend's time for one request, and per token of its prompt: one at a time
+    kept_request_ms           a request's way to the scheduler where clients keep their connections
     ttft_band                 factors around TTFT beyond the band of the step time
     kv_margin_sd              standard deviations of cache demand kept free
     stable                    highest share of time that prompt processing may take
@@ -30,6 +31,7 @@ class Priors:
     lag_steps: float
     intake_ms: float
     intake_us: float
+    kept_request_ms: float
     ttft_band: tuple[float, float]
     kv_margin_sd: float
     stable: float
@@ -75,6 +77,7 @@ def priors() -> Priors:
         lag_steps=float(ttft["lag_steps"]),
         intake_ms=float(ttft["intake_ms"]),
         intake_us=float(ttft["intake_us"]),
+        kept_request_ms=float(ttft["kept_request_ms"]),
         ttft_band=(ttft["low"], ttft["high"]),
         kv_margin_sd=queueing["kv_margin_sd"],
         stable=queueing["stable"],

@@ -152,7 +152,9 @@ class _StageTables:
         self.model, self.stage = model, stage
         self.factor, self.beside = model.profile.prefill_factor, model.mixed_decode - 1.0
         probe = StepLoad(np.array([0.0, 0.0, 0.0, 1.0]), 1, np.array([1, 1001, 1001, 1000]), [1, 1, 2, 1])
-        self.launches = float(self._ask(probe, "launches")[0])
+        self.piecewise = model.profile.cuda_graphs.piecewise
+        few, many = self._ask(StepLoad(0, 0, np.array([1.0, self.piecewise + 1.0]), 1), "launches")
+        self.launches, self.launches_between_graphs = float(many), float(few)
         host, longer, split, seated = (float(x) for x in self._ask(probe, "host"))
         self.per_row, self.per_chunk, self.per_seq = (longer - host) / 1000, split - longer, seated - longer
         self.fixed = host - self.per_row - self.per_chunk
@@ -177,7 +179,8 @@ class _StageTables:
             alone = (self._alone.get(verified) or self._fill_alone(verified))[-1] + decode
         device += (self.factor - 1.0) * max(device - alone, 0.0) + self.beside * decode
         host = self.fixed + self.per_row * rows + self.per_chunk * count + self.per_seq * seqs
-        return max(device, self.launches) + host
+        launches = self.launches_between_graphs if rows <= self.piecewise else self.launches
+        return max(device, launches) + host
 
     def verified(self, seqs: int, draft: int) -> float:
         """What verifying so many drafted tokens of each sequence adds to a step without prompts."""

@@ -26,6 +26,8 @@ class Load:
                   when it has the answer to its last
     prompt, output  token counts, arrays or distributions
     concurrency   clients of a closed loop             ramp_s  over which they start; 0: all at once
+    warm_up       requests that the clients of a closed loop send first: when all of these are answered they
+                  start again together
     priority, adapter   one integer per request (lower priorities run first; adapter -1 is the base model)
     prefix        per request, hashes of the leading blocks of its prompt; `prefix_block` tokens each
     """
@@ -36,6 +38,7 @@ class Load:
     arrival_s: Floats | None = None
     concurrency: int | None = None
     ramp_s: float = 0.0
+    warm_up: int = 0
     priority: Ints | None = None
     adapter: Ints | None = None
     prefix: Sequence[Sequence[int]] | None = None

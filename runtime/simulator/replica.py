@@ -126,6 +126,7 @@ class Replica:
         self._pace = 0.0  # seconds of the last decode step, prompts beside it not counted
         self._frontend = 0.0  # when it has dealt with all requests sent so far
         self._decided = 0.0  # until when arrivals can be in the next step
+        self._sent = 0.0  # when the frontend has sent all messages so far
         self._patient = rules.max_adapters is None and rules.recv_interval == 1
         self._draft = rules.speculative.draft if rules.speculative else 0
 
@@ -193,6 +194,7 @@ class Replica:
         else:
             seconds, drain = self._one(batch)
             last = seconds
+        self._sent = self._sent_after(batch.decodes, steps, seconds)
         self.now = start + seconds
         self._decided = self.now - last if self.rules.asynchronous else self.now
         self.steps += steps
@@ -314,13 +316,24 @@ class Replica:
             slope = (last - first) / (steps - 1)
             gaps.add_line(first + slope, last, steps - 1, decodes)
 
+    def _sent_after(self, decodes: int, steps: int, seconds: float) -> float:
+        """When the frontend has sent all messages of the next `steps` steps, which take `seconds` together:
+        at their end, or later. Exact for a run, whose steps get no shorter."""
+        work = steps * decodes * self.rules.stream_us * 1e-6 / self.rules.stream_interval
+        return max(max(self._sent, self.now) + work, self.now + seconds)
+
+    def _unsent(self) -> float:
+        """Seconds that a message waits behind others."""
+        return max(self._sent - self.now, 0.0)
+
     def _first_lag(self) -> float:
-        """Seconds from the end of a prompt's last step to its client: `lag_steps` of decoding."""
+        """Seconds from the end of a prompt's last step to its client: `lag_steps` of decoding, and the
+        messages before."""
         if not self.rules.lag_steps:
-            return 0.0
+            return self._unsent()
         group = self.scheduler.decoding
         size = max(group.size, 1)
-        return self.rules.lag_steps * self._line(size, group.cached / size + 1).seconds
+        return self._unsent() + self.rules.lag_steps * self._line(size, group.cached / size + 1).seconds
 
     def _open(self, request: int) -> None:
         """Says when the client has the first token of a request that was handed over and decodes from now."""
@@ -337,9 +350,10 @@ class Replica:
         while hidden and hidden[0][0] <= made + self.scheduler.decoding.ahead(steps):
             token, request = heappop(hidden)
             after = math.ceil((token - made) / pace)
-            at = self.now + after * (line.seconds + line.slope * (after - 1) / 2)
+            taken = after * (line.seconds + line.slope * (after - 1) / 2)
             lag = self.rules.lag_steps * (plain.seconds + plain.slope * (after - 1))
-            self.journal.first[request] = at + lag
+            sent = self._sent_after(self.scheduler.decoding.size, after, taken)
+            self.journal.first[request] = sent + lag
 
     def _book(self, batch: Batch, finished: list[Sequence], start: float, drain: float) -> list[Finished]:
         journal, now = self.journal, self.now
@@ -361,7 +375,7 @@ class Replica:
         found = []
         for sequence in finished:
             at = sequence.id
-            end = max(now + self.rules.lag_steps * self._pace, journal.first[at])
+            end = max(now + self.rules.lag_steps * self._pace + self._unsent(), journal.first[at])
             journal.finish[at] = end
             journal.preemptions[at] = sequence.preemptions
             journal.hit[at] = sequence.hit

@@ -54,6 +54,7 @@ class Rules(Limits):
     intake_ms         of a server's frontend for each request, one after another: parsing, tokenizing
     intake_us         the same per token of its prompt
     lag_steps         steps from a token's kernels to its client
+    stream_us         of a server's frontend for each message to a client, one after another
     asynchronous      a step is decided while the one before it runs: an arrival waits for the rest of the
                       running step and for all of the next
     prefix_caching    prompts' blocks outlive their requests
@@ -68,6 +69,7 @@ class Rules(Limits):
     intake_ms: float = 0.0
     intake_us: float = 0.0
     lag_steps: float = 0.0
+    stream_us: float = 0.0
     asynchronous: bool = False
     prefix_caching: bool = False
     speculative: Speculation | None = None
@@ -83,6 +85,7 @@ class Rules(Limits):
             ("intake_ms", 0),
             ("intake_us", 0),
             ("lag_steps", 0),
+            ("stream_us", 0),
         ):
             value = getattr(self, name)
             if not value >= least:
@@ -127,6 +130,7 @@ class Rules(Limits):
             "intake_ms": priors().intake_ms,
             "intake_us": priors().intake_us,
             "lag_steps": lag_steps,
+            "stream_us": serving.stream_us,
             "asynchronous": profile.overlaps_host,
         }
         for name in ("stream_interval", "recv_interval", "prompts_per_step"):

@@ -63,15 +63,25 @@ def serve(replica: Replica, requests: Requests) -> None:
 
 def _closed(replica: Replica, requests: Requests) -> None:
     load = requests.load
-    clients = load.concurrency or 1
+    at = _round(replica, requests, 0, load.warm_up, 0.0) if load.warm_up else 0.0
+    _round(replica, requests, load.warm_up, load.requests, at)
+
+
+def _round(replica: Replica, requests: Requests, following: int, stop: int, at: float) -> float:
+    """Clients that start at `at` with request `following` and send all up to `stop`; when the last answer is
+    there."""
+    load = requests.load
+    clients = min(load.concurrency or 1, stop - following)
     for client in range(clients):
-        replica.offer(requests.send(client, client * load.ramp_s / clients))
-    following = clients
+        replica.offer(requests.send(following, at + client * load.ramp_s / clients))
+        following += 1
     while replica.busy:
         for answer in replica.step():
-            if following < load.requests:
+            at = max(at, answer.at)
+            if following < stop:
                 replica.offer(requests.send(following, answer.at))
                 following += 1
+    return at
 
 
 def _open(replica: Replica, requests: Requests) -> None:

@@ -24,7 +24,7 @@ from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.features import Array
 from planc.runtime.validation.constants import NAMES, Constants
 from planc.runtime.validation.lint import mean_lengths
-from planc.runtime.validation.predict import Predictor, Times
+from planc.runtime.validation.predict import Predictor, Times, request_ms
 from planc.runtime.validation.setups import Setup
 
 Cell = tuple[str, str, str, str]
@@ -135,7 +135,8 @@ def _slopes(predictor: Predictor, setup: Setup, constants: Constants, times: Tim
         "request_ms": 0.0,
         "lag_steps": 0.0,
     }
-    rest = max(times.ttft - constants.request_ms - constants.lag_steps * plain, 0.0)
+    request = request_ms(setup, constants)
+    rest = max(times.ttft - request - constants.lag_steps * plain, 0.0)
     steps = rest / max(mixed, plain)
     share = 1.0 if alone else max(mixed - plain, 0.0) / max(mixed, 1e-9)
     ttft = {
@@ -144,7 +145,7 @@ def _slopes(predictor: Predictor, setup: Setup, constants: Constants, times: Tim
         "per_sequence_us": ms * riding * (steps + constants.lag_steps),
         "kernel_factor": (rest + constants.lag_steps * plain) / constants.kernel_factor,
         "prefill_factor": rest * share / constants.prefill_factor,
-        "request_ms": 1.0,
+        "request_ms": 0.0 if setup.harness.keeps_connections else 1.0,
         "lag_steps": plain,
     }
     return np.array([[of[name] for name in NAMES] for of in (tpot, ttft)])

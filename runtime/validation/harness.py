@@ -26,6 +26,7 @@ class Harness:
     requests_per_client       requests of a run over its concurrency
     length_low, length_high   lengths are drawn evenly between these shares of the stated ones
     distinct_prompts          prompts that repeat in turn while the engine keeps their cache; None: all differ
+    keeps_connections         clients keep their connections; otherwise they open one for every request
     stream_interval           tokens between two messages to the client; it sees the first with the n-th
     recv_interval             steps between two polls for arrivals
     asynchronous              a step is decided while another runs; None: as the engine does by default
@@ -61,6 +62,7 @@ class Harness:
     speculative: str | None = None
     expert_parallel: bool | None = None
     dependent_launch: bool = False
+    keeps_connections: bool = False
 
 
 NAMES = tuple(item.name for item in fields(Harness))

@@ -23,6 +23,7 @@ FLAGS: Mapping[str, type] = {
     "length_low": float,
     "length_high": float,
     "distinct_prompts": int,
+    "keeps_connections": bool,
     "asynchronous": bool,
     "stream_interval": int,
     "recv_interval": int,

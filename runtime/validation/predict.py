@@ -121,7 +121,7 @@ class Predictor:
             scheduling=harness.scheduling or setup.profile.scheduling,
             asynchronous=model.asynchronous if harness.asynchronous is None else harness.asynchronous,
             prefix_caching=harness.distinct_prompts is not None,
-            request_ms=constants.request_ms,
+            request_ms=request_ms(setup, constants),
             lag_steps=constants.lag_steps + harness.batch_wait_steps,
         )
         return Server(
@@ -138,15 +138,21 @@ class Predictor:
         load = clients(setup, setup.decode.shape.dp)
         if setup.harness.distinct_prompts is None:
             return simulate(server, load, seed=self.seed)
-        warm = _WARM_UP * (load.concurrency or 1)
+        wave = load.concurrency or 1
+        warm = _WARM_UP * wave
         records = simulate(server, _repeating(setup, load, warm), seed=self.seed)
-        return records.only(np.arange(load.requests + warm) >= warm)
+        return replace(records.only(np.arange(load.requests + warm) >= warm), wave=wave)
 
     def _pools(self, setup: Setup, prefill: Engine, constants: Constants) -> Records:
         prompts = self._server(setup, prefill, constants)
         decodes = self._server(setup, setup.decode, constants)
         load = clients(setup, slices(setup, prefill))
         return simulate_pools(setup, prefill, prompts, decodes, load, self.seed)
+
+
+def request_ms(setup: Setup, constants: Constants) -> float:
+    """A request's way to the scheduler, as its client goes it."""
+    return priors().kept_request_ms if setup.harness.keeps_connections else constants.request_ms
 
 
 def _hidden_us(model: StepModel) -> float:
@@ -174,6 +180,7 @@ def _repeating(setup: Setup, load: Load, warm: int) -> Load:
     return replace(
         load,
         requests=requests,
+        warm_up=warm,
         prefix=[prompts[i % count] for i in range(requests)],
         prefix_block=block,
     )
