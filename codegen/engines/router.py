@@ -1,10 +1,16 @@
-"""Sends requests to the engines of a plan that keeps prefill and decode apart.
+"""Sends requests to the engines of a plan.
 
     python router.py [--port 9000] [--at node0=10.0.0.1 ...]
 
-Speaks HTTP like the engines behind it. A request goes to a prefill engine for one token; what that answers
-about its cache goes with the request to a decode engine, whose answer is passed on as it comes. Of several
-engines the one with fewest open requests for its share is taken. `router.json` beside this file lists them.
+Speaks HTTP like the engines behind it. A request goes to an engine that does all of it; or to a prefill
+engine for one token, and what that answers about its cache goes with the request to a decode engine, whose
+answer is passed on as it comes. `router.json` beside this file lists the engines and the policy to choose by:
+
+    least_loaded    fewest open requests for its share
+    power_of_two    the less loaded of two drawn at random
+    round_robin     in turn, by shares
+    prefix_aware    least text that it has not seen and that waits: open requests' and the new one's
+
 Requests of a traffic class say so in the header X-Traffic-Class. Needs nothing but Python.
 """
 
@@ -12,21 +18,30 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
+import random
 import sys
 import uuid
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 LONGEST_HEAD = 1 << 16
 HEALTH = ("/health", "/v1/models", "/version")
+#: a prefix is known by blocks of so many characters, of which a token has about four
+BLOCK, CHARACTERS = 512, 4
 
 
 class Engine:
-    """One instance: where it listens, its share of the requests, and how many it holds now."""
+    """One instance: where it listens, its share of the requests, what it holds now, and whose prefixes it has
+    seen as far as its cache may still hold them."""
 
-    def __init__(self, host: str, port: int, share: float) -> None:
-        self.host, self.port, self.share, self.open = host, port, share, 0
+    def __init__(self, host: str, port: int, share: float, cache_tokens: int = 0) -> None:
+        self.host, self.port, self.share = host, port, share
+        self.open = self.waiting = 0
+        self.seen: OrderedDict[bytes, None] = OrderedDict()
+        self.most = cache_tokens * CHARACTERS // BLOCK
 
     @property
     def pressure(self) -> float:
@@ -38,7 +53,10 @@ class Route:
 
     def __init__(self, entry: dict[str, Any], at: dict[str, str]) -> None:
         def engines(name: str) -> list[Engine]:
-            return [Engine(at.get(e["node"], e["node"]), e["port"], e["share"]) for e in entry.get(name, ())]
+            return [
+                Engine(at.get(e["node"], e["node"]), e["port"], e["share"], e.get("cache_tokens", 0))
+                for e in entry.get(name, ())
+            ]
 
         self.classes = frozenset(entry["classes"])
         self.whole, self.prefill, self.decode = map(engines, ("whole", "prefill", "decode"))
@@ -50,6 +68,69 @@ class Route:
         return (self.open + 1) / self.share
 
 
+class LeastLoaded:
+    def choose(self, engines: list[Engine], blocks: list[bytes]) -> Engine:
+        return min(engines, key=lambda engine: engine.pressure)
+
+
+class PowerOfTwo:
+    def __init__(self) -> None:
+        self.random = random.Random(0)
+
+    def choose(self, engines: list[Engine], blocks: list[bytes]) -> Engine:
+        drawn = self.random.sample(engines, min(2, len(engines)))
+        return min(drawn, key=lambda engine: engine.pressure)
+
+
+class RoundRobin:
+    """Smooth weighted round-robin, as nginx does it."""
+
+    def __init__(self) -> None:
+        self.credit: dict[Engine, float] = {}
+
+    def choose(self, engines: list[Engine], blocks: list[bytes]) -> Engine:
+        for engine in engines:
+            self.credit[engine] = self.credit.get(engine, 0.0) + engine.share
+        best = max(engines, key=lambda engine: self.credit[engine])
+        self.credit[best] -= sum(engine.share for engine in engines)
+        return best
+
+
+class PrefixAware:
+    def choose(self, engines: list[Engine], blocks: list[bytes]) -> Engine:
+        mean = sum(engine.share for engine in engines) / len(engines)
+
+        def cost(engine: Engine) -> tuple[float, float]:
+            known = next((i for i, block in enumerate(blocks) if block not in engine.seen), len(blocks))
+            return len(blocks) - known + engine.waiting * mean / engine.share, engine.pressure
+
+        best = min(engines, key=cost)
+        for block in blocks:
+            best.seen[block] = None
+            best.seen.move_to_end(block)
+        while len(best.seen) > best.most:
+            best.seen.popitem(last=False)
+        return best
+
+
+POLICIES: dict[str, Any] = {
+    "least_loaded": LeastLoaded,
+    "power_of_two": PowerOfTwo,
+    "round_robin": RoundRobin,
+    "prefix_aware": PrefixAware,
+}
+
+
+def prefix_blocks(asked: dict[str, Any]) -> list[bytes]:
+    """A digest of the request's text up to the end of each whole block."""
+    text = json.dumps(asked.get("messages") or asked.get("prompt", ""), ensure_ascii=False)
+    digest, found = hashlib.blake2b(digest_size=8), []
+    for end in range(BLOCK, len(text) + 1, BLOCK):
+        digest.update(text[end - BLOCK : end].encode())
+        found.append(digest.digest())
+    return found
+
+
 class Refused(Exception):
     """An answer of the router's own."""
 
@@ -59,10 +140,13 @@ class Refused(Exception):
 
 
 class Router:
-    """`routes` as in router.json; `at` maps node names to addresses."""
+    """`routes` and `policy` as in router.json; `at` maps node names to addresses."""
 
-    def __init__(self, routes: list[dict[str, Any]], at: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, routes: list[dict[str, Any]], at: dict[str, str] | None = None, policy: str = "least_loaded"
+    ) -> None:
         self.routes = [Route(entry, at or {}) for entry in routes]
+        self.policy, self.decoders = POLICIES[policy](), LeastLoaded()
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, one request."""
@@ -93,19 +177,20 @@ class Router:
             raise Refused("400 Bad Request", "the body is not a JSON object")
         route = self._route(headers.get("x-traffic-class", ""))
         headers = {**headers, "x-request-id": headers.get("x-request-id") or uuid.uuid4().hex}
+        blocks = prefix_blocks(asked)
         route.open += 1
         try:
+            first = self.policy.choose(route.whole or route.prefill, blocks)
             if route.whole:
-                await _held(route.whole, lambda engine: _relay(engine, "POST", path, headers, body, writer))
+                await _held(first, blocks, _relay(first, "POST", path, headers, body, writer))
                 return
-            status, answer = await _held(
-                route.prefill, lambda engine: _call(engine, path, headers, first_token_only(asked))
-            )
+            status, answer = await _held(first, blocks, _call(first, path, headers, first_token_only(asked)))
             if status != 200:
                 writer.write(_answer(f"{status} Prefill Failed", answer))
                 return
             both = json.dumps({**asked, "kv_transfer_params": answer.get("kv_transfer_params")}).encode()
-            await _held(route.decode, lambda engine: _relay(engine, "POST", path, headers, both, writer))
+            second = self.decoders.choose(route.decode, blocks)
+            await _held(second, blocks, _relay(second, "POST", path, headers, both, writer))
         finally:
             route.open -= 1
 
@@ -133,14 +218,15 @@ def first_token_only(asked: dict[str, Any]) -> dict[str, Any]:
     return {**kept, "max_tokens": 1, **limits, "stream": False, "kv_transfer_params": transfer}
 
 
-async def _held(engines: list[Engine], action: Any) -> Any:
-    """Does something with the least pressed engine, which counts it while it lasts."""
-    engine = min(engines, key=lambda engine: engine.pressure)
+async def _held(engine: Engine, blocks: list[bytes], action: Any) -> Any:
+    """Does something with an engine, which counts it while it lasts."""
     engine.open += 1
+    engine.waiting += len(blocks)
     try:
-        return await action(engine)
+        return await action
     finally:
         engine.open -= 1
+        engine.waiting -= len(blocks)
 
 
 async def _request(reader: asyncio.StreamReader) -> tuple[str, str, dict[str, str], bytes]:
@@ -226,7 +312,7 @@ def _answer(status: str, content: dict[str, Any]) -> bytes:
 
 async def _main(port: int, at: dict[str, str]) -> None:
     listed = json.loads(Path(__file__).with_name("router.json").read_text(encoding="utf-8"))
-    router = Router(listed["routes"], at)
+    router = Router(listed["routes"], at, listed.get("policy", "least_loaded"))
     server = await asyncio.start_server(router.handle, "0.0.0.0", port, limit=LONGEST_HEAD)
     print(f"listening on port {port}", file=sys.stderr)
     async with server:

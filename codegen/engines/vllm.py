@@ -18,6 +18,7 @@ from planc.codegen.engines.vllm_settings import environment, settings
 from planc.codegen.shell import comment, quote
 from planc.cost_model.parts import KV, scheme
 from planc.planner.plan import Plan, Replica, Role, canonical_json
+from planc.planner.routing import DEFAULT
 from planc.version import __version__
 
 FIRST_PORT = 8000
@@ -75,10 +76,16 @@ def render(plan: Plan, config: Mapping[str, Any] | None = None) -> dict[str, str
         files[f"{shape.folder}/launch.sh"] = _launch(shape, plan, config)
         if (stored := quantization_file(shape.replica, plan)) is not None:
             files[f"{shape.folder}/{QUANTIZATION_FILE}"] = stored
-    if _apart(plan):
+    if _routed(plan):
         files["router.py"] = (Path(__file__).parent / "router.py").read_text(encoding="utf-8")
         files["router.json"] = _routes(plan)
     return files
+
+
+def _routed(plan: Plan) -> bool:
+    """Whether requests go through planc's router: between pools, or where a plan of vLLM alone chose how."""
+    alone = all(replica.engine == "vllm" for replica in plan.replicas())
+    return _apart(plan) or (alone and plan.routing is not None)
 
 
 def _apart(plan: Plan) -> bool:
@@ -86,16 +93,20 @@ def _apart(plan: Plan) -> bool:
 
 
 def _routes(plan: Plan) -> str:
-    """What the router knows: the engines of each set of traffic classes, by the part of the work they do."""
+    """What the router knows: how to choose, and the engines of each set of traffic classes, by the part of
+    the work they do."""
     routes: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
     for shape in shapes(plan):
         name = shape.role if shape.role in _HALVES else "whole"
+        r = shape.replica
+        held = {"cache_tokens": r.kv_blocks * r.block_size * r.cp * r.dp}
         for one in shape.instances:
-            found = {"node": one.parts[0].node, "port": one.port, "share": one.share}
+            found = {"node": one.parts[0].node, "port": one.port, "share": one.share, **held}
             kind = (*one.classes, "" if name == "whole" else "apart")
             routes.setdefault(kind, {}).setdefault(name, []).append(found)
     listed = [{"classes": list(kind[:-1]), **engines} for kind, engines in routes.items()]
-    return canonical_json({"plan": plan.fingerprint.plan, "routes": listed})
+    policy = plan.routing.policy if plan.routing is not None else DEFAULT
+    return canonical_json({"plan": plan.fingerprint.plan, "policy": policy, "routes": listed})
 
 
 def readme(plan: Plan) -> str:
@@ -125,8 +136,13 @@ def readme(plan: Plan) -> str:
         lines += [
             "Prompts are computed by the prefill instances, their caches fetched by the decode instances "
             "through NIXL (`pip install nixl`). They agree on the way at `SIDE_HOST`, a node's address as "
-            "others reach it (its own name if left out). Start all instances, then the router, which clients "
-            "talk to; `--at` says where the plan's nodes are:",
+            "others reach it (its own name if left out).",
+            "",
+        ]
+    if _routed(plan):
+        lines += [
+            "Start all instances, then the router, which clients talk to; `--at` says where the plan's nodes "
+            "are:",
             "",
             "```",
             "python engines/vllm/router.py --port 9000 "

@@ -1,4 +1,4 @@
-"""The router of a bundle whose engines keep prefill and decode apart, before stand-ins for engines."""
+"""The router of a bundle, before stand-ins for engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from planc.codegen.engines.router import Router, first_token_only
+import pytest
+
+from planc.codegen.engines.router import BLOCK, POLICIES, Engine, Router, first_token_only, prefix_blocks
+from planc.planner.routing import POLICIES as PLANNED
 
 TICKET = {"do_remote_prefill": True, "remote_engine_id": "a", "remote_block_ids": [[1, 2]]}
 
@@ -142,3 +145,39 @@ def test_failures_are_answers() -> None:
 def test_chat_requests_state_their_limit_in_their_own_word() -> None:
     found = first_token_only({"messages": [], "max_completion_tokens": 50, "min_tokens": 9})
     assert (found["max_completion_tokens"], found["max_tokens"], found["min_tokens"]) == (1, 1, 1)
+
+
+def test_text_that_was_seen_goes_where_it_was_unless_too_much_waits_there() -> None:
+    policy, engines = POLICIES["prefix_aware"](), [Engine("a", 1, 0.5, 1 << 14), Engine("b", 2, 0.5, 1 << 14)]
+    long, other = (
+        prefix_blocks({"messages": [{"role": "system", "content": word * BLOCK}]})
+        for word in ("one ", "two ")
+    )
+    first = policy.choose(engines, long)
+    first.open, first.waiting = 1, len(long)
+    second = policy.choose(engines, other)
+    assert second is not first
+    second.open, second.waiting = 1, len(other)
+    assert policy.choose(engines, long) is first
+    assert policy.choose(engines, other) is second
+    first.waiting = 3 * len(long)
+    assert policy.choose(engines, long) is second
+
+
+def test_what_a_cache_cannot_hold_any_more_is_forgotten() -> None:
+    policy, engine = POLICIES["prefix_aware"](), Engine("a", 1, 1.0, cache_tokens=BLOCK)
+    for number in range(9):
+        policy.choose([engine], prefix_blocks({"prompt": f"{number} " * 4 * BLOCK}))
+    assert len(engine.seen) == engine.most
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_every_policy_of_a_plan_heeds_shares(name: str) -> None:
+    small, large = Engine("a", 1, 0.25), Engine("b", 2, 0.75)
+    policy = POLICIES[name]()
+    for _ in range(40):
+        chosen = policy.choose([small, large], [b""])
+        chosen.open += 1
+        chosen.waiting += 1
+    assert 8 <= small.open <= 12
+    assert set(PLANNED) == set(POLICIES)
