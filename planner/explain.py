@@ -77,23 +77,24 @@ class Explanation:
             "metrics": dict(self.metrics),
             "constraints": [price.to_json() for price in self.prices],
             "decisions": [ablation.to_json() for ablation in self.ablations],
-            "engines": [
-                {
-                    "role": engine.role,
-                    "engine": engine.label,
-                    "count": engine.count,
-                    "steps": engine.steps,
-                    "bounds": {phase: dict(shares) for phase, shares in engine.bounds.items()},
-                    "memory": dict(engine.memory),
-                }
-                for engine in self.engines
-            ],
+            "engines": [engine_json(engine) for engine in self.engines],
             "why_not": None if self.why_not is None else self.why_not.to_json(),
             "notes": list(self.notes),
             "complete": self.complete,
             "solved": self.solved,
             "simulated": self.simulated,
         }
+
+
+def engine_json(engine: Engine) -> dict[str, Any]:
+    return {
+        "role": engine.role,
+        "engine": engine.label,
+        "count": engine.count,
+        "steps": engine.steps,
+        "bounds": {phase: dict(shares) for phase, shares in engine.bounds.items()},
+        "memory": dict(engine.memory),
+    }
 
 
 def explain(

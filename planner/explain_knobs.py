@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Generic
 
 from planc.cost_model import catalogue
 from planc.planner.loosen import (
@@ -20,6 +21,7 @@ from planc.planner.loosen import (
     with_objective,
 )
 from planc.planner.plan import Plan
+from planc.planner.resolving import F, V
 from planc.planner.slo import Slo
 from planc.planner.variations import Outcome, Resolver, Variation
 
@@ -30,7 +32,7 @@ _BUDGET = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Knob:
+class Knob(Generic[V, F]):
     """A constraint that can be turned.
 
     name, unit   as in the request; the unit of `stated`
@@ -49,10 +51,10 @@ class Knob:
     unit: str = ""
     stated: float | None = None
     step: float = 0.0
-    at: Callable[[float], Variation] | None = None
-    without: Variation | None = None
+    at: Callable[[float], V] | None = None
+    without: V | None = None
     instead: str = "left out"
-    reached: Callable[[Outcome], float] | None = None
+    reached: Callable[[F], float] | None = None
     far: float | None = None
     least: float = 1e-9
     sure: bool = True
@@ -62,23 +64,42 @@ class Knob:
         return isinstance(self.step, int)
 
 
-def knobs(resolver: Resolver, base: Outcome) -> Iterator[Knob]:
+#: a constraint of one request
+Turned = Knob[Variation, Outcome]
+
+
+def knobs(resolver: Resolver, base: Outcome) -> Iterator[Turned]:
     """Demand, objectives, inventory, memory, constraints: in this order."""
-    start = resolver.start
-    yield from _demand(start, base)
-    for slo in start.request.slos():
-        yield _objective(start, slo)
-    for position in range(len(start.request.inventory.nodes)):
-        yield _node_count(start, position)
-    for gpu in dict.fromkeys(nodes.gpu for nodes in start.request.inventory.nodes):
-        yield _gpu_count(start, gpu)
+    yield from of_load(resolver, base)
+    yield from of_inventory(resolver)
     for gpu in dict.fromkeys(replica.gpu for replica in base.plan.replicas()):
-        yield _memory(start, gpu)
-    yield from _numbers(start)
-    yield from _lists(start, resolver.table.model.native_format)
+        yield of_memory(resolver, gpu)
+    yield from of_constraints(resolver)
 
 
-def _demand(start: Variation, base: Outcome) -> Iterator[Knob]:
+def of_load(resolver: Resolver, base: Outcome) -> Iterator[Turned]:
+    """The load and the objectives."""
+    yield from _demand(resolver.start, base)
+    for slo in resolver.start.request.slos():
+        yield _objective(resolver.start, slo)
+
+
+def of_inventory(resolver: Resolver) -> Iterator[Turned]:
+    """Nodes of each group, single GPUs of each type."""
+    nodes = resolver.start.request.inventory.nodes
+    for position in range(len(nodes)):
+        yield _node_count(resolver.start, position)
+    for gpu in dict.fromkeys(group.gpu for group in nodes):
+        yield _gpu_count(resolver.start, gpu)
+
+
+def of_constraints(resolver: Resolver) -> Iterator[Turned]:
+    """What the request allows."""
+    yield from _numbers(resolver.start)
+    yield from _lists(resolver.start, resolver.table.model.native_format)
+
+
+def _demand(start: Variation, base: Outcome) -> Iterator[Turned]:
     demand = base.search.demand
     if demand is None:
         return
@@ -107,7 +128,7 @@ def _capacity(plan: Plan) -> float:
     return plan.predicted[name].value
 
 
-def _objective(start: Variation, slo: Slo) -> Knob:
+def _objective(start: Variation, slo: Slo) -> Turned:
     """A latency objective, of the request or of one traffic class."""
     key = slo.key.rpartition(": ")[2]
 
@@ -119,7 +140,7 @@ def _objective(start: Variation, slo: Slo) -> Knob:
     )
 
 
-def _node_count(start: Variation, position: int) -> Knob:
+def _node_count(start: Variation, position: int) -> Turned:
     old = start.request.inventory.nodes
     mine = old[position]
 
@@ -143,7 +164,7 @@ def _node_count(start: Variation, position: int) -> Knob:
     )
 
 
-def _gpu_count(start: Variation, gpu: str) -> Knob:
+def _gpu_count(start: Variation, gpu: str) -> Turned:
     """Single GPUs of a type beside those that there are, each in a node of its own."""
     old = start.request.inventory.nodes
     mine = [nodes for nodes in old if nodes.gpu == gpu]
@@ -171,20 +192,20 @@ def _used(found: Outcome, groups: set[int]) -> float:
     )
 
 
-def _memory(start: Variation, gpu: str) -> Knob:
-    """Of each GPU of a type, for the engines as for the cache."""
-    size = catalogue.gpu(gpu).memory_gib
+def of_memory(resolver: Resolver, gpu: str) -> Turned:
+    """Memory of each GPU of a type, for the engines as for the cache."""
+    start, size = resolver.start, catalogue.gpu(gpu).memory_gib
 
     def at(gib: float) -> Variation:
         return Variation(start.request, {gpu: gib - size})
 
     def reached(found: Outcome) -> float:
-        return max(r.memory.total_gib for r in found.plan.replicas() if r.gpu == gpu)
+        return max((r.memory.total_gib for r in found.plan.replicas() if r.gpu == gpu), default=0.0)
 
     return Knob(f"memory of each {gpu}", "GiB", size, 1.0, at, reached=reached, sure=False)
 
 
-def _numbers(start: Variation) -> Iterator[Knob]:
+def _numbers(start: Variation) -> Iterator[Turned]:
     for name, (step, unit) in NUMBERS.items():
         stated = getattr(start.request.constraints, name, None)
         if stated is None:
@@ -213,7 +234,7 @@ _REACHED: dict[str, Callable[[Outcome], float]] = {
 }
 
 
-def _lists(start: Variation, native: str) -> Iterator[Knob]:
+def _lists(start: Variation, native: str) -> Iterator[Turned]:
     limits = start.request.constraints
     for name in LISTS:
         if getattr(limits, name) is not None:

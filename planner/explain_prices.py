@@ -10,13 +10,13 @@ stands beside them, as that of a linear relaxation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from planc.planner.explain_knobs import Knob, knobs
 from planc.planner.loosen import rounded_down, rounded_up
-from planc.planner.resolving import OutOfTime
+from planc.planner.resolving import F, OutOfTime, Resolving, V
 from planc.planner.variations import Outcome, Resolver
 
 _BISECTIONS = 5
@@ -59,10 +59,14 @@ class Price:
 
 
 def prices(resolver: Resolver, base: Outcome) -> Iterator[Price]:
-    """One price per constraint that the request states, and per thing it could have more of. Those that
-    time did not allow are "not tried"."""
+    """One price per constraint that the request states, and per thing it could have more of."""
+    yield from priced(resolver, base, knobs(resolver, base))
+
+
+def priced(resolver: Resolving[V, F], base: F, turned: Iterable[Knob[V, F]]) -> Iterator[Price]:
+    """One price per constraint. Those that time did not allow are "not tried"."""
     late = False
-    for knob in knobs(resolver, base):
+    for knob in turned:
         reached = None if knob.reached is None else knob.reached(base)
         found = Price(knob.name, knob.unit, knob.stated, knob.step, reached, instead=knob.instead)
         if not late:
@@ -74,7 +78,7 @@ def prices(resolver: Resolver, base: Outcome) -> Iterator[Price]:
         yield found
 
 
-def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Price:
+def _priced(resolver: Resolving[V, F], base: F, knob: Knob[V, F], price: Price) -> Price:
     free = None if knob.without is None else resolver.solve(knob.without)
     without = _gained(resolver, free, base)
     price = replace(price, without=without)
@@ -104,20 +108,20 @@ def _priced(resolver: Resolver, base: Outcome, knob: Knob, price: Price) -> Pric
     return replace(price, looser=looser, verdict=verdict, marginal=marginal)
 
 
-def _gained(resolver: Resolver, found: Outcome | None, base: Outcome) -> float | None:
+def _gained(resolver: Resolving[V, F], found: F | None, base: F) -> float | None:
     """What a looser constraint gains: nothing at least, since the plan is one under it too."""
     gain = resolver.gain(found, base)
     return None if gain is None else max(gain, 0.0)
 
 
-def _holds(knob: Knob, reached: float | None, value: float) -> bool:
+def _holds(knob: Knob[V, F], reached: float | None, value: float) -> bool:
     """Whether the plan is one under a tighter value already; then it is the best one still."""
     if reached is None or not knob.sure:
         return False
     return reached <= value if knob.step > 0 else reached >= value
 
 
-def _far(knob: Knob, free: Outcome) -> float:
+def _far(knob: Knob[V, F], free: F) -> float:
     assert knob.stated is not None
     if knob.far is not None or knob.reached is None:
         return knob.stated + knob.step if knob.far is None else knob.far
@@ -125,13 +129,13 @@ def _far(knob: Knob, free: Outcome) -> float:
     return max(reached, knob.stated + knob.step) if knob.step > 0 else min(reached, knob.stated + knob.step)
 
 
-def _beyond(knob: Knob, value: float, unit: float) -> bool:
+def _beyond(knob: Knob[V, F], value: float, unit: float) -> bool:
     """Whether a value is looser than one unit more."""
     return value > unit if knob.step > 0 else value < unit
 
 
 def _nearest(
-    resolver: Resolver, base: Outcome, knob: Knob, far: float, without: float
+    resolver: Resolving[V, F], base: F, knob: Knob[V, F], far: float, without: float
 ) -> tuple[float, float | None, float | None]:
     """(loosest value known to gain nothing, nearest value known to gain, its gain); None where not even `far`
     gains. Where a plan that reaches a value is one under it, `far` gains what having no limit does."""
@@ -154,7 +158,7 @@ def _nearest(
     return low, high, best
 
 
-def _tidy(knob: Knob) -> Callable[[float], float]:
+def _tidy(knob: Knob[V, F]) -> Callable[[float], float]:
     """Rounds a value outwards: to whole ones, or to three digits."""
     if knob.whole:
         return lambda value: float(math.ceil(value) if knob.step > 0 else math.floor(value))

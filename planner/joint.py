@@ -6,23 +6,24 @@ these keys. The inventory is theirs together; the fleet of all is as cheap as ca
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError
 
 from planc.cost_model.table import CostTable
-from planc.errors import CheckFailed, Infeasible, InvalidField, PlancError
+from planc.errors import CheckFailed, Infeasible, InvalidBundle, InvalidField, PlancError
 from planc.planner import assemble, solve
 from planc.planner.check import check
 from planc.planner.compile import assembled
 from planc.planner.mistakes import translated
 from planc.planner.offers import Fleet, Offer
 from planc.planner.overrides import apply_overrides
-from planc.planner.plan import Plan
+from planc.planner.plan import Plan, load_plan
 from planc.planner.promising import promising
 from planc.planner.referee import Judgement, Proposal, Referee, agreed
 from planc.planner.request import Inventory, Request, make_request, read_mapping
@@ -67,10 +68,11 @@ class Joint:
 
 @dataclass(frozen=True, slots=True)
 class JointPlan:
-    """A plan per model; `solution` is that of the whole fleet, in USD per hour."""
+    """A plan per model, and the limits of all; `solution` is that of the whole fleet, in USD per hour."""
 
     plans: Mapping[str, Plan]
     solution: solve.Solution
+    limits: Together = field(default_factory=Together)
 
     @property
     def gpus(self) -> int:
@@ -90,6 +92,7 @@ def document(plan: JointPlan) -> dict[str, Any]:
         "gap": plan.solution.gap,
         "status": plan.solution.status,
         "gpus": plan.gpus,
+        "constraints": plan.limits.model_dump(exclude_none=True),
         "models": {
             name: {
                 "bundle": name,
@@ -101,6 +104,29 @@ def document(plan: JointPlan) -> dict[str, Any]:
             for name, one in plan.plans.items()
         },
     }
+
+
+def load_fleet(folder: str | Path) -> JointPlan:
+    """Reads what `planc compile` wrote of several models: `fleet.json` and their bundles.
+
+    Raises InvalidBundle, and what `load_plan` raises.
+    """
+    try:
+        raw = json.loads((Path(folder) / "fleet.json").read_text(encoding="utf-8"))
+        limits = Together.model_validate(raw.get("constraints", {}))
+        solution = solve.Solution((), raw["status"], float(raw["value"]), float(raw["bound"]))
+        bundles = {name: Path(folder) / one["bundle"] for name, one in raw["models"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InvalidBundle(
+            path=folder, reason=f"fleet.json cannot be read ({words})", mend="Compile the request again."
+        ) from None
+    return JointPlan({name: load_plan(place) for name, place in bundles.items()}, solution, limits)
+
+
+def is_fleet(folder: str | Path) -> bool:
+    """Was a folder written for several models?"""
+    return (Path(folder) / "fleet.json").is_file() and not (Path(folder) / "plan.json").exists()
 
 
 def is_joint(path: str | Path) -> bool:
@@ -211,7 +237,7 @@ def plans(
             raise CheckFailed(what=f"the plan of {name}", reason=wrong[0], mend="Please report the request.")
         made[name] = plan
     _apart(made)
-    return JointPlan(made, solution)
+    return JointPlan(made, solution, joint.limits)
 
 
 def shared(fleet: Fleet, whole: solve.Solution) -> Fleet:

@@ -21,10 +21,12 @@ from planc.commands.common import (
     progress,
     trust_option,
 )
+from planc.errors import InvalidField
 
 if TYPE_CHECKING:
     from planc.planner.explain import Engine, Explanation
     from planc.planner.explain_ablation import Ablation
+    from planc.planner.explain_fleet import FleetExplanation, Share, SharedPrice
     from planc.planner.explain_prices import Price
     from planc.planner.explain_why_not import WhyNot
 
@@ -63,10 +65,37 @@ def explain_command(
     as_json: bool,
 ) -> None:
     """Explain the plan of BUNDLE (or a plan.json): which constraints bind and what a unit more of each would
-    buy, what each decision bought, where time and memory go; or why a named alternative lost."""
+    buy, what each decision bought, where time and memory go; or why a named alternative lost.
+
+    Of several models that were compiled together BUNDLE is the folder of all: whom more of the inventory
+    would serve, and what sharing it costs each.
+    """
     from planc import api
+    from planc.planner.joint import is_fleet
     from planc.planner.variations import UNITS as OBJECTIVE_UNITS
 
+    if is_fleet(bundle):
+        if why_not is not None:
+            raise InvalidField(
+                where="explain",
+                field="--why-not",
+                value=why_not,
+                reason="it is asked of one model's plan",
+                mend=f"Name its bundle, below {bundle}; it is looked at with the inventory to itself.",
+            )
+        with progress() as say:
+            whole = api.explain_joint(
+                bundle,
+                time_limit=time_limit,
+                trust_remote_code=trust_remote_code,
+                progress=say,
+                simulate=simulate,
+            )
+        if as_json:
+            emit_json(whole.to_json())
+        else:
+            fleet(whole, out())
+        return
     with progress() as say:
         found = api.explain(
             bundle,
@@ -94,13 +123,84 @@ def explain_command(
         console.print(f"! {note}", style="yellow", markup=False)
 
 
+# -- several models ------------------------------------------------------------------------
+
+
+def fleet(found: FleetExplanation, console: Console) -> None:
+    """Of several models on one inventory."""
+    for name, words in found.models.items():
+        console.print(f"[bold]{escape(name)}[/]: {escape(words)}")
+    console.print(f"{number(found.value)} USD/h, {found.status}\n")
+    sharing(found.shares, console)
+    constraints(
+        [one.price for one in found.prices], "USD/h", False, console, [_gains(o) for o in found.prices]
+    )
+    rows = [
+        (
+            escape(name),
+            escape(one.decision),
+            escape(one.instead),
+            _loss(one),
+            *_latencies(one.metrics),
+            escape(one.fleet or one.reason) if one.tried else "not tried",
+        )
+        for name, one in found.ablations
+    ]
+    heads = ("model", "without", "instead", "costs all", "TTFT", "TPOT", "by")
+    console.print(
+        _table(heads, rows, "What each decision bought: the best fleet of all without it", (1, 2, 6))
+    )
+    console.print()
+    for name, engines in found.engines.items():
+        console.print(f"[bold]{escape(name)}[/]")
+        for engine in engines:
+            steps(engine, console)
+    for note in found.notes:
+        console.print(f"! {note}", style="yellow", markup=False)
+
+
+def sharing(shares: Sequence[Share], console: Console) -> None:
+    """What each model pays, and would pay alone."""
+    rows = [
+        (
+            escape(share.model),
+            str(share.gpus),
+            number(share.part),
+            _number(share.alone),
+            "" if share.pays is None else _signed("+", share.pays),
+            "" if share.costs_others is None else _signed("+", share.costs_others),
+            _number(share.saved),
+            escape(share.by if share.alone_by in ("", share.by) else f"{share.by}; alone {share.alone_by}"),
+        )
+        for share in shares
+    ]
+    heads = ("model", "GPUs", "USD/h", "alone", "sharing", "costs others", "saved without it", "by")
+    console.print(_table(heads, rows, "What sharing the inventory costs (USD/h)", left=(7,)))
+    console.print(
+        "alone: with the whole inventory to itself; sharing: how much dearer it is beside the others; costs "
+        "others: how much dearer they are beside it; saved without it: both its price and that.\n",
+        style="dim",
+    )
+
+
+def _gains(priced: SharedPrice) -> str:
+    return ", ".join(f"{escape(name)} {_signed('-', gain)}" for name, gain in priced.gains.items())
+
+
 # -- what binds ----------------------------------------------------------------------------
 
 
-def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: Console) -> None:
+def constraints(
+    prices: Sequence[Price],
+    unit: str,
+    maximising: bool,
+    console: Console,
+    gainers: Sequence[str] | None = None,
+) -> None:
+    """`gainers`: who gains at the first value that pays, where several models share the inventory."""
     sign = "+" if maximising else "-"
     rows = []
-    for price in prices:
+    for position, price in enumerate(prices):
         style = _STYLES[price.verdict]
         rows.append(
             (
@@ -112,6 +212,7 @@ def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: C
                 _tighter(price, "-" if maximising else "+"),
                 "" if price.pays_at is None else f"{number(price.pays_at)}: {_signed(sign, price.pays)}",
                 "" if price.without is None else f"{price.instead}: {_signed(sign, price.without)}",
+                *(() if gainers is None else (gainers[position],)),
             )
         )
     heads = (
@@ -123,6 +224,7 @@ def constraints(prices: Sequence[Price], unit: str, maximising: bool, console: C
         "tighter",
         "first that pays",
         "without",
+        *(() if gainers is None else ("to whom",)),
     )
     table = _table(heads, rows, f"What binds ({unit})", left=(3,))
     table.columns[0].no_wrap = True
@@ -149,7 +251,9 @@ def _tighter(price: Price, sign: str) -> str:
 def _signed(sign: str, value: float | None) -> str:
     if value is None:
         return ""
-    return "0" if value == 0 else f"{sign}{number(value)}"
+    if value < 0:
+        sign = "-" if sign != "-" else "+"
+    return "0" if value == 0 else f"{sign}{number(abs(value))}"
 
 
 # -- decisions -----------------------------------------------------------------------------
@@ -174,14 +278,17 @@ def _decision(found: Explanation, ablation: Ablation) -> tuple[str, ...]:
         return name, instead, "[red]all[/]", "", "", "", escape(ablation.reason)
     sign = -1.0 if found.maximising else 1.0
     value = "" if ablation.loss is None else number(found.value + sign * ablation.loss)
-    loss = "" if ablation.loss is None else "0" if ablation.loss == 0 else _minus(ablation.loss)
+    loss = _loss(ablation)
     words = "the same" if ablation.fleet == found.fleet else escape(ablation.fleet)
     words += " (needs more nodes)" if ablation.more_nodes else ""
     return name, instead, loss, value, *_latencies(ablation.metrics), words
 
 
-def _minus(value: float) -> str:
-    return number(value) if value > 0 else f"[green]-{number(-value)}[/]"
+def _loss(ablation: Ablation) -> str:
+    """What the plan without a decision costs more; less in green."""
+    if ablation.loss is None:
+        return "[red]all[/]" if ablation.tried else ""
+    return _signed("", ablation.loss) if ablation.loss >= 0 else f"[green]{_signed('', ablation.loss)}[/]"
 
 
 def _latencies(metrics: Mapping[str, float]) -> tuple[str, str]:
