@@ -5,6 +5,11 @@ on them. With n engines of load l in flow f, of which k may fail,
 
     carried(f) <= sum n l - k max l          shares(f, c) carried(f)  of class c
     whole(c) + sum over splits of min(prefill(c), decode(c)) >= demand(c)
+
+In a closed loop the demand is users, which a decode engine holds at a stated rate of requests. Its prefill
+half must be able to feed all of that:
+
+    whole + sum over splits of decode >= users        prefill(split) >= sum n feed
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ class Column:
     flow                  index into `Limits.flows`
     owner                 the model that it serves, where several share an inventory
     firm                  False: it may be taken away (spot instances)
+    feed                  requests/s that it takes from prefill engines, where its load is users
     """
 
     group: int
@@ -58,6 +64,7 @@ class Column:
     flow: int = 0
     owner: int = 0
     firm: bool = True
+    feed: float = 0.0
 
     @property
     def gpus(self) -> int:
@@ -135,6 +142,7 @@ def replaces(a: Column, b: Column) -> bool:
         (a.owner, a.group, a.pieces, a.size, a.family, a.flow)
         == (b.owner, b.group, b.pieces, b.size, b.family, b.flow)
         and a.load >= b.load
+        and a.feed <= b.feed
         and a.weight <= b.weight
         and a.drop <= b.drop
         and a.watts <= b.watts
@@ -150,6 +158,7 @@ def outdoes(a: Column, b: Column) -> bool:
     return (
         (a.owner, a.group, a.family, a.flow) == (b.owner, b.group, b.family, b.flow)
         and times * a.gpus <= b.gpus
+        and times * a.feed <= b.feed
         and times * a.weight <= b.weight * (1 + 1e-12)
         and times * a.watts <= b.watts * (1 + 1e-12)
         and a.drop <= b.drop
@@ -199,6 +208,7 @@ def _served(parts: Sequence[tuple[Column, int, int]], limits: Limits, spare: int
         mine = [(n, load) for column, n, load in parts if column.flow == flow]
         lost = spare * max((load for n, load in mine if n), default=0)
         amounts[flow] = max(sum(n * load for n, load in mine) - lost, 0)
+    fed = _fed(parts, limits, spare)
     least = math.inf
     for number, share in enumerate(limits.classes):
         served = 0.0
@@ -212,10 +222,35 @@ def _served(parts: Sequence[tuple[Column, int, int]], limits: Limits, spare: int
                 key = (kind.split, kind.role)
                 halves[key] = halves.get(key, 0.0) + part
         for split in {split for split, _ in halves}:
-            served += min(halves.get((split, "prefill"), 0.0), halves.get((split, "decode"), 0.0))
+            served += _together(split, halves, fed)
         if share > 0:
             least = min(least, served / share)
     return least
+
+
+def _fed(parts: Sequence[tuple[Column, int, int]], limits: Limits, spare: int) -> dict[int, bool]:
+    """Of splits whose decode engines hold users: whether the prefill engines feed all of them."""
+    needs: dict[int, float] = {}
+    given: dict[int, list[tuple[int, float]]] = {}
+    for column, n, _ in parts:
+        split = limits.flows[column.flow].split
+        if column.feed:
+            needs[split] = needs.get(split, 0.0) + n * column.feed
+        elif n:
+            given.setdefault(split, []).append((n, column.load))
+    found = {}
+    for split, need in needs.items():
+        most = max((load for _, load in given.get(split, [])), default=0.0)
+        found[split] = sum(n * load for n, load in given.get(split, [])) - spare * most >= need * (1 - 1e-9)
+    return found
+
+
+def _together(split: int, halves: dict[tuple[int, str], float], fed: dict[int, bool]) -> float:
+    """What the two halves of a split serve."""
+    decoded = halves.get((split, "decode"), 0.0)
+    if split in fed:
+        return decoded if fed[split] else 0.0
+    return min(halves.get((split, "prefill"), 0.0), decoded)
 
 
 def greedy(

@@ -9,7 +9,7 @@ from planc.cost_model.energy import watts
 from planc.planner import solve
 from planc.planner.candidates import Candidate
 from planc.planner.evaluate import Engine, Limits, Precise
-from planc.planner.steady_state import Steady
+from planc.planner.operating_point import Steady
 from planc.planner.traffic import Part, Traffic
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ class Deployed:
     @property
     def role(self) -> Part:
         return self.stream.role if self.stream is not None else "aggregated"
+
+    def requests_s(self, load: Traffic) -> float:
+        """Requests/s of one engine; in a closed loop what its users make of it."""
+        if load.concurrency is None or self.role in ("prefill", "decode"):
+            return self.load
+        return float(self.state(load).rate[0, 0]) * self.candidate.shape.dp
 
     def state(self, load: Traffic, scale: float = 1.0) -> Steady:
         """The steady state at its load; `load` is the traffic where there is no stream."""
@@ -78,17 +84,19 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one candidate can do at best for a stream: with which limits, up to which load."""
+    """What one candidate can do at best for a stream: with which limits, up to which load. `level`: the share
+    of that load which is meant."""
 
     engine: Engine
     limits: Limits
     capacity: float
     stream: Stream
+    level: float = 1.0
 
     @property
     def load(self) -> float:
-        """Its capacity in the demand's unit."""
-        return self.capacity
+        """What it carries in the demand's unit."""
+        return self.stream.carried(self)
 
     def precise(self) -> Offer:
         """Its capacity by the step model itself."""
@@ -97,10 +105,6 @@ class Offer:
     def trimmed(self, load: float) -> Offer:
         """Limits no larger than this load needs."""
         return self.stream.trimmed(self, load)
-
-    def rate(self) -> float:
-        """Requests/s at its capacity."""
-        return self.stream.rate(self)
 
     def column(self, load: float, weight: float | None = None) -> solve.Column:
         return self.stream.column(self, load, weight)

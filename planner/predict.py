@@ -13,10 +13,10 @@ from planc.cost_model.memory import MemoryMap
 from planc.cost_model.quantity import worst
 from planc.planner.levels import running_share
 from planc.planner.offers import Deployed
+from planc.planner.operating_point import Steady
 from planc.planner.plan import Memory, Predicted
 from planc.planner.priors import priors
 from planc.planner.request import Metric, Slo
-from planc.planner.steady_state import Steady
 from planc.planner.traffic import Traffic
 
 GIB = 1024.0**3
@@ -46,11 +46,12 @@ class Running:
 
 
 def running(items: Sequence[Deployed], load: Traffic) -> tuple[Running, ...]:
-    total = sum(item.count * item.load for item in items if item.role != "decode")
+    rates = [item.count * item.requests_s(load) for item in items]
+    total = sum(rate for item, rate in zip(items, rates, strict=True) if item.role != "decode")
     found = []
-    for item in items:
+    for item, rate in zip(items, rates, strict=True):
         low, high = item.engine.model.band
-        share = item.count * item.load / total
+        share = rate / total
         states = (item.state(load), item.state(load, low), item.state(load, high))
         found.append(Running(item, share, *states))
     return tuple(found)
@@ -70,6 +71,8 @@ def predicted(items: Sequence[Deployed], load: Traffic, slos: Sequence[Slo]) -> 
         return sum(p.item.count * p.item.candidate.shape.dp * float(pick(p).rate[0, 0]) for p in whole)
 
     offered = sum(p.item.count * p.item.load for p in whole)
+    if closed:  # users, where loads of halves are requests/s
+        offered = sum(p.item.count * _users(p) for p in parts)
     if closed:
         requests = _band(rate(lambda p: p.now), rate(lambda p: p.worst), rate(lambda p: p.best), source)
     else:
@@ -101,6 +104,13 @@ def predicted(items: Sequence[Deployed], load: Traffic, slos: Sequence[Slo]) -> 
     ]
     found["concurrency"] = _band(users[0], users[1], users[2], source)
     return dict(sorted(found.items()))
+
+
+def _users(part: Running) -> float:
+    """Users of one engine in a closed loop."""
+    if part.item.role == "aggregated":
+        return part.item.load
+    return part.item.load * float(part.now.e2e[0, 0])
 
 
 def by_class(

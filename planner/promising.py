@@ -72,7 +72,7 @@ class Carrying:
 def at_capacity(offer: Offer, column: solve.Column) -> tuple[Offer, solve.Column]:
     """An offer and its column with the capacity that the step model finds."""
     exact = offer.precise()
-    return exact, replace(column, load=exact.load)
+    return exact, exact.stream.column(exact, exact.load) if column.feed else replace(column, load=exact.load)
 
 
 def promising(

@@ -15,7 +15,7 @@ from typing import Any
 
 from planc.cost_model.step import StepModel
 from planc.cost_model.table import CostTable
-from planc.planner import disaggregated, ratio, solve
+from planc.planner import closed_loop, disaggregated, ratio, solve
 from planc.planner.candidates import Candidate
 from planc.planner.evaluate import Bench, Engine, Memories, Room, model_len
 from planc.planner.inventory import Group, groups
@@ -128,10 +128,12 @@ class Search:
     # -- streams ---------------------------------------------------------------------------
 
     def _more_streams(self) -> None:
-        """Pools for some of the traffic classes, and prefill and decode pools, where they can be combined
-        freely: not in a closed loop."""
+        """Pools for some of the traffic classes, and prefill and decode pools. Users of a closed loop ask
+        for all classes in turn: a pool for some of them has no number of users of its own."""
         self.flows: list[solve.Flow] = [solve.Flow(self.traffic.shares)]
         if self.traffic.concurrency is not None:
+            if self.request.objective in ("min_cost", "max_goodput"):
+                self._halves(self.traffic, self.slos, self.traffic.shares)
             return
         names = self.traffic.names
         for chosen in subsets(names):
@@ -158,6 +160,8 @@ class Search:
             number = len(self.flows)
             self._add(solve.Flow(shares, "prefill", number), self._priced(load, (), "prefill"), split.prefill)
             self._add(solve.Flow(shares, "decode", number), self._priced(load, steps, "decode"), split.decode)
+            if load.concurrency is not None:
+                self.streams[-1].prompt_s = closed_loop.prompt_seconds(self.streams[-2])
 
     @property
     def demand(self) -> float | None:
@@ -263,7 +267,12 @@ class Search:
 
     def rough(self) -> list[tuple[Offer, solve.Column]]:
         """All offers that may be used, with columns of their interpolated capacities."""
-        return [(offer, offer.column(offer.load)) for stream in self.serving for offer in stream.offers]
+        found: list[tuple[Offer, solve.Column]] = []
+        for stream in self.serving:
+            for offer in stream.offers:
+                at = [offer] if stream.prompt_s is None else closed_loop.at_levels(offer)
+                found += [(one, one.column(one.load)) for one in at]
+        return found
 
     @property
     def serving(self) -> list[Stream]:
@@ -295,10 +304,13 @@ class Search:
         """The fleet of a solution, its traffic shared so that the fullest engine is as empty as can be."""
         by_level = self.request.objective in ("min_latency", "min_energy")
         carried = loads(columns, solution.counts, self.master_limits(demand))
+        if self.traffic.concurrency is not None:
+            carried = closed_loop.rates(offers, solution.counts, carried)
         items = []
         for count, offer, load in zip(solution.counts, offers, carried, strict=True):
             if count and load > 0:
-                chosen = offer.precise() if by_level else offer.trimmed(load)
+                held = by_level or offer.stream.prompt_s is not None
+                chosen = offer.precise() if held else offer.trimmed(load)
                 items.append(
                     Deployed(
                         chosen.engine,

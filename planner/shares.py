@@ -31,18 +31,22 @@ def loads(columns: Sequence[Column], counts: Sequence[int], limits: Limits) -> l
         if amount:
             kind = column.flow, column.firm
             capacity[kind] = capacity.get(kind, 0.0) + amount
+    fed = {limits.flows[column.flow].split for column in columns if column.feed}
     if len({flow for flow, _ in capacity}) == 1 and not limits.firm_share:
         full = dict.fromkeys(capacity, min(demand / sum(capacity.values()), 1.0))
     else:
-        full = _fullness(capacity, limits, demand)
+        full = _fullness(capacity, limits, demand, fed)
     return [
         column.load * full[column.flow, column.firm] if amount else 0.0
         for column, amount in zip(columns, bought, strict=True)
     ]
 
 
-def _fullness(capacity: dict[_Kind, float], limits: Limits, demand: float) -> dict[_Kind, float]:
-    """Share of each kind's capacity that is used."""
+def _fullness(
+    capacity: dict[_Kind, float], limits: Limits, demand: float, fed: set[int]
+) -> dict[_Kind, float]:
+    """Share of each kind's capacity that is used. In splits that are `fed` decode engines hold users, and
+    prefill engines are as full as they are."""
     from ortools.math_opt.python import mathopt  # type: ignore[import-untyped]
 
     model = mathopt.Model(name="shares")
@@ -65,13 +69,19 @@ def _fullness(capacity: dict[_Kind, float], limits: Limits, demand: float) -> di
             if not firm:
                 for role in ("prefill", "decode") if kind.role == "whole" else (kind.role,):
                     spot[role] = spot.get(role, 0) + part
-        for sides in halves.values():
-            model.add_linear_constraint(sides.get("prefill", 0) - sides.get("decode", 0) == 0)
-            whole += sides.get("prefill", 0)
+        for split, sides in halves.items():
+            if split not in fed:
+                model.add_linear_constraint(sides.get("prefill", 0) - sides.get("decode", 0) == 0)
+            whole += sides.get("decode", 0)
         model.add_linear_constraint(whole >= share * (1 - 1e-6))
         if limits.firm_share:
             for part in spot.values():
                 model.add_linear_constraint(part <= (1 - limits.firm_share) * share)
+    for (flow, _), used in full.items():
+        for (other, _), least in full.items():
+            pair = limits.flows[flow], limits.flows[other]
+            if pair[0].split in fed and pair[0].split == pair[1].split and pair[0].role == "prefill":
+                model.add_linear_constraint(used >= least)
     model.minimize(fullest + 1e-4 * sum(full.values()))
     result = mathopt.solve(model, mathopt.SolverType.GLOP)
     if result.termination.reason != mathopt.TerminationReason.OPTIMAL:

@@ -160,6 +160,7 @@ class Master:
         whole = limits.demand if limits.demand is not None else max(c.load for c in every)
         self.unit = max(whole, 1e-300) / UNIT
         self.loads = integer_loads(columns, max(whole, 1e-300))
+        self.feeds = [math.ceil(c.feed / max(whole, 1e-300) * UNIT - 1e-9) for c in columns]
         self.weights, self.scale = integer_weights([c.weight for c in columns], [c.weight for c in every])
         self.counts = [
             self.model.add_variable(lb=0, ub=self.most(c), is_integer=self.whole_engines, name=f"n{i}")
@@ -234,6 +235,7 @@ class Master:
                 load -= spare * largest
             carried[flow] = model.add_variable(lb=0.0)
             model.add_linear_constraint(carried[flow] <= load)
+        fed = self._feed(chosen, carried)
         for number, share in enumerate(limits.classes):
             halves: dict[int, dict[str, Any]] = {}
             served: Any = 0
@@ -245,13 +247,29 @@ class Master:
                 else:
                     sides = halves.setdefault(kind.split, {})
                     sides[kind.role] = sides.get(kind.role, 0) + part
-            for sides in halves.values():
-                if len(sides) == 2:
+            for split, sides in halves.items():
+                if split in fed:
+                    served += sides["decode"]
+                elif len(sides) == 2:
                     both = model.add_variable(lb=0.0)
                     for side in sides.values():
                         model.add_linear_constraint(both <= side)
                     served += both
             model.add_linear_constraint(served - share * whole >= 0)
+
+    def _feed(self, chosen: set[int], carried: dict[int, Any]) -> set[int]:
+        """Decode engines that hold users get their requests from prefill engines of their split; returns
+        these splits."""
+        needs: dict[int, Any] = {}
+        for i in sorted(chosen):
+            if self.columns[i].feed:
+                split = self.limits.flows[self.columns[i].flow].split
+                needs[split] = needs.get(split, 0) + self.feeds[i] * self.counts[i]
+        for split, need in needs.items():
+            halves = [(f, self.limits.flows[f]) for f in carried]
+            given = [carried[f] for f, half in halves if half.split == split and half.role == "prefill"]
+            self.model.add_linear_constraint(sum(given) - need >= 0)
+        return set(needs)
 
     def _place(self) -> None:
         """Pieces fit into islands: exactly, by slots when sizes form a chain, else by filling patterns."""

@@ -6,6 +6,7 @@ and limits come first; what the search then picks is evaluated again by the step
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -25,11 +26,11 @@ from planc.planner.expert_load import with_copies
 from planc.planner.formats import accuracy
 from planc.planner.inventory import Group
 from planc.planner.offers import HEADROOM, SAME, Offer
+from planc.planner.operating_point import Array
 from planc.planner.plan import Role
 from planc.planner.request import Request
 from planc.planner.slo import Slo
 from planc.planner.stages import with_cuts
-from planc.planner.steady_state import Array
 from planc.planner.traffic import Traffic
 
 #: layouts kept per ranking while relaxations are looked for
@@ -72,6 +73,9 @@ class Stream:
         self.traffic, self.slos, self.role, self.flow = traffic, slos, role, flow
         self.models, self.cuts, self.max_model_len = models, cuts, max_model_len
         self.split, self.memories = 0, memories
+        #: of a decode pool in a closed loop: seconds that a request spends before it, at least
+        self.prompt_s: float | None = None
+        self._held: dict[tuple[object, ...], float] = {}
         self._by_formulas: tuple[Array, Counter[str]] | None = None
         self._precise: dict[tuple[int, Limits], float] = {}
         self.found, self.pruned = candidates(
@@ -206,12 +210,18 @@ class Stream:
         """One of its engines, by the step model itself."""
         return Precise(engine, limits, self.traffic, self.role)
 
-    def rate(self, offer: Offer) -> float:
-        """Requests/s of an engine at its capacity."""
-        if self.traffic.concurrency is None:
-            return offer.capacity
-        state = self.evaluator(offer.engine, offer.limits).at(offer.capacity)
-        return float(state.rate[0, 0]) * offer.engine.candidate.shape.dp
+    def carried(self, offer: Offer) -> float:
+        """What an engine carries at its level, in the demand's unit: users where that is a closed loop, and
+        the engine decodes what others prefilled. Users who wait for a seat do not count."""
+        rate = offer.capacity * offer.level
+        if self.prompt_s is None or not rate:
+            return rate
+        key = id(offer.engine), offer.limits, rate
+        if key not in self._held:
+            state = self.evaluator(offer.engine, offer.limits).at(rate)
+            seated = float(state.full[0, 0]) * offer.limits.seats * offer.engine.candidate.shape.dp
+            self._held[key] = seated + rate * self.prompt_s if math.isfinite(state.e2e[0, 0]) else 0.0
+        return self._held[key]
 
     def column(self, offer: Offer, load: float, weight: float | None = None) -> solve.Column:
         """The offer as the master problem sees it, carrying `load`."""
@@ -228,6 +238,7 @@ class Stream:
             watts=candidate.shape.world * float(watts(candidate.group.gpu, 1.0)),
             flow=self.flow,
             firm=not candidate.group.spot,
+            feed=0.0 if self.prompt_s is None else offer.capacity * offer.level,
         )
 
     # -- what is said about a stream ------------------------------------------------------
