@@ -26,7 +26,7 @@ from planc.runtime.simulator.replica import Server
 #: each replica
 _LEAST, _MOST, _VISITS = 2000, 8000, 2
 #: tokens that a router knows a prefix by
-_BLOCK = 128
+_BLOCK = 64
 #: lengths are spread by this much around the workload's
 _SPREAD = 0.1
 
