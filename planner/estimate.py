@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from planc.cost_model import catalogue
 from planc.cost_model.formats import fmt
-from planc.cost_model.parts import parse, scheme
+from planc.cost_model.shape import EngineShape, Refusal, refusals
 from planc.cost_model.table import CostTable
-from planc.errors import Infeasible, InvalidField, UnknownField
+from planc.errors import Infeasible, InvalidField
 from planc.planner.plan import Predicted, Replica
-from planc.planner.request import Request
-from planc.planner.workload import LoadTest
+from planc.planner.request import Request, Speculative
+from planc.planner.settings import parsed
+from planc.planner.stages import UNEVEN
 
 if TYPE_CHECKING:
     from planc.planner.candidates import Candidate
     from planc.planner.evaluate import Limits
     from planc.planner.search import Search
-
-_COUNTS = (
-    "tp",
-    "pp",
-    "dp",
-    "ep",
-    "cp",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_model_len",
-    "replicas",
-)
-_NAMES = ("weights", "activations", "kv", "engine", "gpu")
-#: what can be set, by the names of a plan's replica
-SETTINGS = (*_COUNTS, *_NAMES, "gpu_memory_utilization", "formats")
 
 _NEARLY = 0.97  # share of the highest load that an overloaded configuration is shown at
 
@@ -72,7 +58,8 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     """Evaluates `settings` (names as in a plan's replica, plus `replicas`), no search.
 
     What is left out takes its usual value: one GPU per degree, the checkpoint's formats, the engine's
-    own limits, and as few replicas as carry the load within the objectives (else as many as fit).
+    own limits, even pipeline stages, no speculation, and as few replicas as carry the load within the
+    objectives (else as many as fit).
 
     Raises UnknownField or InvalidField for a setting that cannot be, Infeasible when the model does not
     fit into memory.
@@ -83,8 +70,7 @@ def estimate(request: Request, table: CostTable, **settings: Any) -> Estimate:
     from planc.planner.predict import predicted
 
     chosen = parsed(settings)
-    search, limits = _one(request, table, chosen)
-    candidate = search.found[0]
+    search, candidate, limits = _one(request, table, chosen)
     engine = search.room(candidate).engine(search.model(candidate), (limits,))
     one = Precise(engine, limits, search.traffic)
     capacity = one.capacity(search.slos)
@@ -129,8 +115,7 @@ def configured(request: Request, table: CostTable, **settings: Any) -> list[Repl
     from planc.planner.offers import Deployed
 
     chosen = parsed(settings)
-    search, limits = _one(request, table, chosen)
-    candidate = search.found[0]
+    search, candidate, limits = _one(request, table, chosen)
     count = chosen.get("replicas", 1)
     _held(count, _most(candidate))
     engine = search.room(candidate).engine(search.model(candidate), (limits,))
@@ -139,8 +124,8 @@ def configured(request: Request, table: CostTable, **settings: Any) -> list[Repl
     return [assemble.replica(search, item, gpus, 1.0 / count) for gpus in homes]
 
 
-def _one(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> tuple[Search, Limits]:
-    """A search that has the chosen candidate only, and its limits. Raises Infeasible without room."""
+def _one(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> tuple[Search, Candidate, Limits]:
+    """A search for what is chosen, the one candidate, and its limits. Raises Infeasible without room."""
     from planc.planner.evaluate import Limits
     from planc.planner.search import Search
 
@@ -148,7 +133,7 @@ def _one(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> tuple
     search = Search(fixed, table, bench=False)
     if not search.found:
         raise _refused(fixed, table, search)
-    candidate = search.found[0]
+    candidate = _chosen(search, table, chosen)
     cap, budget = fixed.constraints.max_num_seqs, fixed.constraints.max_num_batched_tokens
     assert cap is not None
     assert budget is not None
@@ -163,7 +148,31 @@ def _one(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> tuple
             ),
             relaxations="",
         )
-    return search, Limits(cap[0], budget[0], seats)
+    return search, candidate, Limits(cap[0], budget[0], seats)
+
+
+def _chosen(search: Search, table: CostTable, chosen: Mapping[str, Any]) -> Candidate:
+    """Of a search that was left one shape, with the pipeline cut and the speculation that are named."""
+    wanted = bool(chosen.get("speculative"))
+    found = [one for one in search.found if (one.speculation is not None) == wanted]
+    if not found:
+        raise InvalidField(
+            where="estimate",
+            field="speculative",
+            value=chosen["speculative"]["method"],
+            reason="it is not planned with pipeline stages or context parallelism",
+            mend="Leave pp and cp at 1.",
+        )
+    sizes = tuple(chosen.get("pipeline_layers", ()))
+    if sizes and (found[0].shape.pp > 1 or sizes != (table.model.layers,)):
+        shape = replace(found[0].shape, pipeline_layers=sizes)
+        wrong = refusals(shape, table, found[0].group.gpu, found[0].profile)
+        if not wrong and shape.engine not in UNEVEN:
+            wrong = [Refusal("pipeline_layers", f"{shape.engine} cannot be told its stages")]
+        if wrong:
+            raise _refusal(wrong[0].field, "/".join(map(str, sizes)), wrong[0].reason)
+        return replace(found[0], shape=shape)
+    return found[0]
 
 
 def _most(candidate: Candidate) -> int:
@@ -181,72 +190,6 @@ def _held(wanted: int, fits: int) -> None:
             reason=f"the inventory holds {fits}",
             mend="Ask for fewer.",
         )
-
-
-def parsed(
-    settings: Mapping[str, Any], where: str = "estimate", also: Iterable[str] = LoadTest.model_fields
-) -> dict[str, Any]:
-    """Settings of an engine with the types they should have.
-
-    where, also   for messages: who asks, and what else may be named there
-
-    Raises UnknownField or InvalidField.
-    """
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name not in SETTINGS:
-            mend = f"Known: {', '.join((*SETTINGS, *also))}."
-            raise UnknownField(where=where, field=name, mend=mend)
-        if name in _COUNTS:
-            try:
-                number = int(value)
-            except (TypeError, ValueError):
-                number = 0
-            if number < 1 or str(number) != str(value).strip():
-                raise InvalidField(
-                    where=where,
-                    field=name,
-                    value=value,
-                    reason="not a whole number above 0",
-                    mend="Write e.g. 4.",
-                )
-            found[name] = number
-        elif name in _NAMES:
-            found[name] = str(value)
-        elif name == "formats":
-            found[name] = _formats(value, where)
-        else:
-            try:
-                found[name] = float(value)
-            except (TypeError, ValueError):
-                found[name] = -1.0
-            if not 0 < found[name] <= 1:
-                raise InvalidField(
-                    where=where,
-                    field=name,
-                    value=value,
-                    reason="not a share between 0 and 1",
-                    mend="Write 0.9.",
-                )
-    return found
-
-
-def _formats(value: Any, where: str) -> dict[str, str]:
-    """Formats of parts: a mapping, or text like "decoder:self_attn=bf16/bf16 decoder:kv=fp8"."""
-    pairs = [item.partition("=")[::2] for item in value.split()] if isinstance(value, str) else value
-    found = dict(pairs)
-    for part, taken in found.items():
-        if parse(part) is None or not taken:
-            raise InvalidField(
-                where=where,
-                field="formats",
-                value=part,
-                reason="not a part with what it takes",
-                mend="Write e.g. decoder:self_attn=bf16/bf16.",
-            )
-        for name in scheme(taken):
-            fmt(name, field=f"formats.{part}")
-    return found
 
 
 def _fixed(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> Request:
@@ -275,6 +218,8 @@ def _fixed(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> Req
     kv = fmt(chosen["kv"], field="kv").name if "kv" in chosen else ("bf16" if "bf16" in kinds else kinds[0])
     ep = chosen.get("ep", 1)
     one = {name: [chosen.get(name, 1)] for name in ("tp", "pp", "dp", "cp")}
+    if "pp" not in chosen and len(chosen.get("pipeline_layers", ())) > 1:
+        one["pp"] = [len(chosen["pipeline_layers"])]
     budget = chosen.get("max_num_batched_tokens", profile.max_num_batched_tokens)
     limits = request.constraints.model_copy(
         update={
@@ -289,6 +234,7 @@ def _fixed(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> Req
             "max_num_batched_tokens": [budget],
             "max_gpus": None,
             "max_accuracy_drop": None,
+            "speculative": [Speculative(**chosen["speculative"])] if chosen.get("speculative") else None,
             **{k: chosen[k] for k in ("max_model_len", "gpu_memory_utilization", "formats") if k in chosen},
         }
     )
@@ -297,8 +243,6 @@ def _fixed(request: Request, table: CostTable, chosen: Mapping[str, Any]) -> Req
 
 def _refused(request: Request, table: CostTable, search: Any) -> InvalidField:
     """Why no candidate is left, in the words of the cost model."""
-    from planc.cost_model.shape import EngineShape, refusals
-
     limits = request.constraints
     first = {
         name: getattr(limits, name)[0]
@@ -314,6 +258,10 @@ def _refused(request: Request, table: CostTable, search: Any) -> InvalidField:
         field = "tp" if shape.tp > max(group.islands) else "gpus"
         reason = next(iter(search.pruned), "no candidate is left")
     value = getattr(shape, field, shape.world)
+    return _refusal(field, value, reason)
+
+
+def _refusal(field: str, value: Any, reason: str) -> InvalidField:
     return InvalidField(
         where="estimate", field=field, value=value, reason=reason, mend="Choose values that go together."
     )

@@ -12,9 +12,9 @@ from planc.cost_model.formats import fmt
 from planc.cost_model.shape import EngineShape
 from planc.errors import InvalidField
 from planc.planner.check import shape_of
-from planc.planner.estimate import parsed
 from planc.planner.formats import accuracy_drop
 from planc.planner.plan import Plan, Replica
+from planc.planner.settings import parsed
 from planc.planner.variations import Outcome, Resolver, Variation
 
 #: setting of a replica -> the list of `Constraints` that fixes it
@@ -41,6 +41,15 @@ def asked(text: str) -> dict[str, Any]:
                 mend='Write for example --why-not "tp=8,weights=bf16".',
             )
         raw[name] = value
+    for name in ("pipeline_layers", "speculative"):
+        if name in raw:
+            raise InvalidField(
+                where="explain",
+                field="--why-not",
+                value=f"{name}={raw[name]}",
+                reason="no constraint of a request names it alone",
+                mend=f"See what it does with planc estimate --set {name}=...",
+            )
     serving = raw.pop("serving", None)
     found = parsed(raw, "--why-not", also=("serving",))
     for name in ("weights", "activations", "kv"):
@@ -115,7 +124,7 @@ def fixed(resolver: Resolver, wanted: Mapping[str, Any], broken: Sequence[str]) 
     changes: dict[str, Any] = {_LISTS[name]: [value] for name, value in wanted.items() if name in _LISTS}
     if "weights" in wanted and "activations" not in wanted:
         changes["activations"] = None
-    changes |= {k: wanted[k] for k in ("gpu_memory_utilization", "max_model_len") if k in wanted}
+    changes |= {k: wanted[k] for k in ("formats", "gpu_memory_utilization", "max_model_len") if k in wanted}
     for name in ("max_accuracy_drop", "max_gpus"):
         if any(name in words for words in broken):
             changes[name] = None

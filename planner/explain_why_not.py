@@ -15,13 +15,14 @@ from planc.cost_model import catalogue
 from planc.cost_model.shape import refusals
 from planc.errors import Infeasible, PlancError
 from planc.planner.accounts import Term, compared, gpu_time, memory_terms
-from planc.planner.estimate import SETTINGS, estimate
+from planc.planner.estimate import estimate
 from planc.planner.explain_ablation import engine_words, fleet_words, metrics
 from planc.planner.explain_asked import asked, completed, fixed, forbidden, in_inventory, is_so
 from planc.planner.explain_knobs import MANY_NODES
 from planc.planner.loosen import times_nodes
 from planc.planner.plan import Plan
 from planc.planner.search import Search
+from planc.planner.settings import SETTINGS
 from planc.planner.traffic import traffic
 from planc.planner.variations import Outcome, Resolver, Variation, hardware
 
@@ -237,6 +238,8 @@ def _counted(resolver: Resolver, base: Outcome, about: WhyNot) -> WhyNot:
     named = {name: getattr(shape, name) for name in SETTINGS if hasattr(shape, name)}
     settings = {**own, **named, **{k: v for k, v in about.asked.items() if k != "serving"}}
     settings.pop("max_model_len", None)
+    if {"pp", "engine"} & about.asked.keys():
+        settings.pop("pipeline_layers", None)
     try:
         found = estimate(resolver.start.request, resolver.table, **settings)
     except Infeasible as error:

@@ -87,3 +87,53 @@ def test_settings_that_cannot_be(settings: dict[str, Any], kind: type[PlancError
 def test_a_model_that_does_not_fit() -> None:
     with pytest.raises(Infeasible, match="GiB of weights"):
         estimate(request(), table("llama70b"), tp=1)
+
+
+# -- uneven stages and speculation ---------------------------------------------------------
+
+DRAFTS = "method=ngram num_speculative_tokens=3 acceptance_rate=0.7"
+MANY = "{method: ngram, num_speculative_tokens: [2, 3], acceptance_rate: 0.5}"
+
+
+def test_stages_of_a_plan_can_be_named() -> None:
+    even, cut = (estimate(request(), table(), pp=2, pipeline_layers=sizes) for sizes in ("16/16", [20, 12]))
+    assert even.replica.pipeline_layers == [16, 16]
+    assert cut.replica.pipeline_layers == [20, 12]
+    assert cut.replica.memory.weights_gib > even.replica.memory.weights_gib
+    assert estimate(request(), table(), pipeline_layers="20/12").replica == cut.replica
+    assert even.replica.memory == estimate(request(), table(), pp=2).replica.memory
+
+
+def test_speculation_of_a_plan_can_be_named() -> None:
+    plain, drafting = (estimate(request(), table(), tp=1, speculative=way) for way in ("none", DRAFTS))
+    assert plain.replica.speculative is None
+    assert drafting.replica.speculative == {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "acceptance_rate": 0.7,
+    }
+    assert drafting.predicted["tpot_ms"].value < plain.predicted["tpot_ms"].value
+    for same in (drafting.replica.speculative, str(drafting.replica.speculative)):
+        assert estimate(request(), table(), tp=1, speculative=same).predicted == drafting.predicted
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"pipeline_layers": "16/x"}, "20/20/22/18"),
+        ({"pp": 2, "pipeline_layers": "16/15"}, "sum to 32"),
+        ({"pp": 1, "pipeline_layers": "16/16"}, "must be 1"),
+        ({"speculative": "ngram"}, "num_speculative_tokens"),
+        ({"speculative": f"{DRAFTS} acceptance_rate=2"}, "at most 1"),
+        (
+            {"speculative": "{method: ngram, num_speculative_tokens: [2, 3], acceptance_rate: 0.5}"},
+            "one number",
+        ),
+        ({"speculative": f"{DRAFTS} tokens=2"}, "tokens"),
+        ({"speculative": DRAFTS, "pp": 2}, "pipeline stages"),
+        ({"speculative": "{method"}, "YAML"),
+    ],
+)
+def test_stages_and_speculation_that_cannot_be(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(PlancError, match=words):
+        estimate(request(), table(), **settings)
