@@ -12,6 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.formats import fmt
@@ -339,26 +342,53 @@ def _settled(model: StepModel, replica: Replica, load: Traffic, rate: float, run
     draft = drafting(speculation, model) if speculation else None
     steps /= pace
 
-    def seconds(load: StepLoad) -> float:
-        return float(model.seconds(load)) + (float(draft.seconds(load)) if draft else 0.0)
+    def seconds(load: StepLoad) -> NDArray[np.float64]:
+        return model.seconds(load) + (draft.seconds(load) if draft else 0.0)
 
-    for _ in range(400):
-        met = min(batch + 1.0, float(replica.max_num_seqs))
+    lengths, weight = load.isl * fresh / load.isl_mean, load.weight
+    before = load.isl - lengths
+
+    def around(met: float) -> tuple[float, float, float]:
+        """Seconds of a step without prompts, of a prompt's steps by itself, and of one full of prompts."""
         seqs = max(met / replica.pp, 1.0)
+        cut = lengths >= room  # into full pieces, and half of one on average
+        middle = np.where(cut, before + (lengths - room / 2) / 2, before)
+        first = seconds(StepLoad(seqs, context, np.where(cut, room / 2, lengths), 1.0, middle))
+        cached = max(load.prefill_context - min(fresh, room) / 2, 0.0)
+        full = float(seconds(StepLoad(seqs, context, room, max(room / fresh, 1.0), cached)))
+        alone = float(weight @ (first + np.where(cut, lengths / room - 0.5, 0.0) * full))
+        return float(seconds(StepLoad(seqs, context))), alone, full
+
+    more = 0.0
+    for _ in range(60):
+        met, sd = min(batch + 1.0, float(replica.max_num_seqs)), math.sqrt(batch)
         room = max(replica.max_num_batched_tokens - rows * met / replica.pp, 1.0)
-        chunk = min(fresh, room)
-        cached = max(load.prefill_context - chunk / 2, 0.0)
-        plain = seconds(StepLoad(seqs, context))
-        mixed = seconds(StepLoad(seqs, context, chunk, 1.0, cached))
-        full = seconds(StepLoad(seqs, context, room, max(room / fresh, 1.0), cached))
-        alone = min(1.0, steps / batch)
-        stall = alone * max(fresh / room, 1.0) * (mixed - plain) + (1 - alone) * fresh / room * (full - plain)
+        low, high = around(max(met - sd, 1.0)), around(min(met + sd, float(replica.max_num_seqs)))
+        plain, alone, full = ((one + other) / 2 for one, other in zip(low, high, strict=True))
+        each = float(weight @ np.where(lengths >= room, lengths / room + 0.5, 1.0))
+        longer = more * max(high[0] - low[0], 0.0) / 2
+        plain, alone, full = plain + longer, alone + each * longer, full + longer
+        crowd, chunk = fresh / room * full, alone / each
+        apart = 1 - min(rate * crowd, 1.0)
+        if fresh < room:  # prompts that come during one step share the next
+            any_, none = 1 - math.exp(-rate * plain), math.exp(-rate * chunk)
+            share = any_ / (any_ + none)
+            apart = share / (rate * (plain + share * (chunk - plain)))
+        stall = apart * (alone - each * plain) + (1 - apart) * (crowd - fresh / room * plain)
         free = max(1 - rate * max(stall, 0.0), 1e-9) ** replica.dp
         base = replica.pp * plain / free
-        variance = (load.arrival_cv2 + load.isl_cv2) * rate * (stall * base / (replica.pp * plain)) ** 2
-        tpot = base + variance / (2 * steps)
-        following = min(rate * steps * base, float(replica.max_num_seqs))
-        if abs(following - batch) < 1e-7 * batch:
+        # a batch that fluctuates by more than a Poisson variable does is met longer than it is
+        noise = (load.arrival_cv2 + load.isl_cv2 * (1 - free) ** 2) / max(free, 0.02) ** 2
+        pull = 1 - max(high[0] - low[0], 0.0) / 2 / max(sd, 1e-9) * met / plain
+        more = min(max(((1 + noise) / 2 / max(pull, 0.1) - 1) / max(sd, 1.0), 0.0), 1.0)
+        # prompts that came while this one was computed hold it up; those behind its last token do not
+        waiting = rate * crowd**2 / 2 * (load.arrival_cv2 + load.isl_cv2) / max(1 - rate * crowd, 1e-9)
+        taken = min(rate * (stall + each * plain), 1.0)
+        left = waiting * stall / crowd / (taken + (1 - taken) * chunk / plain)
+        behind = max((1 - free) * (waiting + alone) - left, 0.0) / free
+        tpot = base + behind / steps * load.step_spread
+        following = min(rate * steps * tpot, float(replica.max_num_seqs))
+        if abs(following - batch) < 1e-4 * batch:
             break
         batch = 0.5 * (batch + following)
     return tpot / pace

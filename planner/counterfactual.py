@@ -23,11 +23,11 @@ from planc.planner.evaluate import Engine, Limits, Precise, Room
 from planc.planner.expert_load import with_expert_load
 from planc.planner.inventory import Group
 from planc.planner.offers import Deployed
+from planc.planner.operating_point import Steady
 from planc.planner.plan import Predicted, Replica, Role
 from planc.planner.predict import by_class, predicted
 from planc.planner.request import Request
 from planc.planner.slo import Slo
-from planc.planner.steady_state import Steady
 from planc.planner.traffic import Traffic, traffic
 
 GIB = 1024.0**3

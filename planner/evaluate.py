@@ -23,9 +23,10 @@ from planc.cost_model.step import StepLoad, StepModel
 from planc.cost_model.table import CostTable
 from planc.errors import InvalidField
 from planc.planner.candidates import TOKEN_BUDGETS, Candidate
+from planc.planner.operating_point import Array, Steady
 from planc.planner.priors import priors
 from planc.planner.request import Constraints, Request, Slo
-from planc.planner.steady_state import Array, Steady, steady
+from planc.planner.steady_state import steady
 from planc.planner.step_times import Curves, Exact
 from planc.planner.traffic import Part, Traffic
 

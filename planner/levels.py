@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
@@ -19,8 +19,8 @@ from planc.cost_model.energy import watts
 from planc.errors import InvalidField
 from planc.planner import solve
 from planc.planner.offers import NEAR, SAME, Fleet, Offer
+from planc.planner.operating_point import Array, Steady
 from planc.planner.promising import left, promising
-from planc.planner.steady_state import Array, Steady
 
 if TYPE_CHECKING:
     from planc.planner.search import Search
@@ -73,20 +73,16 @@ class Loaded:
     objective: Objective
     limits: solve.Limits
     deadline: float | None = None
-    _known: dict[tuple[object, ...], float] = field(default_factory=dict)
 
     def hopeful(self, column: solve.Column) -> solve.Column:
         return replace(column, weight=column.weight * NEAR)
 
     def precise(self, offer: Offer, column: solve.Column) -> tuple[Offer, solve.Column]:
-        key = id(offer.engine), offer.limits, column.flow, offer.capacity
-        if key not in self._known:
-            state = offer.stream.evaluator(offer.engine, offer.limits).at(offer.capacity)
-            good = bool(state.meets(offer.stream.slos)[0, 0])
-            cost = float(cost_of(self.objective, state)[0, 0])
-            self._known[key] = _weight(self.objective, offer, cost) if good else math.inf
-        weight = self._known[key]
-        return offer, replace(column, weight=weight) if math.isfinite(weight) else replace(column, load=0.0)
+        state = offer.stream.at(offer)
+        if not bool(state.meets(offer.stream.slos)[0, 0]):
+            return offer, replace(column, load=0.0)
+        cost = float(cost_of(self.objective, state)[0, 0])
+        return offer, replace(column, weight=_weight(self.objective, offer, cost))
 
     def relaxation(self, columns: Sequence[solve.Column]) -> solve.Relaxation | None:
         return solve.relaxation(columns, self.limits)

@@ -84,19 +84,20 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one candidate can do at best for a stream: with which limits, up to which load. `level`: the share
-    of that load which is meant."""
+    """What one candidate can do at best for a stream: with which limits, up to which load. In a closed
+    loop a decode engine holds so many `users` while it runs at `feed` requests/s, below its capacity."""
 
     engine: Engine
     limits: Limits
     capacity: float
     stream: Stream
-    level: float = 1.0
+    users: float = 0.0
+    feed: float = 0.0
 
     @property
     def load(self) -> float:
         """What it carries in the demand's unit."""
-        return self.stream.carried(self)
+        return self.users if self.feed else self.capacity
 
     def precise(self) -> Offer:
         """Its capacity by the step model itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,34 +11,51 @@ from numpy.typing import NDArray
 
 from planc.cost_model.speculative import Drafting
 from planc.cost_model.step import StepLoad, StepModel
+from planc.planner.operating_point import FIRST, Array
 from planc.planner.priors import waits
-from planc.planner.steady_state import FIRST, Array
 from planc.planner.traffic import Traffic
 
 #: decoding sequences per step at which curves are tabulated; n and n + 1 where kernels change their tiles
 _STARTS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 20, 24, 25, 32, 33, 40, 48, 56, 64, 65, 72, 80, 96, 97, 112)
 _LARGE = (128, 129, 144, 160, 176, 192, 193, 208, 224, 240, 256, 257, 288, 320, 384, 385, 448, 512, 513)
 _FIXED = ("budget", "pp", "dp", "request_s", "lag_steps", "first_token", "per_seq", "pace")
-_CURVES = ("decode", "mixed", "full", *_FIXED)
+_CURVES = ("decode", "alone", "full", *_FIXED)
+#: two points that integrate a cubic over a prompt (Gauss and Legendre)
+_GAUSS = 1 / math.sqrt(3)
 GRID = np.array((*_STARTS, *_LARGE, 640, 768, 769, 896, 1024), dtype=np.float64)
 
 
-def loads(traffic: Traffic, seqs: Array, budget: Array, rows: int = 1) -> tuple[StepLoad, StepLoad, StepLoad]:
-    """The steps D, M and F of `planner.steady_state` at `seqs` decoding sequences, each of so many `rows`,
-    and a token budget."""
-    context = traffic.decode_context
+def loads(traffic: Traffic, seqs: Array, room: Array, at: float = 0.0) -> list[StepLoad]:
+    """Steps beside `seqs` decoding sequences that have `room` for prompts: without any, with a piece of each
+    kind of prompt, and full of them. `at`: where in its prompt the last one's lies, 0 in the middle and +-1
+    at the ends."""
+    context, first = traffic.decode_context, 1 - traffic.hit_rate
     if traffic.role == "decode":
-        return (StepLoad(seqs, context),) * 3
+        return [StepLoad(seqs, context)]
     if traffic.decode_steps == 0:
         seqs = np.zeros_like(seqs)
-    room = np.maximum(budget - rows * seqs, 1.0)
-    chunk = np.minimum(traffic.new_tokens, room)
-    cached = np.maximum(traffic.prefill_context - chunk / 2, 0.0)
-    return (
-        StepLoad(seqs, context),
-        StepLoad(seqs, context, chunk, 1.0, cached),
-        StepLoad(seqs, context, room, np.maximum(room / traffic.new_tokens, 1.0), cached),
-    )
+    mixed = []
+    for _, tokens in traffic.prompts:
+        piece = np.where(tokens < room, tokens, room / 2)
+        before = np.where(tokens < room, tokens / first - tokens, tokens / first - (tokens + piece) / 2)
+        mixed.append(StepLoad(seqs, context, piece, 1.0, np.maximum(before, 0.0)))
+    start = traffic.prefill_context + at * traffic.new_tokens / 2
+    before = np.maximum(start - (1 + at) * np.minimum(traffic.new_tokens, room) / 2, 0.0)
+    full = StepLoad(seqs, context, room, np.maximum(room / traffic.new_tokens, 1.0), before)
+    return [StepLoad(seqs, context), *mixed, full]
+
+
+def folded(traffic: Traffic, seconds: Sequence[Array], room: Array) -> tuple[Array, Array, Array]:
+    """(D, A, F) of `planner.steady_state` from the seconds of `loads`.
+
+    A prompt longer than a step is cut into half a piece more than fits exactly, on average: full ones, and
+    the last one half as long.
+    """
+    decode, *mixed, full = seconds if len(seconds) > 1 else (seconds[0],) * 3
+    alone = np.zeros_like(full)
+    for (share, tokens), one in zip(traffic.prompts, mixed, strict=False):
+        alone = alone + share * (one + np.where(tokens < room, 0.0, tokens / room - 0.5) * full)
+    return decode, alone, full
 
 
 def _fixed(model: StepModel, draft: Drafting | None) -> tuple[float, ...]:
@@ -85,24 +103,25 @@ class Exact:
         return Exact(model, draft, traffic, *fixed)
 
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
-        rows = self.draft.speculation.rows if self.draft else 1
-        plain, mixed, full = loads(self.traffic, np.maximum(seqs, 1.0), self.budget, rows)
-        if mixed is plain:
-            (decode,) = _seconds(self.model, self.draft, plain)
-            return decode, decode, decode
-        decode, one, many = _seconds(self.model, self.draft, plain, mixed, full)
-        return decode, one, many
+        seqs = np.maximum(seqs, 1.0)
+        room = np.maximum(self.budget - self.per_seq * seqs, 1.0)
+        steps = loads(self.traffic, seqs, room, -_GAUSS)
+        if self.traffic.role == "decode" or np.all(self.traffic.new_tokens <= room):
+            return folded(self.traffic, _seconds(self.model, self.draft, *steps), room)
+        later = loads(self.traffic, seqs, room, _GAUSS)[-1]
+        *found, full, last = _seconds(self.model, self.draft, *steps, later)
+        return folded(self.traffic, [*found, (full + last) / 2], room)
 
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Linear interpolation on GRID for N schedulers. `decode`, `mixed`, `full` are [N, len(GRID)].
+    """Linear interpolation on GRID for N schedulers. `decode`, `alone`, `full` are [N, len(GRID)].
 
     Batches beyond the grid extend its last segment.
     """
 
     decode: Array
-    mixed: Array
+    alone: Array
     full: Array
     budget: Array
     pp: Array
@@ -119,18 +138,13 @@ class Curves:
     ) -> Curves:
         """One row per token budget of one step model."""
         budget = np.array(budgets, dtype=np.float64)[:, None]
-        plain, mixed, full = loads(traffic, GRID[None, :], budget, draft.speculation.rows if draft else 1)
-        ones = np.ones_like(budget)
-        steps = (plain,) if mixed is plain else (plain, mixed, full)
-        found = _seconds(model, draft, *steps)
-        decode = np.repeat(found[0], len(budgets), axis=0)
-        one, many = found[1:] or (decode, decode)
+        fixed = _fixed(model, draft)
+        room = np.maximum(budget - fixed[_FIXED.index("per_seq") - 1] * GRID[None, :], 1.0)
+        found = _seconds(model, draft, *loads(traffic, GRID[None, :], room))
+        decode, alone, full = folded(traffic, found, room)
+        shape = np.ones_like(room)
         return Curves(
-            decode,
-            one,
-            many,
-            budget,
-            *(ones * value for value in _fixed(model, draft)),
+            decode * shape, alone * shape, full * shape, budget, *(np.ones_like(budget) * v for v in fixed)
         )
 
     @staticmethod
@@ -146,7 +160,7 @@ class Curves:
         left = np.clip(np.searchsorted(GRID, seqs, side="right") - 1, 0, len(GRID) - 2)
         share = (seqs - GRID[left]) / (GRID[left + 1] - GRID[left])
         row = np.arange(len(self.decode))[:, None]
-        lower = [table[row, left] for table in (self.decode, self.mixed, self.full)]
-        upper = [table[row, left + 1] for table in (self.decode, self.mixed, self.full)]
-        plain, mixed, full = (a + (b - a) * share for a, b in zip(lower, upper, strict=True))
-        return plain, mixed, full
+        lower = [table[row, left] for table in (self.decode, self.alone, self.full)]
+        upper = [table[row, left + 1] for table in (self.decode, self.alone, self.full)]
+        decode, alone, full = (a + (b - a) * share for a, b in zip(lower, upper, strict=True))
+        return decode, alone, full

@@ -6,7 +6,6 @@ and limits come first; what the search then picks is evaluated again by the step
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from planc.planner.expert_load import with_copies
 from planc.planner.formats import accuracy
 from planc.planner.inventory import Group
 from planc.planner.offers import HEADROOM, SAME, Offer
-from planc.planner.operating_point import Array
+from planc.planner.operating_point import Array, Steady
 from planc.planner.plan import Role
 from planc.planner.request import Request
 from planc.planner.slo import Slo
@@ -75,7 +74,7 @@ class Stream:
         self.split, self.memories = 0, memories
         #: of a decode pool in a closed loop: seconds that a request spends before it, at least
         self.prompt_s: float | None = None
-        self._held: dict[tuple[object, ...], float] = {}
+        self._states: dict[tuple[object, ...], Steady] = {}
         self._by_formulas: tuple[Array, Counter[str]] | None = None
         self._precise: dict[tuple[int, Limits], float] = {}
         self.found, self.pruned = candidates(
@@ -210,18 +209,12 @@ class Stream:
         """One of its engines, by the step model itself."""
         return Precise(engine, limits, self.traffic, self.role)
 
-    def carried(self, offer: Offer) -> float:
-        """What an engine carries at its level, in the demand's unit: users where that is a closed loop, and
-        the engine decodes what others prefilled. Users who wait for a seat do not count."""
-        rate = offer.capacity * offer.level
-        if self.prompt_s is None or not rate:
-            return rate
-        key = id(offer.engine), offer.limits, rate
-        if key not in self._held:
-            state = self.evaluator(offer.engine, offer.limits).at(rate)
-            seated = float(state.full[0, 0]) * offer.limits.seats * offer.engine.candidate.shape.dp
-            self._held[key] = seated + rate * self.prompt_s if math.isfinite(state.e2e[0, 0]) else 0.0
-        return self._held[key]
+    def at(self, offer: Offer) -> Steady:
+        """The steady state of an engine whose capacity is a load that is meant, by the step model."""
+        key = id(offer.engine), offer.limits, offer.capacity
+        if key not in self._states:
+            self._states[key] = self.evaluator(offer.engine, offer.limits).at(offer.capacity)
+        return self._states[key]
 
     def column(self, offer: Offer, load: float, weight: float | None = None) -> solve.Column:
         """The offer as the master problem sees it, carrying `load`."""
@@ -238,7 +231,7 @@ class Stream:
             watts=candidate.shape.world * float(watts(candidate.group.gpu, 1.0)),
             flow=self.flow,
             firm=not candidate.group.spot,
-            feed=0.0 if self.prompt_s is None else offer.capacity * offer.level,
+            feed=offer.feed,
         )
 
     # -- what is said about a stream ------------------------------------------------------

@@ -115,6 +115,23 @@ class Traffic:
         return max(self.isl_mean * (1 - self.hit_rate), 1.0)
 
     @property
+    def prompts(self) -> tuple[tuple[float, float], ...]:
+        """(share, computed tokens) of one or two kinds of prompts that stand for all: Gauss's quadrature,
+        which keeps mean, variance and skewness of the lengths."""
+        mean = self.isl_mean
+        off = self.isl - mean
+        sd = math.sqrt(max(self.mean(off**2), 0.0))
+        if self.role == "decode" or sd <= 1e-3 * mean:
+            return ((1.0, self.new_tokens),)
+        skew = self.mean(off**3) / sd**3
+        root = math.sqrt(1 + skew * skew / 4)
+        fresh = self.new_tokens / mean
+        return tuple(
+            ((1 - side * skew / 2 / root) / 2, max((mean + sd * (skew / 2 + side * root)) * fresh, 1.0))
+            for side in (-1, 1)
+        )
+
+    @property
     def isl_cv2(self) -> float:
         """Squared coefficient of variation of the input length."""
         mean = self.isl_mean
@@ -130,6 +147,12 @@ class Traffic:
     def decode_steps(self) -> float:
         """Decode steps per request: the first output token comes from the prefill."""
         return 0.0 if self.role == "prefill" else max(self.osl_mean - 1.0, 0.0)
+
+    @property
+    def step_spread(self) -> float:
+        """Mean decode steps over their harmonic mean: at least 1, and more the more answers differ."""
+        steps = np.maximum(self.osl - 1, 1.0)
+        return self.mean(steps) * self.mean(1 / steps)
 
     @property
     def decode_context(self) -> float:

@@ -19,9 +19,10 @@ from planc.planner.candidates import Candidate
 from planc.planner.check import check
 from planc.planner.evaluate import Room
 from planc.planner.inventory import Group, groups
+from planc.planner.operating_point import FIRST, Array, Steady
 from planc.planner.plan import Plan, Pool, Replica, Role
 from planc.planner.slo import objectives
-from planc.planner.steady_state import FIRST, Array, Steady, steady
+from planc.planner.steady_state import steady
 from planc.planner.step_times import Exact
 from planc.planner.traffic import Traffic
 from planc.runtime.simulator import Clock, Records, Rules, Server, open_loop
@@ -92,12 +93,12 @@ def test_where_the_first_token_comes_from_moves_time_between_ttft_and_tpot(wire:
 def test_one_prompt_per_step_is_pollaczek_and_khinchine() -> None:
     times = Linear(tokens=1000.0, prompt=1000.0)
     traffic = flow(1000, 200)
-    _, mixed, full = times.at(np.array([[1.0]]))
+    *_, full = times.at(np.array([[1.0]]))
     for share in (0.2, 0.5, 0.8):
         rate = share / value(full)
         found = at_rate(times, traffic, rate, "prefill")
         wait = share / (1 - share) * value(full) / 2
-        assert value(found.ttft) == pytest.approx(value(mixed) + wait + value(times.request_s), rel=0.02)
+        assert value(found.ttft) == pytest.approx(value(full) + wait + value(times.request_s), rel=0.02)
     assert value(found.tpot) == 0.0
 
 

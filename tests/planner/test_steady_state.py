@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planc.planner.operating_point import Array, Steady
 from planc.planner.priors import priors
+from planc.planner.queues import normal_cdf, rate_of, seat_queue
 from planc.planner.request import make_request
-from planc.planner.steady_state import Array, Steady, _normal_cdf, _rate, _seat_queue, steady
+from planc.planner.steady_state import steady
 from planc.planner.traffic import Traffic, traffic
 from tests.planner.cases import raw
 from tests.planner.scheduler import simulate
@@ -64,7 +66,8 @@ class Linear:
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         plain = FIXED + PER_SEQ * seqs
         room = np.maximum(self.tokens - seqs, 1.0)
-        return plain, plain + PER_TOKEN * np.minimum(self.prompt, room), plain + PER_TOKEN * room
+        pieces = np.where(self.prompt < room, 1.0, self.prompt / room + 0.5)
+        return plain, pieces * plain + PER_TOKEN * self.prompt, plain + PER_TOKEN * room
 
 
 def load(isl: float = 1000, osl: float = 200, **workload: object) -> Traffic:
@@ -150,7 +153,7 @@ def test_erlang_c_is_approximated() -> None:
             total += term
         last = term * offered / seats * seats / (seats - offered)
         exact = last / (total + last)
-        chance, wait = _seat_queue(np.array([[offered]]), np.array([[float(seats)]]), np.array([[2.0]]))
+        chance, wait = seat_queue(np.array([[offered]]), np.array([[float(seats)]]), np.array([[2.0]]))
         assert chance[0, 0] == pytest.approx(exact, abs=0.03)
         assert wait[0, 0] == pytest.approx(2.0 / (seats - offered))
 
@@ -159,13 +162,13 @@ def test_normal_distribution() -> None:
     from statistics import NormalDist
 
     x = np.linspace(0, 8, 200)
-    assert np.allclose(_normal_cdf(x), [NormalDist().cdf(v) for v in x], atol=1e-7)
+    assert np.allclose(normal_cdf(x), [NormalDist().cdf(v) for v in x], atol=1e-7)
 
 
 @given(st.floats(0.1, 200), st.floats(1e-3, 10), st.floats(0, 1), st.integers(1, 16))
 def test_rate_solves_its_equation(batch: float, cycle: float, extra: float, dp: int) -> None:
     one = lambda v: np.array([[float(v)]])  # noqa: E731
-    rate = _rate(one(batch), one(cycle), one(extra), one(dp))[0, 0]
+    rate = rate_of(one(batch), one(cycle), one(extra), one(dp))[0, 0]
     assert rate * cycle == pytest.approx(batch * max(1 - rate * extra, 0.0) ** dp, rel=1e-5, abs=1e-9)
 
 

@@ -12,7 +12,8 @@ from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.step import StepModel
-from planc.planner.steady_state import Steady, steady
+from planc.planner.operating_point import Steady
+from planc.planner.steady_state import steady
 from planc.planner.step_times import Exact
 from planc.planner.traffic import Traffic
 from planc.runtime.simulator import Clock, Load, Rules, Server, closed_loop, open_loop, simulate
