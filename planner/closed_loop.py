@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from planc.planner.offers import NEAR, Offer
 from planc.planner.stream import Stream
 
-#: of a decode engine's capacity: with fewer prefill engines than would feed it wholly it runs below that
-_LEVELS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.35, 0.2)
-_HALVINGS = 30
+#: of a decode engine's batch at its capacity: with too few prefill engines it runs below that
+_LEVELS = np.array([0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+_ROUNDS, _CLOSE = 40, 1e-6
 
 
 def prompt_seconds(prefill: Stream) -> float:
@@ -31,9 +33,18 @@ def prompt_seconds(prefill: Stream) -> float:
 
 def at_levels(offer: Offer) -> list[Offer]:
     """A decode engine of a closed loop, by the step model, at each rate that it may run at."""
-    exact = offer.precise()
-    found = [replace(exact, level=level) for level in _LEVELS]
-    return [one for one in found if one.load > 0]
+    exact, prompt_s = offer.precise(), offer.stream.prompt_s
+    if not exact.capacity or prompt_s is None:
+        return []
+    one = exact.stream.evaluator(exact.engine, exact.limits)
+    state = one.state(_LEVELS * float(exact.stream.at(exact).batch[0, 0]))
+    rates = np.minimum(one.load(state), exact.capacity)
+    users = state.full[0] * exact.limits.seats * exact.engine.candidate.shape.dp + rates * prompt_s
+    good = np.isfinite(state.ttft[0]) & np.isfinite(state.tpot[0])
+    return [
+        replace(exact, users=float(held), feed=float(rate))
+        for held, rate in zip(users[good], rates[good], strict=True)
+    ]
 
 
 def rates(offers: Sequence[Offer], counts: Sequence[int], loads: Sequence[float]) -> list[float]:
@@ -41,25 +52,40 @@ def rates(offers: Sequence[Offer], counts: Sequence[int], loads: Sequence[float]
     their decode engines were given, all engines of a pool equally full."""
     found = list(loads)
     bought = [i for i, load in enumerate(loads) if counts[i] and load > 0]
-    for split in sorted({offers[i].stream.split for i in bought if offers[i].stream.role == "decode"}):
+    for split in sorted({offers[i].stream.split for i in bought if offers[i].feed}):
         mine = [i for i in bought if offers[i].stream.split == split]
-        prefill = [i for i in mine if offers[i].stream.role == "prefill"]
-        decode = [i for i in mine if offers[i].stream.role == "decode"]
-        users = sum(counts[i] * loads[i] for i in decode)
-        most = {i: offers[i].capacity * offers[i].level for i in mine}
-        needed = sum(counts[i] * most[i] for i in decode) / sum(counts[i] * most[i] for i in prefill)
-        most |= {i: most[i] * needed for i in prefill}
-        low, high = 0.0, 1.0
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            held = sum(counts[i] * _users(offers[i], most[i] * middle) for i in mine)
-            low, high = (middle, high) if held < users else (low, middle)
-        for i in mine:
-            found[i] = most[i] * high
+        users = sum(counts[i] * loads[i] for i in mine if offers[i].feed)
+        needed = sum(counts[i] * offers[i].feed for i in mine)
+        share = needed / sum(counts[i] * offers[i].capacity for i in mine if not offers[i].feed)
+        pools = [(counts[i], offers[i], offers[i].feed or share * offers[i].capacity) for i in mine]
+        full = _fullness(pools, users)
+        for i, (_, _, most) in zip(mine, pools, strict=True):
+            found[i] = most * full
     return found
 
 
-def _users(offer: Offer, rate: float) -> float:
-    """Requests on an engine, or on their way to it, at a rate."""
-    state = offer.stream.evaluator(offer.engine, offer.limits).at(rate)
-    return rate * float(state.e2e[0, 0])
+def _fullness(pools: Sequence[tuple[int, Offer, float]], users: float) -> float:
+    """The share of its rate at which each of these engines runs when together they hold so many users, by
+    false position on users, which grow with it (Illinois: an end that stays counts half)."""
+    low, high, below, above = 0.0, 1.0, -users, _held(pools, 1.0) - users
+    if above <= 0:
+        return 1.0
+    for _ in range(_ROUNDS):
+        middle = (low * above - high * below) / (above - below)
+        missing = _held(pools, middle) - users
+        if abs(missing) <= _CLOSE * users:
+            return middle
+        if missing < 0:
+            low, below, above = middle, missing, above / 2
+        else:
+            high, above, below = middle, missing, below / 2
+    return high
+
+
+def _held(pools: Sequence[tuple[int, Offer, float]], full: float) -> float:
+    """Users with a request on these engines, or on its way to them."""
+    total = 0.0
+    for count, offer, most in pools:
+        state = offer.stream.evaluator(offer.engine, offer.limits).at(full * most)
+        total += count * full * most * float(state.e2e[0, 0])
+    return total
