@@ -24,7 +24,7 @@ from planc.runtime.simulator.replica import Server
 
 #: requests of a run at least and at most, of which the first half fills the caches; visits of each prefix at
 #: each replica
-_LEAST, _MOST, _VISITS = 2000, 8000, 2
+_LEAST, _MOST, _VISITS = 2000, 5000, 2
 #: tokens that a router knows a prefix by
 _BLOCK = 64
 #: lengths are spread by this much around the workload's
