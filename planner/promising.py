@@ -132,7 +132,7 @@ def _within_bounds(
         members = [i for i in costs if costs[i] <= best - bound + 1e-6 * abs(bound)]
         columns = _precise(rough, members, goal, several_fit)
         if len(members) > len(core):
-            mine = goal.value(columns[1])
+            mine = min(mine, goal.value(columns[1]))  # in little time the larger problem may end worse
             best = min(best, mine)
         found.append((mine, columns))
     slack = limits.gap * abs(best) + 1e-6 * abs(best) if math.isfinite(best) else 0.0
