@@ -185,8 +185,8 @@ def _spread_refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: En
         if kind not in context.caches:
             return [Refusal("cp", f"{profile.name} spreads no cache of {kind}")]
         if kind == "heads" and (copies := max(shape.tp // cls.kv_units, 1)) % shape.cp:
-            reason = f"{cls.kv_units} KV heads have {copies} copies on {shape.tp} ranks"
-            return [Refusal("cp", f"{cls.name}: {reason}, which {shape.cp} do not divide")]
+            have = f"{cls.name}: {cls.kv_units} KV heads have {copies if copies > 1 else 'no'} copies"
+            return [Refusal("cp", f"{have} on {shape.tp} ranks, for {shape.cp} to share their tokens")]
     return []
 
 
