@@ -33,6 +33,8 @@ from planc.planner.traffic import Traffic, traffic
 #: step times jump where kernels change tiles and graphs are padded; two ways to the operating point may
 #: land on different sides of a jump
 _TOLERANCE = 0.06
+#: where batches around a mean one are looked at, in standard deviations
+_PLACES = np.array([-1.3, -0.8, -0.3, 0.3, 0.8, 1.3])
 #: a batch a little below the one that a plan's mean TPOT implies
 _BELOW = 0.97
 GIB = 1024.0**3
@@ -348,25 +350,28 @@ def _settled(model: StepModel, replica: Replica, load: Traffic, rate: float, run
     lengths, weight = load.isl * fresh / load.isl_mean, load.weight
     before = load.isl - lengths
 
-    def around(met: float) -> tuple[float, float, float]:
-        """Seconds of a step without prompts, of a prompt's steps by itself, and of one full of prompts."""
-        seqs = max(met / replica.pp, 1.0)
+    def around(met: float, sd: float) -> tuple[NDArray[np.float64], ...]:
+        """Seconds of a step without prompts, of a prompt's steps by itself, and of one full of prompts, beside
+        batches around `met`."""
+        seqs = np.clip(met + _PLACES * sd, 1.0, replica.max_num_seqs)[:, None] / replica.pp
+        seqs = np.maximum(seqs, 1.0)
         cut = lengths >= room  # into full pieces, and half of one on average
         middle = np.where(cut, before + (lengths - room / 2) / 2, before)
         first = seconds(StepLoad(seqs, context, np.where(cut, room / 2, lengths), 1.0, middle))
         cached = max(load.prefill_context - min(fresh, room) / 2, 0.0)
-        full = float(seconds(StepLoad(seqs, context, room, max(room / fresh, 1.0), cached)))
-        alone = float(weight @ (first + np.where(cut, lengths / room - 0.5, 0.0) * full))
-        return float(seconds(StepLoad(seqs, context))), alone, full
+        full = seconds(StepLoad(seqs, context, room, max(room / fresh, 1.0), cached))
+        alone = (first + np.where(cut, lengths / room - 0.5, 0.0) * full) @ weight
+        return seconds(StepLoad(seqs, context))[:, 0], alone, full[:, 0]
 
     more = 0.0
     for _ in range(60):
         met, sd = min(batch + 1.0, float(replica.max_num_seqs)), math.sqrt(batch)
         room = max(replica.max_num_batched_tokens - rows * met / replica.pp, 1.0)
-        low, high = around(max(met - sd, 1.0)), around(min(met + sd, float(replica.max_num_seqs)))
-        plain, alone, full = ((one + other) / 2 for one, other in zip(low, high, strict=True))
+        found = around(met, sd)
+        growth = max(float(np.polyfit(_PLACES, found[0], 1)[0]), 0.0)
+        plain, alone, full = (float(part.mean()) for part in found)
         each = float(weight @ np.where(lengths >= room, lengths / room + 0.5, 1.0))
-        longer = more * max(high[0] - low[0], 0.0) / 2
+        longer = more * growth
         plain, alone, full = plain + longer, alone + each * longer, full + longer
         crowd, chunk = fresh / room * full, alone / each
         apart = 1 - min(rate * crowd, 1.0)
@@ -379,7 +384,7 @@ def _settled(model: StepModel, replica: Replica, load: Traffic, rate: float, run
         base = replica.pp * plain / free
         # a batch that fluctuates by more than a Poisson variable does is met longer than it is
         noise = (load.arrival_cv2 + load.isl_cv2 * (1 - free) ** 2) / max(free, 0.02) ** 2
-        pull = 1 - max(high[0] - low[0], 0.0) / 2 / max(sd, 1e-9) * met / plain
+        pull = 1 - growth / max(sd, 1e-9) * met / plain
         more = min(max(((1 + noise) / 2 / max(pull, 0.1) - 1) / max(sd, 1.0), 0.0), 1.0)
         # prompts that came while this one was computed hold it up; those behind its last token do not
         waiting = rate * crowd**2 / 2 * (load.arrival_cv2 + load.isl_cv2) / max(1 - rate * crowd, 1e-9)

@@ -333,7 +333,10 @@ class Precise:
         """Batches from a share of the seats up to all of them, the ends of the steps that padding to captured
         graphs makes of the step time among them: a load may be carried just below such an end only."""
         model, seats = self.engine.model, float(self.limits.seats)
-        ends = np.array(model.graph_sizes) * model.shape.pp - (self.traffic.concurrency is None)
+        ends = np.array(model.graph_sizes) * model.shape.pp
+        if self.traffic.concurrency is None:  # B + 1 and batches some sqrt(B) from it are looked at
+            place = np.array(self.times.places)[:, None]
+            ends = ((np.sqrt(place**2 + 4 * (ends - 1.0)) - place) / 2).ravel() ** 2 * (1 - 1e-9)
         ends = ends[(ends > least * seats) & (ends < seats)]
         found: Array = np.unique(np.concatenate([np.geomspace(least, 1.0, _POINTS) * seats, ends]))
         return found

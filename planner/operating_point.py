@@ -27,7 +27,11 @@ class StepTimes(Protocol):
     first_token where the client has it from when prompts are computed elsewhere, see FIRST [N, 1]
     per_seq     rows that a step computes for each decoding sequence, 1 without speculation [N, 1]
     pace        tokens that each of them gains by a step, on average [N, 1]
+    places      batches to look at around a mean one, in standard deviations; their own is 1
     """
+
+    @property
+    def places(self) -> tuple[float, ...]: ...
 
     @property
     def budget(self) -> Array: ...

@@ -16,12 +16,16 @@ AVERAGED = 2 / 3
 def around(
     times: StepTimes, met: Array, sd: Array, seats: Array, scale: float
 ) -> tuple[Array, Array, Array, Array]:
-    """(D, A, F) averaged over batches `sd` below and above `met`, and by how much D is longer above."""
-    low, high = np.maximum(met - sd, 1.0), np.minimum(met + sd, np.maximum(seats, 1.0))
-    below = times.at(low / times.pp)
-    above = times.at(high / times.pp)
-    decode, alone, full = (scale * (a + b) / 2 for a, b in zip(below, above, strict=True))
-    return decode, alone, full, np.maximum(above[0] * scale - decode, 0.0)
+    """(D, A, F) averaged over batches around `met`, and by how much D grows with one `sd` of the batch."""
+    total: list[Array] = [np.zeros_like(met)] * 3
+    grown, most = np.zeros_like(met), np.maximum(seats, 1.0)
+    for place in times.places:
+        found = times.at(np.clip(met + place * sd, 1.0, most) / times.pp)
+        total = [sum_ + part for sum_, part in zip(total, found, strict=True)]
+        grown = grown + place * found[0]
+    decode, alone, full = (part * (scale / len(times.places)) for part in total)
+    growth = np.maximum(grown * scale / sum(place**2 for place in times.places), 0.0)
+    return decode, alone, full, growth
 
 
 def apart(rate: Array, decode: Array, chunk: Array) -> Array:

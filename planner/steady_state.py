@@ -73,7 +73,11 @@ def steady(
     closed = traffic.concurrency is not None
     met = np.maximum(batch, 1.0) if closed else np.minimum(batch + 1.0, np.maximum(seats, 1.0))
     sd = np.sqrt(np.maximum(batch, 1e-12))
-    decode, alone, full, above = around(times, met, np.zeros_like(batch) if closed else sd, seats, scale)
+    if closed:
+        decode, alone, full = (part * scale for part in times.at(met / times.pp))
+        above = np.zeros_like(decode)
+    else:
+        decode, alone, full, above = around(times, met, sd, seats, scale)
     room = np.maximum(times.budget - times.per_seq * met / times.pp, 1.0)
     steps = traffic.decode_steps / times.pace
     fluid, cut = fresh / room, pieces(traffic, room)

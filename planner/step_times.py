@@ -22,6 +22,8 @@ _FIXED = ("budget", "pp", "dp", "request_s", "lag_steps", "first_token", "per_se
 _CURVES = ("decode", "alone", "full", *_FIXED)
 #: two points that integrate a cubic over a prompt (Gauss and Legendre)
 _GAUSS = 1 / math.sqrt(3)
+#: equally likely batches of a normal distribution: two of them, and five that smooth the staircase of graphs
+_FEW, _MANY = (-1.0, 1.0), (-1.465, -0.6, 0.0, 0.6, 1.465)
 GRID = np.array((*_STARTS, *_LARGE, 640, 768, 769, 896, 1024), dtype=np.float64)
 
 
@@ -97,6 +99,10 @@ class Exact:
     per_seq: Array
     pace: Array
 
+    @property
+    def places(self) -> tuple[float, ...]:
+        return _MANY
+
     @staticmethod
     def of(model: StepModel, traffic: Traffic, budget: float, draft: Drafting | None = None) -> Exact:
         fixed = (np.array([[float(value)]]) for value in (budget, *_fixed(model, draft)))
@@ -131,6 +137,10 @@ class Curves:
     first_token: Array
     per_seq: Array
     pace: Array
+
+    @property
+    def places(self) -> tuple[float, ...]:
+        return _FEW
 
     @staticmethod
     def of(

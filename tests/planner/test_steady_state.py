@@ -63,6 +63,10 @@ class Linear:
     def pace(self) -> Array:
         return np.ones((1, 1))
 
+    @property
+    def places(self) -> tuple[float, ...]:
+        return (-1.0, 1.0)
+
     def at(self, seqs: Array) -> tuple[Array, Array, Array]:
         plain = FIXED + PER_SEQ * seqs
         room = np.maximum(self.tokens - seqs, 1.0)
