@@ -22,6 +22,7 @@ from planc.planner.plan import Plan
 from planc.planner.referee import Referee
 from planc.planner.request import Request, make_request
 from planc.planner.resolving import OutOfTime
+from planc.planner.routing import words as routed
 from planc.planner.traffic import traffic
 from planc.planner.variations import Outcome, Resolver
 
@@ -203,6 +204,8 @@ def _notes(
         notes.append("the plan was simulated; here both sides are compared by formulas alone")
     else:
         notes.append("both sides are compared by formulas alone, as the plan was made")
+    if plan.routing is not None and plan.routing.compared:
+        notes.append(f"routing {routed(plan.routing)}")
     better = [one for one in taken if one.loss is not None and one.loss < 0]
     if better:
         notes.append(

@@ -3,6 +3,7 @@ the variation of the request that leaves no other choice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -139,6 +140,8 @@ def completed(replica: Replica, wanted: Mapping[str, Any]) -> EngineShape:
         shape = replace(shape, formats=tuple(sorted(wanted.get("formats", {}).items())))
     if "ep" not in wanted and shape.ep > 1:
         shape = replace(shape, ep=shape.tp * shape.dp)
+    if "cp" not in wanted:
+        shape = replace(shape, cp=math.gcd(shape.cp, shape.tp))
     if "activations" not in wanted:
         pairs = catalogue.engine(shape.engine).pairs(catalogue.gpu(shape.gpu))
         own = [acts for weights, acts in pairs if weights == shape.weights]

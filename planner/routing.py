@@ -50,6 +50,20 @@ def decided(search: Search, fleet: Fleet, player: object = None) -> Routing | No
     return Routing(policy=chosen, reason="simulated behind each router", compared=found)
 
 
+def words(routing: Routing) -> str:
+    """The decision and what it gains, in a sentence."""
+    found = routing.compared
+    if routing.policy == DEFAULT or not found:
+        return f"{routing.policy}: {routing.reason}"
+    mine, usual = found[routing.policy], found[DEFAULT]
+    gains = (
+        f"{100 * mine['hit_rate']:.3g} % of prompts found instead of {100 * usual['hit_rate']:.3g} %",
+        f"mean TTFT {mine['ttft_ms']:.3g} ms instead of {usual['ttft_ms']:.3g}",
+        f"mean TPOT {mine['tpot_ms']:.3g} ms instead of {usual['tpot_ms']:.3g}",
+    )
+    return f"{routing.policy}: {', '.join(gains)} behind {DEFAULT}"
+
+
 def _nothing_to_choose(search: Search, fleet: Fleet) -> str:
     """Why the fleet is not played behind several routers; "" where it is."""
     flow = search.traffic

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from planc.commands.common import UNITS, grid, number
 from planc.planner.plan import Plan, Predicted, Replica
+from planc.planner.routing import words
 
 
 def summary(plan: Plan, console: Console) -> None:
@@ -27,6 +28,8 @@ def summary(plan: Plan, console: Console) -> None:
         f"{solver.candidates:,} candidates ({sum(solver.pruned.values()):,} pruned)\n"
     )
     pools(plan, console)
+    if plan.routing is not None and plan.routing.compared:
+        console.print(f"routing: {words(plan.routing)}")
     console.print()
     predictions(plan.predicted, console, plan.model.kind)
 
@@ -54,7 +57,7 @@ def pools(plan: Plan, console: Console) -> None:
 
 
 def parallel(replica: Replica) -> str:
-    degrees = [("TP", replica.tp), ("PP", replica.pp), ("DP", replica.dp), ("EP", replica.ep)]
+    degrees = [(name.upper(), getattr(replica, name)) for name in ("tp", "pp", "dp", "ep", "cp")]
     return " ".join(f"{name}{degree}" for name, degree in degrees if degree > 1) or "one GPU"
 
 

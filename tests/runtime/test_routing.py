@@ -11,8 +11,8 @@ import pytest
 
 from planc.planner.compile import plan
 from planc.planner.offers import Fleet
-from planc.planner.plan import Policy
-from planc.planner.routing import DEFAULT, POLICIES, decided
+from planc.planner.plan import Policy, Routing
+from planc.planner.routing import DEFAULT, POLICIES, decided, words
 from planc.planner.search import Search
 from planc.planner.traffic import Traffic, traffic
 from planc.runtime.referee import Simulation
@@ -129,3 +129,16 @@ def test_a_plan_states_the_router_and_what_it_gains() -> None:
     if found.routing.policy != DEFAULT:
         best = found.routing.compared[found.routing.policy]["e2e_ms"]
         assert best < 0.98 * found.routing.compared[DEFAULT]["e2e_ms"]
+
+
+def test_what_a_router_gains_is_said_in_a_sentence() -> None:
+    figures = {"ttft_ms": 300.0, "tpot_ms": 20.0, "e2e_ms": 9000.0, "excess": 1.0}
+    compared: dict[Policy, dict[str, float]] = {
+        "least_loaded": {"hit_rate": 0.25, **figures},
+        "prefix_aware": {"hit_rate": 0.5, **figures, "ttft_ms": 200.0},
+    }
+    said = words(Routing(policy="prefix_aware", reason="", compared=compared))
+    assert said.startswith(
+        "prefix_aware: 50 % of prompts found instead of 25 %, mean TTFT 200 ms instead of 300"
+    )
+    assert words(Routing(policy=DEFAULT, reason="a closed loop")) == "least_loaded: a closed loop"
