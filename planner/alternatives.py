@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from planc.cost_model.energy import watts
+from planc.planner.levels import running_share
 from planc.planner.offers import Deployed, Fleet, Offer
 from planc.planner.plan import Rejected
 from planc.planner.search import Search
@@ -64,20 +66,22 @@ def _best_of(
 
 
 def _fleets(search: Search, offers: Sequence[Offer]) -> Iterator[tuple[tuple[float, float], Deployed]]:
-    """Fleets of one kind that carry the demand (or fill the inventory), with their rank."""
+    """Fleets of one kind that carry the demand (or fill the inventory), with their rank: as few engines as
+    suffice, or all that there is room for where the objective depends on how loaded they are."""
+    demand, by_load = search.demand, search.request.objective in ("min_latency", "min_energy")
     for offer in offers:
         room = _room(search, offer)
-        demand = search.demand
-        count = room if demand is None else math.ceil(demand / offer.capacity - 1e-9)
-        if search.request.objective in ("min_latency", "min_energy"):
-            count = room
-        if not 1 <= count <= room:
+        few = room if demand is None else math.ceil(demand / offer.capacity - 1e-9)
+        if not 1 <= few <= room:
             continue
-        load = offer.capacity if demand is None else demand / count
-        usd = count * offer.engine.candidate.usd
-        rank = usd if demand is not None else usd / (count * offer.capacity)
-        item = Deployed(offer.engine, offer.limits, count, load, offer.capacity)
-        yield (rank, -count * offer.capacity), item
+        for count in sorted({few, room}) if by_load else [few]:
+            load = offer.capacity if demand is None else demand / count
+            usd = count * offer.engine.candidate.usd
+            rank = usd if demand is not None else usd / (count * offer.capacity)
+            item = Deployed(offer.engine, offer.limits, count, load, offer.capacity)
+            rank = _by_load(search, item) if by_load else rank
+            if math.isfinite(rank):
+                yield (rank, -count * offer.capacity), item
 
 
 def _room(search: Search, offer: Offer) -> int:
@@ -88,6 +92,17 @@ def _room(search: Search, offer: Offer) -> int:
     if allowed.max_gpus is not None:
         most = min(most, allowed.max_gpus // candidate.shape.world)
     return min(most, allowed.max_replicas or most)
+
+
+def _by_load(search: Search, item: Deployed) -> float:
+    """Mean end-to-end latency (ms) or power (W) of identical engines at their load."""
+    state = item.state(search.traffic)
+    if not math.isfinite(state.ttft[0, 0]):
+        return math.inf
+    if search.request.objective == "min_latency":
+        return 1e3 * float(state.e2e[0, 0])
+    one = watts(item.candidate.group.gpu, running_share(state))
+    return item.count * item.candidate.shape.world * float(one[0, 0])
 
 
 def _lost(search: Search, fleet: Fleet, decision: str, item: Deployed) -> Rejected:
@@ -105,13 +120,15 @@ def _lost(search: Search, fleet: Fleet, decision: str, item: Deployed) -> Reject
     plan = f"{item.count} x {item.candidate.label()}"
     objective = search.request.objective
     if objective == "min_latency":
-        mine = (
-            1e3
-            * sum(i.count * i.load * float(i.state(search.traffic).e2e[0, 0]) for i in fleet.items)
-            / sum(i.count * i.load for i in fleet.items)
-        )
+        mine = fleet.solution.value
         reason = f"slower: {plan} takes {numbers['e2e_ms']:.4g} ms end to end against {mine:.4g} ms"
-    elif objective == "max_goodput" or search.demand is None:
+    elif objective == "min_energy":
+        reason = f"draws more: {plan} {_by_load(search, item):.4g} W against {fleet.solution.value:.4g} W"
+    elif objective == "min_cost" and search.demand is None:
+        tokens = (search.traffic.osl_mean or search.traffic.isl_mean) * item.count * item.capacity
+        price = f"{usd / 3600 / tokens * 1e6:.4g} USD per million tokens"
+        reason = f"dearer: {plan} costs {price} against {fleet.solution.value:.4g}"
+    elif objective == "max_goodput":
         mine = fleet.capacity
         reason = f"carries less: {plan} {item.count * item.capacity:.4g} {_unit(search)} against {mine:.4g}"
     elif usd > fleet.usd * (1 + 1e-9):

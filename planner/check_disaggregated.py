@@ -40,13 +40,13 @@ def check_disaggregated(plan: Plan, request: Request, table: CostTable) -> list[
     """Everything that is wrong with a plan's prefill and decode pools, one sentence each.
 
     TTFT and TPOT are compared where all requests take this way; a plan may promise more than is found, never
-    less. Closed loops are not evaluated again.
+    less. Users of a closed loop are counted, and its requests taken to come at random.
     """
     if not any(pool.role in ("prefill", "decode") for pool in plan.pools):
         return []
     found = [*_partners(plan), *_roles(plan, table)]
     load = traffic(request, table.model.kind)
-    if found or load.concurrency is not None:
+    if found:
         return found
     pairs = [_Pair(plan, request, table, load, classes) for classes in _sets(plan)]
     for pair in pairs:
@@ -54,7 +54,7 @@ def check_disaggregated(plan: Plan, request: Request, table: CostTable) -> list[
     whole = sum(pair.share for pair in pairs)
     if not found and abs(whole - 1) < 1e-6:
         found += _promises(plan, pairs)
-    return found
+    return found or list(_users(plan, load))
 
 
 def _sets(plan: Plan) -> list[tuple[str, ...]]:
@@ -122,7 +122,8 @@ class _Pair:
             held = self.tpot_s[_kind(replica)] * self.load.decode_steps + self.wire_s
             running = self._at(replica) / replica.dp * held
             cached = running * self._tokens(replica)
-            if running > replica.max_num_seqs or cached > replica.kv_blocks * replica.block_size * replica.cp:
+            room = replica.kv_blocks * replica.block_size * replica.cp
+            if running > replica.max_num_seqs * (1 + _TPOT) or cached > room * (1 + _TPOT):
                 yield f"a decode replica ({_shape(replica)}) has no room for {running:.4g} sequences at once"
         for role, replicas in (("prefill", self.prefill), ("decode", self.decode)):
             for replica in {_kind(r): r for r in replicas}.values():
@@ -239,6 +240,17 @@ class _Pair:
         arriving = self._cache(target)
         spread = target.tp * target.pp / (source.tp * source.pp)
         return arriving * max(spread, 1.0) / min(self._wire(source), self._wire(target))
+
+
+def _users(plan: Plan, load: Traffic) -> Iterator[str]:
+    """In a closed loop requests/s times seconds per request make as many users as were asked for (Little's
+    law)."""
+    if load.concurrency is None:
+        return
+    held = plan.predicted["requests_s"].value * plan.predicted["e2e_ms"].value / 1e3
+    asked = min(float(load.concurrency), plan.predicted["capacity_users"].value)
+    if held < asked * (1 - _TPOT):
+        yield f"{held:.4g} users have requests on their way, of {asked:.4g}"
 
 
 def _promises(plan: Plan, pairs: Sequence[_Pair]) -> Iterator[str]:

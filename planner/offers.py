@@ -71,7 +71,8 @@ class Fleet:
 
     @property
     def capacity(self) -> float:
-        return sum(item.count * item.capacity for item in self.items)
+        """Requests that its engines can begin."""
+        return sum(item.count * item.capacity for item in self.items if item.role != "decode")
 
     @property
     def watts(self) -> float:
