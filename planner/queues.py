@@ -99,8 +99,21 @@ def seat_queue(load: Array, seats: Array, stay: Array, spread: Array | float = 1
     return chance, wait
 
 
+def bridged(users: Array, busy: Array) -> Array:
+    """By how much less than after Poisson arrivals is waited in a closed loop, whose clients come back after
+    about the same time: N D/D/1 as a Brownian bridge (Norros, Roberts, Simonian and Virtamo, IEEE Journal on
+    Selected Areas in Communications 9, 1991)."""
+    x = np.maximum(1 - busy, 0.02) * np.sqrt(users)
+    return np.asarray(x * _mills(x))
+
+
 def normal_cdf(x: Array) -> Array:
-    """Phi(x) for x >= 0: Abramowitz and Stegun 26.2.17, absolute error below 7.5e-8."""
+    """Phi(x) for x >= 0, absolute error below 7.5e-8."""
+    return np.asarray(1 - np.exp(-x * x / 2) / math.sqrt(2 * math.pi) * _mills(x))
+
+
+def _mills(x: Array) -> Array:
+    """(1 - Phi(x)) / phi(x) for x >= 0: Abramowitz and Stegun 26.2.17."""
     t = 1 / (1 + 0.2316419 * x)
     series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
-    return np.asarray(1 - np.exp(-x * x / 2) / math.sqrt(2 * math.pi) * series)
+    return np.asarray(series)

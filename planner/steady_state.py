@@ -37,7 +37,17 @@ import numpy as np
 from planc.planner.operating_point import Array, Steady, StepTimes
 from planc.planner.pool_halves import decode_only, prompts_only
 from planc.planner.priors import priors
-from planc.planner.queues import AVERAGED, apart, around, arrivals_cv2, pieces, rate_of, seat_queue, spread_of
+from planc.planner.queues import (
+    AVERAGED,
+    apart,
+    around,
+    arrivals_cv2,
+    bridged,
+    pieces,
+    rate_of,
+    seat_queue,
+    spread_of,
+)
 from planc.planner.traffic import Part, Traffic
 
 
@@ -97,11 +107,12 @@ def steady(
         rate = rate_of(batch, steps * times.pp * decode, extra, times.dp)
         prompt_share = 1 - (1 - np.minimum(rate * extra, 1.0)) ** times.dp
 
-    variability = (arrivals_cv2(traffic) + traffic.isl_cv2) / 2
     service = fluid * full
     if not closed:  # the last piece of a prompt leaves its step half empty
         service = service + np.where(fluid < 1, 0.0, single * np.maximum(alone - fluid * full, 0.0))
     busy = rate * service
+    arrivals = bridged(met, busy) if closed else arrivals_cv2(traffic)
+    variability = (arrivals + traffic.isl_cv2) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         queue = np.where(busy < known.stable, busy / (1 - busy) * service * variability, np.inf)
     # prompts that arrive after this one and still ride in its step (those before it are in the queue's wait)
