@@ -45,8 +45,8 @@ SPREAD: Mapping[str, float] = {
     "step_us": 60.0,
     "layer_us": 6.0,
     "per_sequence_us": 12.0,
-    "kernel_factor": 0.05,
-    "prefill_factor": 0.20,
+    "kernel_factor": 0.03,
+    "prefill_factor": 0.10,
     "request_ms": 40.0,
     "lag_steps": 0.5,
 }
@@ -67,7 +67,8 @@ class Linear:
 
     base       [N, 2] TPOT and TTFT, ms, with the shipped constants
     slopes     [N, 2, P] what one unit of each constant adds
-    measured   [N, 2], nan where there is none
+    measured   [N, 2], nan where there is none; nan too for the TTFT of pools, which is their prompts' queue
+               and not linear in any constant
     """
 
     setups: tuple[Setup, ...]
@@ -98,8 +99,10 @@ def linearised(
         times = predictor.times(setup, constants)
         base.append((times.tpot, times.ttft))
         slopes.append(_slopes(predictor, setup, constants, times))
+    ttft = [None if s.prefill else s.point.ttft_ms for s in setups]
     measured = np.array(
-        [(s.point.tpot_ms or np.nan, s.point.ttft_ms or np.nan) for s in setups], dtype=np.float64
+        [(s.point.tpot_ms or np.nan, t or np.nan) for s, t in zip(setups, ttft, strict=True)],
+        dtype=np.float64,
     )
     return Linear(tuple(setups), np.array(base), np.array(slopes), measured)
 

@@ -140,7 +140,7 @@ class Predictor:
             return simulate(server, load, seed=self.seed)
         wave = load.concurrency or 1
         warm = _WARM_UP * wave
-        records = simulate(server, _repeating(setup, load, warm), seed=self.seed)
+        records = simulate(server, _repeating(setup, load, warm, self.seed), seed=self.seed)
         return replace(records.only(np.arange(load.requests + warm) >= warm), wave=wave)
 
     def _pools(self, setup: Setup, prefill: Engine, constants: Constants) -> Records:
@@ -171,17 +171,18 @@ def clients(setup: Setup, ranks: int) -> Load:
     return closed_loop(each, requests, *lengths, burst=harness.burst, ramp_s=ramp)
 
 
-def _repeating(setup: Setup, load: Load, warm: int) -> Load:
-    """The load after `warm` requests of its warm-up, with prompts that come round again in turn."""
+def _repeating(setup: Setup, load: Load, warm: int, seed: int) -> Load:
+    """The load after `warm` requests of its warm-up, with prompts drawn at random from a few."""
     block = setup.decode.memory.block_size
     count = setup.harness.distinct_prompts or 1
     prompts = [tuple(range(k << 32, (k << 32) + setup.point.isl // block)) for k in range(count)]
     requests = load.requests + warm
+    drawn = np.random.default_rng(seed).integers(count, size=requests)
     return replace(
         load,
         requests=requests,
         warm_up=warm,
-        prefix=[prompts[i % count] for i in range(requests)],
+        prefix=[prompts[i] for i in drawn],
         prefix_block=block,
     )
 

@@ -174,6 +174,15 @@ def test_graphs_pad_the_batch_and_spare_launches(model: Make) -> None:
     assert eager > 1.5 * graphed
 
 
+def test_short_prompts_replay_graphs_between_attentions(model: Make) -> None:
+    step = model(llama8b(), tp=4)
+    most = step.profile.cuda_graphs.piecewise
+    short, long = step.pieces(StepLoad(0, 0, [most, most + 1], 1)).launches[0]
+    assert 0 < short < long / 2
+    eager = model(llama8b(), tp=4, eager=True)
+    assert np.ptp(eager.pieces(StepLoad(0, 0, [most, most + 1], 1)).launches) == 0
+
+
 def test_fusions_save_what_they_offer() -> None:
     load = StepLoad(8, 500)
     table = TINY

@@ -40,6 +40,7 @@ def rules(draw: st.DrawFn) -> dict[str, Any]:
         "intake_ms": draw(st.sampled_from([0.0, 2.0])),
         "intake_us": 50.0,
         "lag_steps": draw(st.sampled_from([0.0, 1.5])),
+        "stream_us": draw(st.sampled_from([0.0, 0.0, 5000.0])),
         "asynchronous": draw(st.booleans()),
         "prefix_caching": draw(st.booleans()),
         "speculative": drafts,

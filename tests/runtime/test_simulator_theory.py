@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -120,3 +121,20 @@ def test_clients_that_start_late_hold_nobody_up() -> None:
     assert found.ttft_s.max() < 0.02 + 1e-9
     assert found.finish_s[0] == pytest.approx(0.1)
     assert found.arrival_s[4] == pytest.approx(0.1)
+
+
+def test_a_frontend_that_streams_too_slowly_sets_the_pace() -> None:
+    load = closed_loop(20, 400, fixed(100), uniform(100, 300))
+    free = simulate(server(Linear(0.01)), load)
+    idle = simulate(server(Linear(0.01), stream_us=400.0), load)  # 8 ms of messages to a step of 10
+    behind = simulate(server(Linear(0.01), stream_us=1000.0), load)  # 20 ms of them
+    assert idle.tpot_s == pytest.approx(free.tpot_s)
+    assert behind.output.sum() / behind.finish_s.max() == pytest.approx(1000, rel=0.05)
+    assert behind.steady().ttft_s.mean() > 10 * free.steady().ttft_s.mean()
+
+
+def test_clients_start_together_again_after_a_warm_up() -> None:
+    load = replace(closed_loop(4, 20, fixed(100), uniform(10, 90)), warm_up=8)
+    found = simulate(server(Linear(0.01)), load)
+    assert found.arrival_s[8:12] == pytest.approx(found.finish_s[:8].max())
+    assert np.all(found.arrival_s[12:] > found.arrival_s[8])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,14 @@ def test_flags_come_from_rules_then_the_file_then_options(tmp_path: Path) -> Non
 def test_lengths_of_another_load_generator_are_fixed(tmp_path: Path) -> None:
     point = one(tmp_path, GOOD.replace("1024,1024", "4000,500"))
     assert harness(point).length_low == 1.0
+
+
+def test_early_generated_settings_have_no_overlap(tmp_path: Path) -> None:
+    other = GOOD.replace("1024,1024", "4000,500").replace("vllm", "trtllm")
+    flags = {
+        version: harness(replace(one(tmp_path, other), engine_version=version))
+        for version in ("1.0.0rc3", "1.2")
+    }
+    assert (flags["1.0.0rc3"].asynchronous, flags["1.2"].asynchronous) == (False, None)
+    assert flags["1.2"].keeps_connections
+    assert not harness(one(tmp_path, GOOD)).keeps_connections
