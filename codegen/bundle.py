@@ -15,7 +15,7 @@ written beside the target and then put in place by one rename, so a reader (or a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def write(plan: Plan, folder: str | Path, *, config: Mapping[str, Any] | None = 
     Raises InvalidBundle where `folder` is something else than a bundle or cannot be written, and
     whatever rendering raises; nothing is written then.
     """
-    _write(files(plan, config), folder, is_bundle, "a bundle")
+    target = place(folder)
+    _write(files(plan, config), folder, target)
 
 
 def write_several(
@@ -82,20 +83,24 @@ def write_several(
     contents = {"fleet.json": json.dumps(summary, indent=2, sort_keys=True) + "\n"}
     for name, (plan, config) in plans.items():
         contents |= {f"{name}/{file}": text for file, text in files(plan, config).items()}
-    _write(contents, folder, is_fleet, "a fleet of several models")
+    _write(contents, folder, place(folder, several=True))
 
 
-def _write(
-    contents: Mapping[str, str], folder: str | Path, replaceable: Callable[[Path], bool], kind: str
-) -> None:
+def place(folder: str | Path, *, several: bool = False) -> Path:
+    """Where a bundle goes, or those of `several` models. Raises InvalidBundle where something else is."""
     target = Path(folder).absolute()
     target = target.resolve() if target.is_symlink() else target
+    replaceable, kind = (is_fleet, "a fleet of several models") if several else (is_bundle, "a bundle")
     if target.exists() and not (target.is_dir() and (replaceable(target) or not any(target.iterdir()))):
         raise InvalidBundle(
             path=folder,
             reason=f"is there already and is not {kind}, so it is not overwritten",
             mend="Name a new folder, or remove this one yourself.",
         )
+    return target
+
+
+def _write(contents: Mapping[str, str], folder: str | Path, target: Path) -> None:
     try:
         with whole_folder(target) as part:
             write_files(part, contents)

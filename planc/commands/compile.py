@@ -51,12 +51,15 @@ def compile_command(
     A request that lists several `models` gives a bundle for each, in folders below the one named.
     """
     from planc import api
+    from planc.codegen.bundle import place
     from planc.codegen.engines import WRITERS, engines_of
     from planc.planner.front import document
     from planc.planner.joint import is_joint
 
     start = time.perf_counter()
-    if is_joint(request_file):
+    several = is_joint(request_file)
+    place(output, several=several)  # what must not be overwritten is said before any work
+    if several:
         _several(request_file, output, settings, time_limit, simulate, trust_remote_code, as_json)
         return
     overrides = [*settings, *([f"constraints.engines=[{engine}]"] if engine else [])]

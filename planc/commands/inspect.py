@@ -118,7 +118,7 @@ def inspect_command(
 def _plan(target: str) -> Plan | None:
     """The plan, if the target is a bundle (or plan.json) rather than a model."""
     place = Path(target)
-    if (place / "plan.json").is_file() or place.name == "plan.json":
+    if any((place / name).is_file() for name in ("plan.json", "fleet.json")) or place.name == "plan.json":
         from planc.planner.plan import load_plan
 
         return load_plan(place)

@@ -129,3 +129,21 @@ def test_a_bad_setting(setting: str, planc: Planc, tmp_path: Path) -> None:
 
 def test_an_unknown_option_is_bad_input(planc: Planc) -> None:
     assert planc("compile", "--frobnicate").code == 2
+
+
+def test_what_must_not_be_overwritten_is_said_before_any_work(planc: Planc, tmp_path: Path) -> None:
+    request = write_request(tmp_path, model=str(tmp_path / "no-such-model.json"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine", encoding="utf-8")
+    one_message(planc("compile", request, "-o", tmp_path / "taken"), 2, "not overwritten")
+
+
+def test_a_folder_of_several_models_is_named_as_such(planc: Planc, tmp_path: Path) -> None:
+    for name in ("chat", "small"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "plan.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "fleet.json").write_text('{"models": []}', encoding="utf-8")
+    for command in (("diff", tmp_path), ("inspect",), ("verify",)):
+        one_message(planc(*command, tmp_path), 2, "several models")
+    one_message(planc("explain", tmp_path, "--why-not", "tp=2"), 2, "one model's plan")
+    one_message(planc("explain", tmp_path), 2, "fleet.json")
