@@ -193,6 +193,7 @@ def coverage(search: Search, judgement: Judgement | None = None) -> Coverage:
     if len(search.streams) > 1:
         modelled.append("pools for sets of traffic classes, and prefill and decode pools with hand-over")
     facts, load = search.table.model, search.traffic
+    missing += _not_searched(search)
     if search.request.constraints.speculative:
         modelled.append(
             "speculative decoding: verified rows by the step model, drafts as layers of the model"
@@ -230,6 +231,18 @@ def coverage(search: Search, judgement: Judgement | None = None) -> Coverage:
     if any(not group.priced for group in search.groups):
         missing.append("your own GPU prices (list prices of the catalogue were assumed)")
     return Coverage(modelled=modelled, not_modelled=missing)
+
+
+def _not_searched(search: Search) -> Iterator[str]:
+    """Fleets that the objective leaves out."""
+    by_level = search.request.objective in ("min_latency", "min_energy")
+    closed = search.traffic.concurrency is not None
+    if by_level:
+        yield "loads of engines between simple fractions of their pool's"
+    if by_level and closed:
+        yield "prefill and decode pools (latency and energy in a closed loop)"
+    if closed and len(search.traffic.names) > 1:
+        yield "pools for some of the traffic classes (closed loop)"
 
 
 def profile_fingerprint() -> str:
