@@ -67,7 +67,7 @@ class Change:
     def is_detail(self) -> bool:
         """Whether it only follows another: bands and percentiles; or moved by less than 0.1 %."""
         follows = self.path.endswith((".low", ".high", ".source")) or ".percentiles." in self.path
-        follows |= self.path.startswith("simulated")
+        follows |= self.path.startswith(("simulated", "routing.compared", "routing.reason"))
         return follows or (self.ratio is not None and abs(self.ratio) < 1e-3)
 
 

@@ -17,7 +17,7 @@ from planc.codegen.engines import checkpoint, router, vllm, writer
 from planc.codegen.engines.vllm_formats import weights
 from planc.codegen.engines.vllm_settings import settings
 from planc.errors import CheckFailed, UnknownName
-from planc.planner.plan import LayerDecisions, LayerPlan, Plan, Pool
+from planc.planner.plan import LayerDecisions, LayerPlan, Plan, Pool, Routing
 from planc.version import __version__
 from tests.codegen.plans import memory, plan, replica
 
@@ -112,6 +112,28 @@ def test_prefill_and_decode_instances_meet(tmp_path: Path) -> None:
         if "side_port=" in line
     }
     assert {"side_port=5600", "side_port=5664", "side_port=5728"} <= ports
+
+
+def test_several_replicas_come_with_a_router_of_the_plans_policy() -> None:
+    two = [replica(gpus=[f"a/{i}"], traffic_share=0.5) for i in range(2)]
+    assert "router.json" not in vllm.render(plan(*two), LLAMA)
+    routed = plan(*two, routing=Routing(policy="prefix_aware", reason="simulated"))
+    files = vllm.render(routed, LLAMA)
+    listed = json.loads(files["router.json"])
+    (route,) = listed["routes"]
+    assert listed["policy"] == "prefix_aware"
+    assert [(e["port"], e["share"], e["cache_tokens"]) for e in route["whole"]] == [
+        (8000, 0.5, 320_000),
+        (8001, 0.5, 320_000),
+    ]
+    assert "then the router" in vllm.readme(routed)
+    assert "NIXL" not in vllm.readme(routed)
+
+
+def test_caches_over_ranks_are_set() -> None:
+    mine = replica(tp=8, cp=4)
+    assert settings(mine, plan(mine), config_of("deepseek-r1"))["decode-context-parallel-size"] == 4
+    assert "decode-context-parallel-size" not in settings(replica(), plan(), LLAMA)
 
 
 def test_each_setting_is_the_evaluated_one() -> None:

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from planc.cost_model import lower
+from planc.cost_model.catalogue import engine
+from planc.cost_model.kernels import GroupedGemm
+from planc.cost_model.shape import EngineShape
 from planc.planner.candidates import LONG_CONTEXT, candidates
 from planc.planner.estimate import estimate
 from planc.planner.inventory import groups
@@ -53,10 +57,10 @@ def test_long_contexts_are_spread_where_that_carries_more() -> None:
     def rate(plan: Plan) -> float:
         return plan.predicted["requests_s"].value
 
-    (engine,), (other,) = spread.replicas(), alone.replicas()
-    assert engine.cp > 1
-    assert engine.cp * engine.kv_blocks > 1.5 * other.kv_blocks
-    assert len(engine.gpus) == engine.tp
+    (one,), (other,) = spread.replicas(), alone.replicas()
+    assert one.cp > 1
+    assert one.cp * one.kv_blocks > 1.5 * other.kv_blocks
+    assert len(one.gpus) == one.tp
     assert rate(spread) > 1.2 * rate(alone)
 
 
@@ -79,8 +83,24 @@ def test_an_estimate_takes_a_degree_at_any_length() -> None:
     assert tpot[0] < tpot[1] < 1.5 * tpot[0]
 
 
-@pytest.mark.parametrize(("engine", "degrees"), [("vllm", {1, 8}), ("trtllm", {1, 2, 4, 8})])
-def test_experts_are_grouped_as_engines_can(engine: str, degrees: set[int]) -> None:
-    asked = request(**long(engines=engine, tp=[2, 4], dp=[2, 4], cp=1))
+@pytest.mark.parametrize(("name", "degrees"), [("vllm", {1, 8}), ("trtllm", {1, 2, 4, 8})])
+def test_experts_are_grouped_as_engines_can(name: str, degrees: set[int]) -> None:
+    asked = request(**long(engines=name, tp=[2, 4], dp=[2, 4], cp=1))
     found = offered(asked, "deepseek_v3")
     assert {ep for ranks, ep, _ in found if ranks == 8} == degrees
+
+
+def test_groups_of_experts_divide_width_and_whole_experts() -> None:
+    """Four groups of two ranks: 64 of 256 experts, half as wide. Over nodes such ranks gather tokens, since
+    all of a group need them."""
+    found = {}
+    for ep in (1, 4, 8):
+        shape = EngineShape("trtllm", "h200_sxm", tp=1, dp=8, ep=ep)
+        kernels = lower.kernels(table("deepseek_v3"), shape, engine("trtllm"), None)
+        spec = next(k.spec for k in kernels if isinstance(k.spec, GroupedGemm))
+        kinds = {c.kind for c in lower.collectives(table("deepseek_v3"), shape, spread=True) if c.ranks == 8}
+        found[ep] = spec.experts, spec.inner, spec.elements, kinds
+    whole, width = 256 * 3 * 7168 * 2048, found[8][1]
+    assert found[1] == (256, width / 8, whole / 8, {"all_gather", "reduce_scatter"})
+    assert found[4] == (64, width / 2, whole / 8, {"all_gather", "reduce_scatter"})
+    assert found[8] == (32, width, whole / 8, {"dispatch", "combine"})
