@@ -11,7 +11,7 @@ an expert's tile waits for its weights. Loads are those of the fullest rank (`pl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -55,6 +55,15 @@ class ExpertKernel:
         values = np.array([getattr(self, name) for name in self.names()])
         values[-2:] = 1.0 / values[-2:]
         return values
+
+    def at_clock(self, slower: float) -> ExpertKernel:
+        """On a GPU whose clock is so many times slower: starts take as many cycles."""
+        starts = {name: getattr(self, name) * slower for name in STARTS}
+        return replace(self, **starts)
+
+
+#: constants that stand for instructions rather than bytes or arithmetic; the first of `terms`
+STARTS = ("launch_us", "expert_us", "touched_us")
 
 
 @dataclass(frozen=True, slots=True)

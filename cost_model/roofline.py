@@ -75,6 +75,8 @@ class Roofline:
     def experts(self, spec: GroupedGemm) -> Curve:
         precision = self._known(product_precision(spec.weights, spec.activations))
         kernel = ExpertKernel(**{n: self._expert(f"expert_{n}", precision) for n in ExpertKernel.names()})
+        if self.gpu.vendor != "cpu":
+            kernel = kernel.at_clock(self.named.value("expert_mhz") / self.gpu.clock_mhz)
         peak = self.gpu.peak_flops(precision)
         return curve(spec, kernel, fmt(spec.weights).bytes, self.gpu.memory_bytes_s, peak)
 

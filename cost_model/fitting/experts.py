@@ -27,7 +27,8 @@ import numpy.typing as npt
 
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import Gpu, Precision
-from planc.cost_model.experts import ExpertKernel, terms
+from planc.cost_model.efficiency import efficiencies
+from planc.cost_model.experts import STARTS, ExpertKernel, terms
 from planc.cost_model.features import Array
 from planc.cost_model.fitting import Score, sources
 from planc.cost_model.formats import fmt, product_precision
@@ -113,7 +114,7 @@ def score(folder: Path) -> Iterator[Score]:
     for name in names:
         known = physics([rows for other in names if other != name for rows in found[other]])
         for rows in found[name]:
-            times = rows.ideal(known[precision(rows)])
+            times = rows.ideal(known[precision(rows)].at_clock(_slower(rows.gpu)))
             yield Score(
                 family="experts",
                 gpu=name,
@@ -125,15 +126,26 @@ def score(folder: Path) -> Iterator[Score]:
 
 
 def physics(found: Sequence[_Rows]) -> dict[Precision, ExpertKernel]:
-    """Constants per arithmetic over all the tables, each weighing the same."""
+    """Constants per arithmetic over all the tables, each weighing the same, at the clock of `expert_mhz`."""
     kernels: dict[Precision, ExpertKernel] = {}
     for name in {precision(rows) for rows in found}:
         mine = [rows for rows in found if precision(rows) == name]
         thin = [_thin(rows) for rows in mine]
-        terms = np.concatenate([rows.terms[at] for rows, at in zip(mine, thin, strict=True)])
+        terms = np.concatenate([_clocked(rows)[at] for rows, at in zip(mine, thin, strict=True)])
         seconds = np.concatenate([rows.seconds[at] for rows, at in zip(mine, thin, strict=True)])
         kernels[name] = _solve(terms, seconds, np.ones(seconds.size))
     return kernels
+
+
+def _clocked(rows: _Rows) -> Array:
+    """Terms whose starts are per cycle of the clock that the physics is stated at."""
+    scale = np.ones(rows.terms.shape[-1])
+    scale[: len(STARTS)] = _slower(rows.gpu)
+    return rows.terms * scale
+
+
+def _slower(gpu: Gpu) -> float:
+    return efficiencies().value("expert_mhz") / gpu.clock_mhz
 
 
 def _thin(rows: _Rows) -> tuple[npt.NDArray[np.intp], ...]:

@@ -151,3 +151,14 @@ def test_shipped_tables_are_sane(gpu: str) -> None:
     seconds = price(np.tile([1.0, 64.0, 1024.0, 16384.0], (3, 1))).seconds
     assert np.all(np.diff(seconds, axis=1) > 0)  # more tokens
     assert np.all(np.diff(seconds[:, 1:], axis=0) < 0)  # less width
+
+
+def test_starts_take_cycles_and_streams_take_bytes() -> None:
+    slow = KERNEL.at_clock(2.0)
+    assert slow.launch_us == 2 * KERNEL.launch_us
+    assert slow.touched_us == 2 * KERNEL.touched_us
+    assert (slow.memory, slow.compute, slow.hidden_moves) == (
+        KERNEL.memory,
+        KERNEL.compute,
+        KERNEL.hidden_moves,
+    )
