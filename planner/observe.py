@@ -44,13 +44,19 @@ def _steps(search: Search, fleet: Fleet) -> Iterator[Step]:
             ops = [_op(part) for part in item.engine.model.breakdown(load)]
             yield Step(
                 role=item.role if search.table.model.kind == "causal_lm" else "encoder",
-                engine=_label(item),
+                engine=_label(item) + _served(search, item),
                 gpu=item.candidate.group.gpu.name,
                 phase=phase,
                 load=words,
                 ms=sum(op.ms for op in ops),
                 ops=ops,
             )
+
+
+def _served(search: Search, item: Deployed) -> str:
+    """The traffic classes of an engine that does not serve all."""
+    mine = item.stream.classes if item.stream is not None else search.traffic.names
+    return "" if set(mine) == set(search.traffic.names) else f" for {', '.join(mine)}"
 
 
 def _loads(search: Search, item: Deployed) -> Iterator[tuple[Phase, StepLoad, str]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from planc.codegen.report import draw, fleet, latency, objectives, steps, summary, tradeoff
+from planc.codegen.report.spares import spares
 from planc.codegen.triton.kernel import Kernel
 from planc.planner.front import RULE
 from planc.planner.plan import Plan
@@ -45,6 +46,7 @@ def html(plan: Plan, kernels: Sequence[Kernel] = ()) -> str:
             fleet_words=tradeoff.words(plan),
             kinds=kinds,
             placement=fleet.placement(plan, kinds),
+            spares=spares(plan, kinds),
             steps=steps.views(evidence) if evidence else [],
             rooflines=steps.rooflines(evidence) if evidence else [],
             latencies=latency.distributions(plan, evidence),

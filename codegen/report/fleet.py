@@ -135,7 +135,7 @@ def slices(memory: Memory) -> tuple[Slice, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seat:
+class Seat:
     """Whose a GPU is: kind, number of the replica in the plan, rank in the replica."""
 
     kind: Kind
@@ -145,32 +145,33 @@ class _Seat:
 
 def placement(plan: Plan, found: Sequence[Kind]) -> list[Group]:
     """Every node of the inventory with what runs on it; nodes that look alike are one picture."""
-    seats = _seats(plan, found)
+    taken = seats(plan, found)
     drawn = []
     for title, sliced, names, per_node in _nodes(plan):
         pictures: dict[object, tuple[list[str], tuple[Block, ...]]] = {}
         for name in names:
-            slots = [(f"{name}/{i}", seats.get(f"{name}/{i}")) for i in range(per_node)]
+            slots = [(f"{name}/{i}", taken.get(f"{name}/{i}")) for i in range(per_node)]
             blocks = tuple(_blocks(slots))
             look = tuple((b.kind and b.kind.paint, b.caption, len(b.gpus)) for b in blocks)
             pictures.setdefault(look, ([], blocks))[0].append(name)
         nodes = [Node(_range(members), len(members), blocks) for members, blocks in pictures.values()]
-        used = sum(f"{name}/{i}" in seats for name in names for i in range(per_node))
+        used = sum(f"{name}/{i}" in taken for name in names for i in range(per_node))
         left = sum(node.count for node in nodes[_MOST_NODES:])
         drawn.append(Group(title, sliced, tuple(nodes[:_MOST_NODES]), used, len(names) * per_node, left))
     return drawn
 
 
-def _seats(plan: Plan, found: Sequence[Kind]) -> dict[str, _Seat]:
+def seats(plan: Plan, found: Sequence[Kind]) -> dict[str, Seat]:
+    """Whose each GPU is."""
     kinds_by_key = {k.role + "/".join(k.classes) + _shape(k.replica): k for k in found}
-    seats: dict[str, _Seat] = {}
+    taken: dict[str, Seat] = {}
     number = 0
     for pool in plan.pools:
         for replica in pool.replicas:
             kind = kinds_by_key[pool.role + "/".join(pool.classes) + _shape(replica)]
-            seats |= {gpu: _Seat(kind, number, rank) for rank, gpu in enumerate(replica.gpus)}
+            taken |= {gpu: Seat(kind, number, rank) for rank, gpu in enumerate(replica.gpus)}
             number += 1
-    return seats
+    return taken
 
 
 def _nodes(plan: Plan) -> Iterator[tuple[str, bool, tuple[str, ...], int]]:
@@ -192,7 +193,7 @@ def _nodes(plan: Plan) -> Iterator[tuple[str, bool, tuple[str, ...], int]]:
         yield title, bool(group.gpu.slice_of), group.names, group.per_node
 
 
-def _blocks(slots: Sequence[tuple[str, _Seat | None]]) -> Iterator[Block]:
+def _blocks(slots: Sequence[tuple[str, Seat | None]]) -> Iterator[Block]:
     """Runs of GPUs of one replica. Replicas are told apart by position, not by number, so that nodes with
     the same layout look alike."""
     for number, run in groupby(slots, key=lambda slot: slot[1].number if slot[1] else None):

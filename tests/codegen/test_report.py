@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from planc.codegen import report
 from planc.codegen.report import draw, fleet, latency, objectives, palette, steps, summary, tradeoff
+from planc.codegen.report.spares import spares
 from planc.planner.evidence import Curve, Evidence, Op, Roof, Seen, Step
 from planc.planner.front import Axis, Front, Point
 from planc.planner.plan import Plan, Pool
@@ -212,6 +213,20 @@ def test_a_replica_over_several_nodes_says_so() -> None:
     made = plan(long, request=REQUEST)
     (group,) = fleet.placement(made, fleet.kinds(made))
     assert "8 of 16 GPUs" in group.nodes[0].blocks[0].caption
+
+
+def test_the_largest_replicas_are_the_spare_ones() -> None:
+    shares = (0.5, 0.2, 0.3)
+    members = [replica(traffic_share=one, gpus=[f"node0/{i}"]) for i, one in enumerate(shares)]
+    pools = [Pool(role="aggregated", replicas=members)]
+    made = plan(replica()).model_copy(update={"pools": pools})
+    assert spares(made, fleet.kinds(made)) == []
+    asked = made.model_copy(update={"request": {**made.request, "constraints": {"spare_replicas": 1}}})
+    (found,) = spares(asked, fleet.kinds(asked))
+    assert (found.count, found.whole, found.more) == (1, 3, 200.0)
+    assert [block.lost for block in found.blocks] == [True, False, False]
+    assert [block.percent for block in found.blocks] == pytest.approx([50, 30, 20])
+    assert "Replicas that may fail" in report.html(asked)
 
 
 def test_percentiles_of_the_plan_are_drawn_without_evidence() -> None:

@@ -56,6 +56,14 @@ def sliced() -> Plan:
     return plan(request(inventory={"nodes": nodes}, constraints=limits), table())
 
 
+def spared() -> Plan:
+    """One replica may fail."""
+    limits = {**FEW, "serving": ["aggregated"], "spare_replicas": 1, "pp": [1]}
+    load = {"isl": 1000, "osl": 200, "request_rate": 9}
+    nodes = [{"gpu": "l40s", "gpus_per_node": 4, "count": 2, "usd_per_gpu_hour": 1.0}]
+    return plan(request(inventory={"nodes": nodes}, workload=load, constraints=limits), table())
+
+
 def front() -> Plan:
     return plan(request(objective="pareto", constraints={**FEW, "weights": ["fp8"], "pp": [1]}), table())
 
@@ -78,7 +86,7 @@ def hostile() -> Plan:
     return by_hand(replica(gpus=["<img src=//a.example/x>/0"], weights="w" * 40), name=name)
 
 
-PLANS = {f.__name__: cache(f) for f in (chat, mixed, split, sliced, front, classes, hostile)}
+PLANS = {f.__name__: cache(f) for f in (chat, mixed, split, sliced, spared, front, classes, hostile)}
 SECTIONS = ("summary", "fleet", "memory", "predicted", "layers", "rejected", "proof", "coverage")
 DRAWN = ("tradeoff", "time", "roofline", "latency", "objectives")
 
@@ -167,3 +175,9 @@ def test_the_checks_find_faults(chromium: Browser, tmp_path: Path) -> None:
         assert fault in told
     assert len(page.requests) == 2
     assert page.complaints
+
+
+def test_replicas_that_may_fail_are_hatched(chromium: Browser, page_file: Path) -> None:
+    page = Page(chromium, page_file, 1280)
+    lost = page.run("document.querySelectorAll('.bar i.lost').length")
+    assert lost == (1 if page_file.stem == "spared" else 0)
