@@ -309,7 +309,8 @@ def load_plan(path: str | Path) -> Plan:
         raise InvalidBundle(
             path=path, reason=f"plan.json: {where}: {first['msg']}", mend="Compile the request again."
         ) from None
-    config = file.parent / "model" / "config.json"
+    home = file.parent.parent if file.parent.name == "front" else file.parent  # a point of a front
+    config = home / "model" / "config.json"
     plan._model = config if config.is_file() else None
     if file.name == "plan.json":
         from planc.planner import evidence, front

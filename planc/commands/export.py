@@ -26,8 +26,7 @@ def export_command(bundle: str, engine: str, output: str, weights: str | None, a
     from planc.planner.plan import load_plan
 
     plan = load_plan(bundle)
-    config_file = Path(bundle) / "model" / "config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else None
+    config = json.loads(Path(plan._model).read_text(encoding="utf-8")) if plan._model else None
     texts = writer(engine).render(plan, config)
     if not texts:
         engines = ", ".join(sorted({r.engine for r in plan.replicas()}))

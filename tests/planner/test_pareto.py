@@ -158,3 +158,28 @@ def test_compile_and_the_bundle(tmp_path: Path) -> None:
     (tmp_path / "b" / "front.json").write_text("{")
     with pytest.raises(InvalidBundle, match="front"):
         load_plan(tmp_path / "b")
+
+
+def test_points_of_whole_fleets(tmp_path: Path) -> None:
+    """A front of two traffic classes has prefill and decode pools; every point is checked, has a bundle of
+    its own, and is what its own request gives."""
+    classes = [
+        {"name": "chat", "isl": 500, "osl": 200, "weight": 0.75},
+        {"name": "papers", "isl": 6000, "osl": 150, "weight": 0.25},
+    ]
+    few = {**FEW, "max_num_seqs": [96], "tp": [1, 2], "dp": [1]}
+    asked = request(
+        workload={"classes": classes, "request_rate": 6},
+        inventory={"nodes": [{"gpu": "h100_sxm", "gpus_per_node": 4, "usd_per_gpu_hour": 2.5}]},
+        slo={},
+        constraints={key: value for key, value in few.items() if key != "serving"},
+    )
+    made = front(asked, table())
+    roles = {pool.role for plan in made.plans for pool in plan.pools}
+    assert roles == {"aggregated", "prefill", "decode"}
+    for number, one in enumerate(made.plans):
+        assert check(one, table(), asked) == []
+        bundle.write(one, tmp_path / str(number))
+        assert load_plan(tmp_path / str(number)) == one
+    halves = next(p for p in made.plans if any(pool.role == "decode" for pool in p.pools))
+    assert plan(make_request(halves.request), table()).canonical() == halves.canonical()

@@ -51,3 +51,15 @@ def test_each_plan_of_a_front_can_be_saved(tmp_path: Path, monkeypatch: pytest.M
         one.save(tmp_path / str(number))
         assert planc.load_plan(tmp_path / str(number)) == one
         assert (tmp_path / str(number) / "model" / "config.json").is_file()
+
+
+def test_a_point_of_a_front_is_exported(
+    planc: Planc, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pareto, "_MOST", 6)
+    planc("compile", write_request(tmp_path, objective="pareto", constraints=FEW), "-o", tmp_path / "b")
+    point = min((tmp_path / "b" / "front").iterdir())
+    done = planc("export", point, "--engine", "vllm", "-o", tmp_path / "served")
+    assert done.code == 0
+    assert (tmp_path / "served" / "README.md").is_file()
+    assert load_plan(point)._model == tmp_path / "b" / "model" / "config.json"
