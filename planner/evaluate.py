@@ -31,7 +31,7 @@ from planc.planner.step_times import Curves, Exact
 from planc.planner.traffic import Part, Traffic
 
 _LOADS = 40
-_ITERATIONS = 30
+_ITERATIONS, _NEAR = 30, 18  # halvings: of all batches, between two of the grid
 _POINTS = 48
 _ZOOMS = 3
 _CROWDED = 0.97  # share of seats at which the upper end of a band is read off
@@ -278,7 +278,7 @@ class Bench:
         row = np.arange(len(grid))
         low = grid[row, last][:, None]
         high = grid[row, np.minimum(last + 1, _LOADS - 1)][:, None]
-        for _ in range(_ITERATIONS):
+        for _ in range(_NEAR):
             middle = np.sqrt(low * high)
             ok = self.steady(middle).meets(slos)
             low, high = np.where(ok, middle, low), np.where(ok, high, middle)

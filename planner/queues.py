@@ -17,15 +17,12 @@ def around(
     times: StepTimes, met: Array, sd: Array, seats: Array, scale: float
 ) -> tuple[Array, Array, Array, Array]:
     """(D, A, F) averaged over batches around `met`, and by how much D grows with one `sd` of the batch."""
-    total: list[Array] = [np.zeros_like(met)] * 3
-    grown, most = np.zeros_like(met), np.maximum(seats, 1.0)
-    for place in times.places:
-        found = times.at(np.clip(met + place * sd, 1.0, most) / times.pp)
-        total = [sum_ + part for sum_, part in zip(total, found, strict=True)]
-        grown = grown + place * found[0]
-    decode, alone, full = (part * (scale / len(times.places)) for part in total)
-    growth = np.maximum(grown * scale / sum(place**2 for place in times.places), 0.0)
-    return decode, alone, full, growth
+    most, places = np.maximum(seats, 1.0), times.places
+    wanted = np.concatenate([np.clip(met + place * sd, 1.0, most) for place in places], axis=1)
+    found = [np.split(part * scale, len(places), axis=1) for part in times.at(wanted / times.pp)]
+    decode, alone, full = (sum(parts[1:], parts[0]) / len(places) for parts in found)
+    grown = sum((place * part for place, part in zip(places, found[0], strict=True)), np.zeros_like(decode))
+    return decode, alone, full, np.maximum(grown / sum(place**2 for place in places), 0.0)
 
 
 def apart(rate: Array, decode: Array, chunk: Array) -> Array:
@@ -47,19 +44,20 @@ def pieces(traffic: Traffic, room: Array) -> Array:
     return found
 
 
-def rate_of(batch: Array, cycle: Array, extra: Array, dp: Array) -> Array:
+def rate_of(batch: Array, cycle: Array, extra: Array, dp: Array, near: Array | None = None) -> Array:
     """rate with rate * cycle = batch * (1 - rate * extra)^dp: attention-DP ranks stall on each other's
-    prompts."""
-    rate = batch / (cycle + batch * extra)
+    prompts. `near`: a rate to start from."""
+    rate: Array = batch / (cycle + batch * extra)
     if np.all(dp == 1):
         return rate
-    for _ in range(40):  # Newton from the right on a convex, increasing function
+    rate = rate if near is None else np.minimum(near, rate)
+    for _ in range(40):  # Newton on a convex, increasing function: from the right after one step at most
         free = np.maximum(1 - rate * extra, 0.0)
         value = rate * cycle - batch * free**dp
         slope = cycle + batch * dp * extra * free ** (dp - 1)
         step = value / slope
         rate = np.maximum(rate - step, 0.0)
-        if np.all(np.abs(step) <= 1e-13 * rate):
+        if np.all(np.abs(step) <= 1e-10 * rate):
             break
     return rate
 

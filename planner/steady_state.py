@@ -97,14 +97,14 @@ def steady(
     for _ in range(2):
         single = np.where(fluid < 1, apart(rate, decode, chunk), 1 - np.minimum(rate * fluid * full, 1.0))
         extra = single * lonely + (1 - single) * crowded
-        rate = rate_of(batch, cycle, extra, times.dp)
+        rate = rate_of(batch, cycle, extra, times.dp, rate)
     prompt_share = 1 - (1 - np.minimum(rate * extra, 1.0)) ** times.dp
     spread = np.ones_like(rate)
     if not closed:
         spread = spread_of(traffic, prompt_share, above / sd * met / decode)
         longer = np.minimum(above / sd * np.minimum(batch, 1.0) * (spread - 1), above)
         decode, alone, full = decode + longer, alone + cut * longer, full + longer
-        rate = rate_of(batch, steps * times.pp * decode, extra, times.dp)
+        rate = rate_of(batch, steps * times.pp * decode, extra, times.dp, rate)
         prompt_share = 1 - (1 - np.minimum(rate * extra, 1.0)) ** times.dp
 
     service = fluid * full
