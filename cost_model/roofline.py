@@ -113,6 +113,7 @@ class Roofline:
             self.gpu.memory_bytes_s,
             float(self.gpu.sm_count),
             self.gpu.clock_mhz * 1e6,
+            on("attention_exp_per_cycle", self.gpu),
         )
         launch = self._us("attention_launch_us")
         decode, heads = spec.part == "decode", max(spec.q_heads, 1.0)
@@ -137,7 +138,7 @@ class Roofline:
                 * (max(spec.kv_heads, 1.0) if decode else heads * np.maximum(each / softmax.TILE, 1.0)),
                 rows=np.minimum(each, softmax.TILE),
                 reach=reach,
-                loop=reach + (each - 1) / 2,
+                loop=softmax.longest_loop(reach, each, load.context),
             )
             run = softmax.decode_seconds if decode else softmax.prefill_seconds
             total, compute, memory = run(known, machine, work)

@@ -31,7 +31,6 @@ class Constants:
     prefill_block_kcycles             of a query tile on one SM besides its loop
     decode_memory, prefill_memory     shares of memory peak
     decode_peak, prefill_peak         shares of tensor peak of the products alone
-    exp_per_cycle                     exponentials per SM and clock cycle
     """
 
     decode_kcycles: float
@@ -43,7 +42,6 @@ class Constants:
     prefill_memory: float
     decode_peak: float
     prefill_peak: float
-    exp_per_cycle: float
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -56,12 +54,16 @@ class Constants:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Peaks; each a number, or an array that broadcasts against the work."""
+    """Peaks; each a number, or an array that broadcasts against the work.
+
+    exp_per_cycle   exponentials per SM and clock cycle
+    """
 
     flops_s: float | Array
     bytes_s: float | Array
     sms: float | Array
     cycles_s: float | Array
+    exp_per_cycle: float | Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ class Work:
 
 def decode_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, Array, Array]:
     """Seconds in all, and those that its operations and its bytes take."""
-    compute = work.flops / (known.decode_peak * on.flops_s) + _exponentials(known, on, work.exps)
+    compute = work.flops / (known.decode_peak * on.flops_s) + _exponentials(on, work.exps)
     memory = work.cached / (known.decode_memory * on.bytes_s)
     fixed = known.decode_kcycles + known.split_kcycles * np.log2(np.maximum(work.reach / _SHORT, 1.0))
     around = (fixed + known.decode_block_kcycles * work.blocks / on.sms) * 1e3 / on.cycles_s
@@ -95,7 +97,7 @@ def decode_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, Ar
 
 def prefill_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, Array, Array]:
     """Seconds in all, and those that its operations and its bytes take."""
-    compute = work.flops / (known.prefill_peak * on.flops_s) + _exponentials(known, on, work.exps)
+    compute = work.flops / (known.prefill_peak * on.flops_s) + _exponentials(on, work.exps)
     pairs = np.maximum(work.blocks * work.rows * work.reach, 1.0)
     loop = compute / pairs * work.rows * work.loop * on.sms
     tiles = compute + work.blocks / on.sms * known.prefill_block_kcycles * 1e3 / on.cycles_s
@@ -105,6 +107,19 @@ def prefill_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, A
     return known.prefill_kcycles * 1e3 / on.cycles_s + busy + moved, np.maximum(compute, loop), memory + moved
 
 
-def _exponentials(known: Constants, on: Machine, exps: Array) -> Array:
-    found: Array = exps / (known.exp_per_cycle * on.sms * on.cycles_s)
+def longest_loop(mean: Array, queries: Array, before: Array | float) -> Array:
+    """Keys that the last tile of a prompt's queries visits, all [loads]: every one under a causal mask, and
+    a window and its own tile's queries where the mean of what queries see falls short of that.
+
+    mean      keys that a query sees
+    queries   of a sequence; `before` are the tokens in its cache
+    """
+    every = before + queries
+    causal = mean >= 0.99 * (before + (queries + 1) / 2)
+    found: Array = np.where(causal, every, np.minimum(mean + TILE, every))
+    return found
+
+
+def _exponentials(on: Machine, exps: Array) -> Array:
+    found: Array = exps / (on.exp_per_cycle * on.sms * on.cycles_s)
     return found

@@ -49,12 +49,13 @@ class Sample:
         exps = rows.flops / width
         seen = rows.flops / width / (heads * rows.coords["group"] if decode else tokens)
         blocks = heads if decode else heads * np.maximum(reach / softmax.TILE, 1.0)
-        loop = seen if decode else seen + (reach - 1) / 2
+        loop = seen if decode else softmax.longest_loop(seen, reach, 0.0)
         on = Machine(
             known.peak_flops(rows.precision),
             known.memory_bytes_s,
             float(known.sm_count),
             known.clock_mhz * 1e6,
+            efficiencies().on("attention_exp_per_cycle", known),
         )
         work = Work(rows.flops, exps, rows.cached, rows.new, blocks, queries, seen, loop)
         return Sample(gpu, part, on, work, rows.seconds)
