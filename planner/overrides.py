@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from planc.errors import InvalidField
+from planc.planner.yaml_text import parsed_yaml
 
 _STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
 
@@ -43,7 +44,7 @@ def _value(path: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
+        return parsed_yaml(value)
     except yaml.YAMLError:
         raise InvalidField(
             where="command line", field=path, value=value, reason="not a YAML value", mend="Quote it."

@@ -24,6 +24,7 @@ from planc.planner.slo import Metric as Metric
 from planc.planner.slo import Slo as Slo
 from planc.planner.slo import checked, objectives
 from planc.planner.workload import Part, Workload, mistake, plain
+from planc.planner.yaml_text import parsed_yaml
 
 Objective = Literal["min_cost", "max_goodput", "min_latency", "min_energy", "pareto"]
 
@@ -218,26 +219,6 @@ class Request(Part):
 # -- loading -----------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, str) and key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{key}' is written twice", key_node.start_mark
-            )
-        if isinstance(key, str):
-            seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def read_bytes(path: Path, what: str) -> bytes:
     """A file's bytes. Raises FileMissing or FileUnreadable."""
     if not path.is_file():
@@ -256,7 +237,7 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise FileMissing(what="request", path=path, mend="Name a request file (YAML).")
     try:
-        raw = yaml.load(read_bytes(file, "request").decode("utf-8"), Loader=_Loader)
+        raw = parsed_yaml(read_bytes(file, "request").decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise FileUnreadable(

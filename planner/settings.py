@@ -15,6 +15,7 @@ from planc.errors import InvalidField, UnknownField
 from planc.planner.mistakes import translated
 from planc.planner.request import Speculative
 from planc.planner.workload import LoadTest
+from planc.planner.yaml_text import parsed_yaml
 
 _COUNTS = (
     "tp",
@@ -109,7 +110,7 @@ def _speculative(value: Any, where: str) -> dict[str, Any] | None:
         pairs = [item.partition("=") for item in value.split()]
         text = f"{{{', '.join(f'{key}: {given}' for key, _, given in pairs)}}}" if "=" in value else value
         try:
-            value = yaml.safe_load(text)
+            value = parsed_yaml(text)
         except yaml.YAMLError:
             raise InvalidField(
                 where=where,

@@ -11,6 +11,7 @@ import yaml
 from planc.errors import FileMissing, FileUnreadable, InvalidField, PlancError, UnknownField, UnknownName
 from planc.planner.joint import is_joint
 from planc.planner.request import Request, load_request, make_request
+from planc.planner.yaml_text import parsed_yaml
 from tests.planner.cases import raw
 
 EXAMPLES = [
@@ -201,3 +202,11 @@ def test_objectives_are_in_seconds_and_ordered() -> None:
         ("tpot", None, 0.03),
         ("ttft", pytest.approx(0.999), 2.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e9", 1e9), ("2.5E-3", 2.5e-3), ("-1e+2", -100.0), ("1e5x", "1e5x")]
+)
+def test_numbers_with_an_exponent_are_numbers(text: str, value: object) -> None:
+    assert parsed_yaml(text) == value
+    assert parsed_yaml(f"a: [{text}, 12, 0x10, e2]") == {"a": [value, 12, 16, "e2"]}
