@@ -154,7 +154,7 @@ def explain(
         ablations=taken,
         engines=() if alternative is not None else engines(plan, table, request),
         why_not=asked,
-        notes=tuple(_notes(plan, base, resolver, taken, complete)),
+        notes=tuple(_notes(plan, base, resolver, taken, asked, complete)),
         complete=complete,
         solved=resolver.solved,
         simulated=referee is not None,
@@ -184,7 +184,12 @@ def engines(plan: Plan, table: CostTable, request: Request) -> tuple[Engine, ...
 
 
 def _notes(
-    plan: Plan, base: Outcome, resolver: Resolver, taken: Sequence[Ablation], complete: bool
+    plan: Plan,
+    base: Outcome,
+    resolver: Resolver,
+    taken: Sequence[Ablation],
+    asked: WhyNot | None,
+    complete: bool,
 ) -> list[str]:
     notes = []
     same = plan.solver.objective == base.objective
@@ -196,7 +201,9 @@ def _notes(
         )
     if resolver.missed:
         notes.append(f"the plan misses {resolver.missed}; so may what is compared with it")
-    if resolver.judges:
+    if asked is not None and "replicas" in asked.asked:
+        notes.append("so many engines of one kind are evaluated by formulas alone")
+    elif resolver.judges:
         words = "every fleet that is compared was judged by playing the workload"
         cuts = len(base.search.cuts)
         notes.append(words + (f"; that cut {cuts} engines" if cuts else ""))
