@@ -60,8 +60,10 @@ class Constants:
         return np.array([getattr(self, name) for name in NAMES])
 
     def moved(self, change: Array) -> Constants:
-        """These constants plus a vector in the order of `NAMES`."""
-        return replace(self, **dict(zip(NAMES, (self.vector() + change).tolist(), strict=True)))
+        """These constants plus a vector in the order of `NAMES`; no wait is shorter than none."""
+        moved = dict(zip(NAMES, (self.vector() + change).tolist(), strict=True))
+        waits = {name: max(moved[name], 0.0) for name in ("request_ms", "lag_steps")}
+        return replace(self, **(moved | waits))
 
 
 NAMES = tuple(item.name for item in fields(Constants))

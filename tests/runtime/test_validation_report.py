@@ -228,3 +228,10 @@ def test_formats_are_those_that_the_engine_runs() -> None:
     item = point(1, weights="fp8")
     found = setup(item, harness(item), lambda name: TABLE).decode.shape
     assert (found.weights, found.activations, found.kv) == ("fp8", "fp8", "bf16")
+
+
+def test_no_fit_makes_a_wait_negative() -> None:
+    shipped = Constants.shipped(VLLM)
+    moved = shipped.moved(np.full(len(NAMES), -1e3))
+    assert (moved.request_ms, moved.lag_steps) == (0.0, 0.0)
+    assert moved.layer_us == shipped.layer_us - 1e3
