@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planc.cost_model import catalogue
+from planc.cost_model import catalogue, softmax
 from planc.cost_model.kernels import BOUNDS, Attention, AttentionLoad, Gemm, GroupedGemm
 from planc.cost_model.roofline import Roofline
 
@@ -168,3 +168,11 @@ def test_fused_pointwise_work_pays_bytes_but_no_launch() -> None:
     alone, fused = price(np.array([[1e4], [1e4]])).seconds[:, 0]
     assert fused < 0.01 * alone
     assert price(np.array([[0.0], [0.0]])).seconds.max() == 0
+
+
+def test_the_last_tile_of_a_window_visits_the_window_alone() -> None:
+    queries = np.array([4096.0])
+    causal = softmax.longest_loop((queries + 1) / 2, queries, 0.0)
+    chunk = softmax.longest_loop(1000 + (queries + 1) / 2, queries, 1000.0)
+    window = softmax.longest_loop(np.array([128.0]), queries, 0.0)
+    assert (causal[0], chunk[0], window[0]) == (4096.0, 5096.0, 128.0 + softmax.TILE)
