@@ -256,8 +256,17 @@ def _together(split: int, halves: dict[tuple[int, str], float], fed: dict[int, b
 def greedy(
     columns: Sequence[Column], limits: Limits, loads: Sequence[int], weights: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """Counts bought one by one: the engine that serves most of what is missing for its weight; None when
-    that does not reach the demand. Only engines that do all the work on a request are bought."""
+    """Counts bought one by one: the engine that serves most of what is missing for its weight, or where that
+    fills the inventory too early, for its GPUs; None when neither reaches the demand. Only engines that do
+    all the work on a request are bought."""
+    if limits.demand is not None and (found := _bought(columns, limits, loads, weights)):
+        return found
+    return _bought(columns, limits, loads, [column.gpus for column in columns])
+
+
+def _bought(
+    columns: Sequence[Column], limits: Limits, loads: Sequence[int], prices: Sequence[int]
+) -> tuple[int, ...] | None:
     counts = [0] * len(columns)
     rooms = [list(islands) for islands in limits.islands]
     missing = [math.inf if limits.demand is None else UNIT * share * 1.001 for share in limits.classes]
@@ -270,7 +279,7 @@ def greedy(
             useful = sum(
                 min(left, share * loads[i]) for left, share in zip(missing, flow.shares, strict=True)
             )
-            rank = useful / max(weights[i], 1e-9) if limits.demand is not None else useful / column.gpus
+            rank = useful / max(prices[i], 1e-9)
             if useful > 0 and (best is None or rank > best[0]):
                 best = rank, i
         if best is None:
