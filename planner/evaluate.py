@@ -32,7 +32,7 @@ from planc.planner.traffic import Part, Traffic
 
 _LOADS = 40
 _ITERATIONS, _NEAR = 30, 18  # halvings: of all batches, between two of the grid
-_POINTS = 48
+_POINTS = 40
 _ZOOMS = 3
 _CROWDED = 0.97  # share of seats at which the upper end of a band is read off
 
@@ -329,37 +329,38 @@ class Precise:
         found: Array = dp * (state.rate if self.traffic.concurrency is None else state.users)[0]
         return found
 
-    def _batches(self, least: float) -> Array:
-        """Batches from a share of the seats up to all of them, the ends of the steps that padding to captured
-        graphs makes of the step time among them: a load may be carried just below such an end only."""
+    def _batches(self) -> Array:
+        """Batches from next to none up to all seats. Users of a closed loop keep a batch as it is, so the
+        ends of the steps that padding to captured graphs makes of the step time are among them: a load may be
+        carried just below such an end only."""
         model, seats = self.engine.model, float(self.limits.seats)
-        ends = np.array(model.graph_sizes) * model.shape.pp
-        if self.traffic.concurrency is None:  # B + 1 and batches some sqrt(B) from it are looked at
-            place = np.array(self.times.places)[:, None]
-            ends = ((np.sqrt(place**2 + 4 * (ends - 1.0)) - place) / 2).ravel() ** 2 * (1 - 1e-9)
-        ends = ends[(ends > least * seats) & (ends < seats)]
-        found: Array = np.unique(np.concatenate([np.geomspace(least, 1.0, _POINTS) * seats, ends]))
-        return found
+        found = np.concatenate([[1e-9], np.geomspace(1e-3, 1.0, _POINTS) * seats])
+        if self.traffic.concurrency is not None:
+            ends = np.array(model.graph_sizes) * model.shape.pp
+            found = np.concatenate([found, ends[ends < seats]])
+        return np.unique(found)
 
     def capacity(self, slos: tuple[Slo, ...]) -> float:
         """The highest load up to which every objective holds; 0 when none does at the lightest load."""
-        batch = self._batches(1e-3)
-        best = 0.0
+        batch = self._batches()
+        best, ends = 0.0, []
         for _ in range(_ZOOMS):
             state = self.state(batch)
-            good = state.meets(slos)[0]
+            good, loads = state.meets(slos)[0], self.load(state)
             last = len(good) - 1 if good.all() else int(np.argmin(good)) - 1
             if last >= 0:
-                best = max(best, float(self.load(state)[: last + 1].max()))
+                best = float(loads[last])
             if (last < 0 and best == 0.0) or last == len(good) - 1:
                 break
+            ends.append((float(loads[max(last, 0)]), float(loads[last + 1])))
             batch = np.linspace(batch[max(last, 0)], batch[last + 1], _POINTS)
-        return best
+        # a load that only a corner between two batches carries is one that `at` would look for further on
+        return next((low for low, high in ends if high < best), best)
 
     def at(self, load: float, scale: float = 1.0) -> Steady:
         """The steady state at a load. Where it cannot be carried: infinite TTFT, or, with a scale
         above 1 (a band's upper end), the most that still can be."""
-        batch = np.concatenate([[1e-9], self._batches(1e-4)])
+        batch = self._batches()
         for _ in range(_ZOOMS + 1):
             state = self.state(batch, scale)
             enough = (self.load(state) >= load) | ~np.isfinite(state.ttft[0])
