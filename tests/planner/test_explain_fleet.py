@@ -28,6 +28,9 @@ LIMITS = {
     "max_num_seqs": [128],
     "max_num_batched_tokens": [2048],
     "serving": ["aggregated"],
+    "kv": ["bf16"],
+    "tp": [1, 2],
+    "pp": [1],
 }
 
 
