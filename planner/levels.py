@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from planc.cost_model.energy import watts
-from planc.errors import InvalidField
+from planc.errors import InvalidField, ToolFailed
 from planc.planner import solve
 from planc.planner.offers import NEAR, SAME, Fleet, Offer
 from planc.planner.operating_point import Array, Steady
@@ -88,7 +88,10 @@ class Loaded:
         return solve.relaxation(columns, self.limits)
 
     def value(self, columns: Sequence[solve.Column]) -> float:
-        fleet = solve.solve(columns, self.limits, time_limit=left(self.deadline), first_only=True)
+        try:
+            fleet = solve.solve(columns, self.limits, time_limit=left(self.deadline), first_only=True)
+        except ToolFailed:  # out of time: more columns may hold a fleet that is bought greedily
+            return math.inf
         return math.inf if fleet is None else fleet.value
 
 
