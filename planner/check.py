@@ -351,8 +351,8 @@ def _settled(model: StepModel, replica: Replica, load: Traffic, rate: float, run
     before = load.isl - lengths
 
     def around(met: float, sd: float) -> tuple[NDArray[np.float64], ...]:
-        """Seconds of a step without prompts, of a prompt's steps by itself, and of one full of prompts, beside
-        batches around `met`."""
+        """Seconds of a step without prompts, of a prompt's steps by itself, and of one full of prompts,
+        beside batches around `met`."""
         seqs = np.clip(met + _PLACES * sd, 1.0, replica.max_num_seqs)[:, None] / replica.pp
         seqs = np.maximum(seqs, 1.0)
         cut = lengths >= room  # into full pieces, and half of one on average
