@@ -6,10 +6,10 @@ import numpy as np
 
 from planc.planner.operating_point import Array, Steady, StepTimes
 from planc.planner.priors import priors
-from planc.planner.queues import AVERAGED, around, arrivals_cv2, seat_queue, spread_of
+from planc.planner.queues import AVERAGED, around, arrivals_cv2, middle_of, seat_queue, spread_of
 from planc.planner.traffic import Traffic
 
-_SETTLE = 12
+_HALVINGS = 18
 
 
 def prompts_only(
@@ -25,28 +25,44 @@ def prompts_only(
 
     `batch` / `seats` is the share of the highest stable rate. A step takes what has come, up to its budget:
     n = x + exp(-x) prompts, x those that come in a step's time, so steps run n-th as often as prompts come
-    and last between M and F. What waits longer than the running step does so in an M/G/1 queue of prompts
+    and last between A and F. What waits longer than the running step does so in an M/G/1 queue of prompts
     with service F / (prompts per budget); for one prompt per step both parts are Pollaczek and Khinchine's.
     """
     known = priors()
-    _, alone, full = (part * scale for part in times.at(np.ones_like(batch)))
+    some, alone, full = (part * scale for part in times.at(np.ones_like(batch)))
     chunks = fresh / np.maximum(times.budget, 1.0)
-    mixed = np.where(chunks < 1, alone, full)
+    one, most = np.where(chunks < 1, alone, full), np.maximum(1 / chunks, 1.0)
+    middle = middle_of(most)
+    first = np.maximum(some - one, 0.0) / np.maximum(middle - 1, 1e-9) * (most > 1)
+    later = np.maximum(full - np.maximum(some, one), 0.0) / np.maximum(most - middle, 1e-9) * (most > 1)
+
+    def step_of(prompts: Array) -> Array:
+        """Seconds of a step: two straight lines, for a few prompts often cost more each than many."""
+        found = one + first * (np.minimum(prompts, middle) - 1) + later * np.maximum(prompts - middle, 0.0)
+        return np.asarray(found)
+
     service = chunks * full
     rate = batch / np.maximum(seats, 1.0) * known.stable / service
     busy = np.minimum(rate * service, known.stable)
-    most = np.maximum(1 / chunks, 1.0)
-    each = np.where(most > 1, np.maximum(full - mixed, 0.0) / np.maximum(most - 1, 1e-9), 0.0)
-    together, step = np.ones_like(rate), mixed
-    for _ in range(_SETTLE):
-        come = rate * step * np.maximum(chunks, 1.0)
-        together = np.minimum(come + np.exp(-come), most)
-        step = np.minimum(mixed + (together - 1) * each, np.maximum(full, mixed))
-    running = np.minimum(rate * step * np.maximum(chunks, 1.0) / together, 1.0)
-    # a prompt that comes while a step runs shares its own with those that come in that time too
+    low, high = np.ones_like(rate), most * np.ones_like(rate)
+    for _ in range(_HALVINGS):
+        together = (low + high) / 2
+        come = rate * step_of(together) * np.maximum(chunks, 1.0)
+        more = come + np.exp(-come) > together
+        low, high = np.where(more, together, low), np.where(more, high, together)
+    step = step_of(together)
+    come = rate * step * np.maximum(chunks, 1.0)
+    running = np.minimum(come / together, 1.0)
+    # a prompt that comes while a step runs shares its own with those that come in that time too; it is
+    # likelier to come in a long one, and steps follow each other's lengths (the queue has that of small ones)
+    slope = np.where(together < middle, first, later)
+    pull = np.minimum(rate * slope, 0.95)
+    spread = np.minimum(arrivals_cv2(traffic) * together / (1 - pull**2), (most - together) * (together - 1))
+    come = come * (1 + np.maximum(spread * (1 - 2 / most), 0.0) * (slope / step) ** 2)
     stages, room = np.maximum(chunks, 1.0) - 1 + times.pp, np.maximum(most - 1, 1e-9)
     shared = running * room * -np.expm1(-come / room)
-    own = stages * (mixed + shared * each) + load_s
+    own = stages * step_of(1 + shared) + load_s
+    each = np.where(1 + shared < middle, first, later)
     own_sd = stages * np.sqrt(shared * (1 - shared / most)) * each
     variability = arrivals_cv2(traffic) + traffic.isl_cv2
     residual = running * step * np.maximum(chunks, 1.0) * (1 + traffic.isl_cv2 / together) / 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from planc.planner import solve
@@ -49,6 +49,7 @@ class Carrying:
 
     limits: solve.Limits
     deadline: float | None = None
+    _unproved: dict[tuple[solve.Column, ...], solve.Solution] = field(default_factory=dict, compare=False)
 
     def hopeful(self, column: solve.Column) -> solve.Column:
         return replace(column, load=column.load / NEAR)
@@ -62,7 +63,15 @@ class Carrying:
 
     def value(self, columns: Sequence[solve.Column]) -> float:
         fleet = solve.solve(columns, self.limits, time_limit=left(self.deadline), first_only=True)
+        if fleet is not None and fleet.status != "optimal":
+            self._unproved[tuple(columns)] = fleet
         return math.inf if fleet is None else self._sign * fleet.value
+
+    def solution(self, columns: Sequence[solve.Column]) -> solve.Solution | None:
+        """The best fleet; solved once where a gap stays open, for ties are only broken where none does."""
+        return self._unproved.get(tuple(columns)) or solve.solve(
+            columns, self.limits, time_limit=left(self.deadline)
+        )
 
     @property
     def _sign(self) -> float:

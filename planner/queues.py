@@ -13,6 +13,11 @@ from planc.planner.traffic import Traffic
 AVERAGED = 2 / 3
 
 
+def middle_of(most: Array) -> Array:
+    """Prompts between one and all that a step holds, at which steps are looked at too."""
+    return np.sqrt(most)
+
+
 def around(
     times: StepTimes, met: Array, sd: Array, seats: Array, scale: float
 ) -> tuple[Array, Array, Array, Array]:

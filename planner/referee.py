@@ -24,6 +24,8 @@ from planc.planner.stream import Cuts
 
 #: proposals at most; after the first few, engines that were not judged share the cuts of those like them
 ROUNDS, ALONE = 14, 5
+#: by how much longer the bound is looked for than proposals are
+_PATIENCE = 2
 #: by how much a cut lowers a capacity: at least, for each excess over a limit, and down to what share
 _STEP, _SLOPE, _LEAST = 0.03, 0.25, 0.3
 
@@ -131,7 +133,7 @@ def agreed(
     if proving and proved != [search.cuts for search in start]:
         best: Proposal | None = first
         if not _over(deadline):
-            free = [search.with_cuts(cuts) for search, cuts in zip(start, proved, strict=True)]
+            free = [search.with_cuts(cuts, _PATIENCE) for search, cuts in zip(start, proved, strict=True)]
             best = propose(free, left(deadline))
         found = replace(found, solution=_bounded(found.solution, best))
     return Agreed(mine, found, judged)

@@ -22,7 +22,7 @@ from planc.planner.inventory import Group, groups
 from planc.planner.levels import by_level
 from planc.planner.offers import Deployed, Fleet, Offer
 from planc.planner.plan import Role
-from planc.planner.promising import Goal, left, promising
+from planc.planner.promising import Carrying, Goal, left, promising
 from planc.planner.request import Request
 from planc.planner.shares import loads
 from planc.planner.slo import Slo
@@ -34,7 +34,7 @@ Progress = Callable[[str], None]
 #: inventories from so many GPUs on, and searches of more flows than this, stop at a gap or after some nodes
 #: of branch and bound (a count is the same for every run, unlike seconds); others prove the last dollar
 _LARGE, _MANY = 256, 8
-_GAP, _NODES, _NODES_LARGE = 5e-3, 40_000, 4_000
+_GAP, _NODES, _NODES_LARGE = 4e-3, 40_000, 2_000
 
 
 class Search:
@@ -87,10 +87,13 @@ class Search:
         other._more_streams()
         return other._counted()
 
-    def with_cuts(self, cuts: Cuts) -> Search:
+    #: by how much longer, and to how much smaller a gap, large integer programs are solved
+    patience = 1
+
+    def with_cuts(self, cuts: Cuts, patience: int = 1) -> Search:
         """The same search where simulations left less to some engines."""
         other = copy.copy(self)
-        other.cuts = cuts
+        other.cuts, other.patience = cuts, patience
         other.streams = [s.under(self.request, s.slos, cuts, s.flow, s.split) for s in self.streams]
         return other._counted()
 
@@ -217,13 +220,15 @@ class Search:
         limits = self.master_limits(self.demand)
         if objective == "min_cost" and self.demand is None:
             return self._cheapest_token(limits, deadline)
-        offers, columns = self._columns(limits, deadline)
+        goal = Carrying(limits, deadline)
+        offers, columns = self._columns(limits, deadline, goal)
         if not offers and objective == "max_goodput" and self.demand is not None:
             limits = replace(limits, demand=None)
-            offers, columns = self._columns(limits, deadline)
+            goal = Carrying(limits, deadline)
+            offers, columns = self._columns(limits, deadline, goal)
         if not offers:
             return None
-        solution = solve.solve(columns, limits, time_limit=left(deadline))
+        solution = goal.solution(columns)
         if solution is None and objective == "max_goodput":
             limits = replace(limits, demand=None)
             solution = solve.solve(columns, limits, time_limit=left(deadline))
@@ -252,8 +257,8 @@ class Search:
             flows=tuple(self.flows),
             spare=allowed.spare_replicas or 0,
             firm_share=1 - spot if spot is not None else 0.0,
-            gap=_GAP if many else 0.0,
-            nodes=_NODES_LARGE if large else _NODES if many else None,
+            gap=_GAP / self.patience if many else 0.0,
+            nodes=self.patience * (_NODES_LARGE if large else _NODES) if many else None,
         )
 
     def _columns(

@@ -13,6 +13,7 @@ from planc.cost_model.speculative import Drafting
 from planc.cost_model.step import StepLoad, StepModel
 from planc.planner.operating_point import FIRST, Array
 from planc.planner.priors import waits
+from planc.planner.queues import middle_of
 from planc.planner.traffic import Traffic
 
 #: decoding sequences per step at which curves are tabulated; n and n + 1 where kernels change their tiles
@@ -29,8 +30,9 @@ GRID = np.array((*_STARTS, *_LARGE, 640, 768, 769, 896, 1024), dtype=np.float64)
 
 def loads(traffic: Traffic, seqs: Array, room: Array, at: float = 0.0) -> list[StepLoad]:
     """Steps beside `seqs` decoding sequences that have `room` for prompts: without any, with a piece of each
-    kind of prompt, and full of them. `at`: where in its prompt the last one's lies, 0 in the middle and +-1
-    at the ends."""
+    kind of prompt, and full of them. Where nothing decodes the first has some prompts, the geometric mean of
+    one and all that fit, and the last is only so full as steps are that hold many. `at`: where in its prompt
+    the last one's lies, 0 in the middle and +-1 at the ends."""
     context, first = traffic.decode_context, 1 - traffic.hit_rate
     if traffic.role == "decode":
         return [StepLoad(seqs, context)]
@@ -43,8 +45,18 @@ def loads(traffic: Traffic, seqs: Array, room: Array, at: float = 0.0) -> list[S
         mixed.append(StepLoad(seqs, context, piece, 1.0, np.maximum(before, 0.0)))
     start = traffic.prefill_context + at * traffic.new_tokens / 2
     before = np.maximum(start - (1 + at) * np.minimum(traffic.new_tokens, room) / 2, 0.0)
-    full = StepLoad(seqs, context, room, np.maximum(room / traffic.new_tokens, 1.0), before)
-    return [StepLoad(seqs, context), *mixed, full]
+    prompts = np.maximum(room / traffic.new_tokens, 1.0)
+    if traffic.decode_steps:
+        return [StepLoad(seqs, context), *mixed, StepLoad(seqs, context, room, prompts, before)]
+    some, part = middle_of(prompts), _fullness(traffic, room)
+    few = StepLoad(0, 0, np.minimum(some * traffic.new_tokens, room), some, before)
+    return [few, *mixed, StepLoad(0, 0, part * room, part * prompts, before)]
+
+
+def _fullness(traffic: Traffic, room: Array) -> Array:
+    """Share of their room that steps of prompts alone are priced at: kernels may like a full step's round
+    number of tokens, which steps of several prompts seldom have."""
+    return np.where(room >= 4 * traffic.new_tokens, 0.8, 1.0)
 
 
 def folded(traffic: Traffic, seconds: Sequence[Array], room: Array) -> tuple[Array, Array, Array]:
@@ -54,6 +66,8 @@ def folded(traffic: Traffic, seconds: Sequence[Array], room: Array) -> tuple[Arr
     the last one half as long.
     """
     decode, *mixed, full = seconds if len(seconds) > 1 else (seconds[0],) * 3
+    if traffic.decode_steps == 0:
+        full = full / _fullness(traffic, room)
     alone = np.zeros_like(full)
     for (share, tokens), one in zip(traffic.prompts, mixed, strict=False):
         alone = alone + share * (one + np.where(tokens < room, 0.0, tokens / room - 0.5) * full)
