@@ -34,7 +34,7 @@ Progress = Callable[[str], None]
 #: inventories from so many GPUs on, and searches of more flows than this, stop at a gap or after some nodes
 #: of branch and bound (a count is the same for every run, unlike seconds); others prove the last dollar
 _LARGE, _MANY = 256, 8
-_GAP, _NODES, _NODES_LARGE = 4e-3, 40_000, 2_000
+_GAP, _NODES, _NODES_LARGE = 4e-3, 12_000, 2_000
 
 
 class Search:
