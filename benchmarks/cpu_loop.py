@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_loop.py [--engine-python .venv-engines/bin/python]
 
-1. calibrates the CPU: kernels of vLLM, and its host time on two small models (`planc calibrate`);
+1. calibrates the CPU: kernels of vLLM, and its host time on three small models (`planc calibrate`);
 2. makes a Llama of 200 M parameters with random weights, a model that the calibration never saw;
 3. compiles a plan for it on hardware `cpu` with the profile;
 4. starts the bundle's own launch script and loads it with `vllm bench serve`, a closed loop of each size;

@@ -55,9 +55,9 @@ def softmax(folder: Path, gpu: str) -> Iterator[Rows]:
 
 
 def _softmax(source: sources.Source, part: str, head_dim: int, window: int, cache: str, frame: Any) -> Rows:
+    frame = frame[frame["kernel_source"] == frame["kernel_source"].mode()[0]]
     if frame["attn_dtype"].nunique() > 1:  # TensorRT-LLM multiplies in the cache's format, others widen it
         frame = frame[frame["attn_dtype"] == ("fp8" if source.engine == "trtllm" else "bfloat16")]
-    frame = frame[frame["kernel_source"] == frame["kernel_source"].mode()[0]]
     batch, q, kv = (_column(frame, c) for c in ("batch_size", "num_heads", "num_key_value_heads"))
     kv_bytes, decode = _cache_bytes(cache), part == "decode"
     reach = _column(frame, "step") + 1.0 if decode else _column(frame, "isl")

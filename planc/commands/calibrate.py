@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     "--engine-python",
     type=click.Path(),
     help="Interpreter of an environment with vLLM: measures its kernels, and its host time by serving "
-    "two small models with it (on a CPU).",
+    "three small models with it (on a CPU).",
 )
 @json_option
 def calibrate_command(

@@ -1,10 +1,13 @@
 """What an engine adds to its kernels: host time per step, layer and sequence, and a request's way in and out.
 
-Two small random Llamas of different depth are served by the engine and loaded in a closed loop. Kernels
-priced from the tables just measured are taken off the times that clients see; the rest is
+Random Llamas, two that differ in depth and one that is wider, are served by the engine and loaded in a closed
+loop. Kernels are priced from the tables just measured; of the times that clients see,
 
-    decode step of B sequences    step_us + layer_us * layers + per_sequence_us * B
-    first token of a prompt       prefill_factor * kernels + host + request_ms
+    decode step of B sequences    kernel_factor * kernels + step_us + layer_us * layers + per_sequence_us * B
+    first token of a prompt       kernel_factor * prefill_factor * kernels + host + request_ms
+
+A kernel in an engine finds caches and memory that the host's work has used, which `kernel_factor` is for. The
+models are larger than a CPU's caches, as those that are served: host code that ran a step ago is cold then.
 """
 
 from __future__ import annotations
@@ -32,8 +35,9 @@ from planc.runtime.calibrate.checkpoint import random_llama, words
 from planc.runtime.calibrate.samples import Progress
 from planc.runtime.calibrate.server import closed_loop, serving
 
-_SHAPE = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 2}
-_LAYERS = (2, 6)
+_SLIM = {"hidden": 512, "intermediate": 1408, "heads": 8, "kv_heads": 2}
+_WIDE = {"hidden": 1280, "intermediate": 3456, "heads": 20, "kv_heads": 4}
+_MODELS = ({"layers": 2, **_SLIM}, {"layers": 10, **_SLIM}, {"layers": 3, **_WIDE})
 _BATCHES = (1, 4, 8, 16)
 _SHORT, _OUTPUT = 8, 72
 _ROUNDS = 9
@@ -63,17 +67,17 @@ def measure(
     """
     served = []
     with tempfile.TemporaryDirectory(prefix="planc-calibrate-") as scratch:
-        for number, layers in enumerate(_LAYERS):
+        for number, shape in enumerate(_MODELS):
             if progress:
-                progress(number, len(_LAYERS), f"vLLM with {layers} layers")
-            served.append(_served(Path(scratch), layers, program, variables))
+                progress(number, len(_MODELS), f"vLLM with {shape['layers']} layers")
+            served.append(_served(Path(scratch), shape, program, variables))
     if progress:
-        progress(len(_LAYERS), len(_LAYERS), "vLLM")
+        progress(len(_MODELS), len(_MODELS), "vLLM")
     return fitted(profile, served)
 
 
-def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, str]) -> Served:
-    folder = _checkpoint(layers)
+def _served(scratch: Path, shape: Mapping[str, int], program: str, variables: Mapping[str, str]) -> Served:
+    folder = _checkpoint(shape)
     table = load_table(folder)
     block = catalogue.engine("vllm").block_size_on(catalogue.gpu("cpu"))
     options = {"dtype": "bfloat16", "max-model-len": 1024, "max-num-seqs": max(_BATCHES), "block-size": block}
@@ -81,7 +85,7 @@ def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, st
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command += ["--max-num-batched-tokens", "2048"]
     surroundings = {"VLLM_CPU_KVCACHE_SPACE": "1", "PATH": f"{Path(program).parent}:{os.environ['PATH']}"}
-    with serving(command, scratch / f"log-{layers}", {**surroundings, **variables}) as port:
+    with serving(command, scratch / f"log-{folder.name}", {**surroundings, **variables}) as port:
         short, tokens = _prompt(folder, 16)
         closed_loop(port, "tiny", [short] * 4, 2, 8)  # warm-up
         prompts = [(short, tokens), *(_prompt(folder, wanted) for wanted in _LONG)]
@@ -96,22 +100,21 @@ def _served(scratch: Path, layers: int, program: str, variables: Mapping[str, st
                 first.setdefault(length, []).append(answer.ttft)
     context = tokens + (_SHORT + _OUTPUT) / 2
     return Served(
-        layers,
+        shape["layers"],
         table,
         {(batch, context): _per_token(whole[batch, _OUTPUT], whole[batch, _SHORT]) for batch in _BATCHES},
-        {length: _undisturbed(times) for length, times in first.items()},
+        {length: statistics.median(times) for length, times in first.items()},
     )
 
 
-def _checkpoint(layers: int) -> Path:
+def _checkpoint(shape: Mapping[str, int]) -> Path:
     """A small model in planc's cache: the engine compiles it once, and finds that again."""
     home = cache.folder() / "calibration"
-    shape = "-".join(str(size) for size in (layers, *_SHAPE.values()))
-    folder = home / f"llama-{shape}"
+    folder = home / f"llama-{'-'.join(str(size) for size in shape.values())}"
     if not folder.is_dir():
         home.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(dir=home, prefix="part-"))
-        random_llama(part, layers=layers, **_SHAPE)
+        random_llama(part, **shape)
         with contextlib.suppress(OSError):  # another calibration was first
             part.rename(folder)
     return folder
@@ -122,17 +125,12 @@ def _per_token(long: Sequence[float], short: Sequence[float]) -> float:
 
     Not the time between tokens as they arrive: a server that is busy sends several at once.
     """
-    return (_undisturbed(long) - _undisturbed(short)) / (_OUTPUT - _SHORT)
+    return (statistics.median(long) - statistics.median(short)) / (_OUTPUT - _SHORT)
 
 
 def _slowest(port: int, prompt: str, batch: int, tokens: int) -> float:
     """Seconds until all of a batch are answered."""
     return max(answer.e2e for answer in closed_loop(port, "tiny", [prompt] * batch, batch, tokens))
-
-
-def _undisturbed(times: Sequence[float]) -> float:
-    """The lower quartile: what else runs on the machine only ever adds to a time."""
-    return statistics.quantiles(times, n=4)[0]
 
 
 def _prompt(folder: Path, tokens: int) -> tuple[str, int]:
@@ -145,7 +143,7 @@ def _prompt(folder: Path, tokens: int) -> tuple[str, int]:
 
 
 def fitted(profile: ProfileDocument, served: Sequence[Served]) -> ProfileDocument:
-    """Host constants by least squares on relative errors, none below zero."""
+    """Constants by least squares on relative errors: no host time below zero, no kernel faster than alone."""
     base = catalogue.engine("vllm")
     bare: dict[str, Number] = {
         name: Number(value=0.0) for name in ("step_us", "step_eager_us", "layer_us", "per_sequence_us")
@@ -154,39 +152,41 @@ def fitted(profile: ProfileDocument, served: Sequence[Served]) -> ProfileDocumen
     engines = {**profile.engines, base.name: bare}
     with calibration.using(profile.model_copy(update={"engines": engines})):
         models = [_model(each.table, profile.device.name) for each in served]
-        rows, rest, seen = [], [], []
-        for each, model in zip(served, models, strict=True):
-            for (batch, context), time in each.steps.items():
-                rows.append([1.0, each.layers, batch])
-                rest.append(time - float(model.seconds(StepLoad(batch, context))))
-                seen.append(time)
-        step, layer, sequence = _least_squares(np.array(rows), np.array(rest), np.array(seen))
+        steps = [
+            (float(model.seconds(StepLoad(batch, context))), 1.0, float(each.layers), float(batch), time)
+            for each, model in zip(served, models, strict=True)
+            for (batch, context), time in each.steps.items()
+        ]
+        *columns, seen = np.array(steps).T
+        rows = np.stack(columns, axis=1)
+        extra, step, layer, sequence = _least_squares(rows, seen - rows[:, 0], seen)
         host = [step + layer * each.layers + sequence for each in served]
-        factor, request = _prompts(served, models, host)
-    error = float(np.median(np.abs(np.array(rest) - np.array(rows) @ [step, layer, sequence]) / seen))
-    count = len(seen)
+        prompt, request = _prompts(served, models, host)
+    factor = 1.0 + extra
+    error = float(np.median(np.abs(1 - rows @ [factor, step, layer, sequence] / seen)))
+    depths = ", ".join(str(each.layers) for each in served)
 
-    def number(seconds: float, unit: float, note: str) -> Number:
+    def number(value: float, note: str) -> Number:
         return Number(
-            value=round(seconds * unit, 4),
-            rows=count,
+            value=round(value, 4),
+            rows=len(seen),
             error=round(error, 4),
             low=float(min(_BATCHES)),
             high=float(max(_BATCHES)),
             source="fitted",
-            note=f"{note}; over sequences, two random Llamas of {_LAYERS[0]} and {_LAYERS[1]} layers",
+            note=f"{note}; over sequences, random Llamas of {depths} layers",
         )
 
     constants = {
-        "step_us": number(step, 1e6, "time per token less kernels"),
-        "layer_us": number(layer, 1e6, "time per token less kernels"),
-        "per_sequence_us": number(sequence, 1e6, "time per token less kernels"),
-        "kernel_factor": Number(value=1.0, note="kernels were measured on this device"),
-        "prefill_factor": number(factor, 1.0, "first tokens of long prompts, over kernels"),
+        "step_us": number(step * 1e6, "time per token less kernels"),
+        "layer_us": number(layer * 1e6, "time per token less kernels"),
+        "per_sequence_us": number(sequence * 1e6, "time per token less kernels"),
+        "kernel_factor": number(factor, "kernels in the engine, over alone"),
+        "prefill_factor": number(prompt / factor, "first tokens of long prompts, over kernels in the engine"),
     }
     serving_constants = {
         **profile.serving.get(base.name, {}),
-        "request_ms": number(request, 1e3, "first token of a short prompt less its step"),
+        "request_ms": number(request * 1e3, "first token of a short prompt less its step"),
         "lag_steps": Number(value=0.0, note="tokens leave as their step ends"),
     }
     return profile.model_copy(
@@ -202,18 +202,17 @@ def _model(table: CostTable, gpu: str) -> StepModel:
     return StepModel(table, EngineShape("vllm", entry.name), entry, Fabric(gpus_per_node=1), engine)
 
 
-def _least_squares(rows: Any, rest: Any, seen: Any) -> tuple[float, float, float]:
-    """Three coefficients, those that would be negative set to zero and the others fitted again."""
-    kept = [0, 1, 2]
+def _least_squares(rows: Any, rest: Any, seen: Any) -> list[float]:
+    """A coefficient per column, those that would be negative set to zero and the others fitted again."""
+    kept, values = list(range(rows.shape[1])), [0.0] * rows.shape[1]
     while kept:
         found = np.linalg.lstsq(rows[:, kept] / seen[:, None], rest / seen, rcond=None)[0]
         if np.all(found >= 0):
+            for column, value in zip(kept, found, strict=True):
+                values[column] = float(value)
             break
         kept = [column for column, value in zip(kept, found, strict=True) if value > 0]
-    values = [0.0, 0.0, 0.0]
-    for column, value in zip(kept, found if kept else (), strict=True):
-        values[column] = float(value)
-    return values[0], values[1], values[2]
+    return values
 
 
 def _prompts(

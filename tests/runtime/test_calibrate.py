@@ -17,6 +17,7 @@ from planc.cost_model.collectives import Fabric
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.kernels import Attention, AttentionLoad, Gemm
 from planc.cost_model.measured import costs_for
+from planc.cost_model.step import StepLoad
 from planc.errors import (
     FileMissing,
     FileUnreadable,
@@ -30,9 +31,10 @@ from planc.planner.assemble import profile_fingerprint
 from planc.runtime.calibrate import collectives, tables
 from planc.runtime.calibrate.cases import Grid, grid
 from planc.runtime.calibrate.device import Settings, _identified, calibrate
-from planc.runtime.calibrate.engine import _least_squares
+from planc.runtime.calibrate.engine import Served, _least_squares, _model, fitted
 from planc.runtime.calibrate.samples import Run, Sample, Worker
 from planc.runtime.simulator import Rules
+from tests.sample_tables import dense_table
 
 IDEAL = {"flops_s": 1e11, "bytes_s": 1e10, "launch_s": 1e-6}
 
@@ -218,6 +220,26 @@ def test_host_constants_are_never_negative() -> None:
     step, layer, sequence = _least_squares(rows, rows @ [1e-3, -2e-5, 3e-5], np.ones(8))
     assert layer == 0.0
     assert min(step, sequence) > 0
+
+
+def test_an_engine_s_constants_are_found_again() -> None:
+    shapes = (dense_table(2, 512, 8, 2, 1408, 32000), dense_table(10, 512, 8, 2, 1408, 32000))
+    shapes += (dense_table(3, 1280, 20, 4, 3456, 32000),)
+    true = {"kernel_factor": 1.2, "step_us": 1500.0, "layer_us": 40.0, "per_sequence_us": 60.0}
+    true |= {"prefill_factor": 1.1}
+    numbers = {name: {"value": value} for name, value in true.items()}
+    served = []
+    with calibration.using(document(engines={"vllm": numbers})):
+        for each in shapes:
+            model, layers = _model(each, "cpu"), each.model.layers
+            steps = {(b, 50.0): float(model.seconds(StepLoad(b, 50.0))) for b in (1, 4, 8, 16)}
+            first = {n: 5e-3 + float(model.seconds(StepLoad(0, 1, n, 1))) for n in (16, 256, 512)}
+            served.append(Served(layers, each, steps, first))
+    profile = fitted(document(), served)
+    found = profile.engines["vllm"]
+    assert {name: found[name].value for name in true} == pytest.approx(true, rel=1e-2)
+    assert profile.serving["vllm"]["request_ms"].value == pytest.approx(5.0, rel=1e-2)
+    assert found["step_us"].error == pytest.approx(0.0, abs=1e-3)
 
 
 # -- measuring -------------------------------------------------------------------------------
