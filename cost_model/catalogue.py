@@ -207,9 +207,13 @@ class EngineProfile(Entry):
     context_parallel     None: every rank keeps all tokens of its heads
     fusions              patterns of fusion names that the engine's own kernels always apply
     overlaps_shared_experts  experts that every token passes run on a stream beside the routed ones
+    expert_library       whose kernels run routed experts where the engine has several ("cutlass"); "": the
+                         fastest measured
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
     custom_all_reduce    its own kernel for messages up to `custom_all_reduce_max_mib`: see `collectives.Own`
     fused_all_reduce     architectures on which the norm after an all-reduce rides in it
+    expert_table         "engine/format" of the measured table that prices routed experts, where an engine was
+                         told to run other kernels than its usual ones; None: the engine's own
     fused_activation_quant  formats whose quantization rides in the pointwise kernel before a product; after
                          attention, or for another format, it is a kernel of its own
     """
@@ -247,6 +251,8 @@ class EngineProfile(Entry):
     fusions: tuple[str, ...]
     fuses_pointwise: bool
     overlaps_shared_experts: bool = False
+    expert_library: str = ""
+    expert_table: str | None = None
     fused_all_reduce: tuple[str, ...] = ()
     fused_activation_quant: tuple[str, ...]
     archs: Mapping[str, Support]

@@ -349,8 +349,11 @@ class Master:
         return rank, Solution(self.best, status, found * goal[2], bound * goal[2])
 
     def _simple(self) -> tuple[float, float, bool] | None:
-        """When time ran out before any solution: a fleet bought greedily, and the relaxed bound."""
+        """When time ran out before any solution: a fleet bought greedily, or else the first that the solver
+        finds, however long that takes; and the relaxed bound."""
         counts = greedy(self.columns, self.limits, self.loads, self.weights)
+        if counts is None or not carried(self.columns, self.limits, counts, self.loads):
+            counts = self._any()
         if counts is None:
             return None
         self.best = counts
@@ -390,8 +393,7 @@ class Master:
             if self.deadline is not None
             else None,
         )
-        with _stdout_kept():
-            result = self.mathopt.solve(self.model, self.mathopt.SolverType.HIGHS, params=parameters)
+        result = self._highs(parameters)
         reason = result.termination.reason
         kinds = self.mathopt.TerminationReason
         if reason in (kinds.INFEASIBLE, kinds.INFEASIBLE_OR_UNBOUNDED):
@@ -415,6 +417,21 @@ class Master:
             self.model.add_linear_constraint(expression >= rounded)
         proved = reason == kinds.OPTIMAL and (self.limits.gap == 0 or abs(bound - rounded) < 1)
         return rounded, float(rounded) if proved else bound, proved
+
+    def _any(self) -> tuple[int, ...] | None:
+        """The first fleet that meets the constraints and carries a thousandth of the largest engine's load;
+        None where there is none."""
+        if self.limits.demand is None:
+            self.model.add_linear_constraint(self.carried >= UNIT // 1000)
+        result = self._highs(self.mathopt.SolveParameters(random_seed=0, solution_limit=1))
+        if not result.has_primal_feasible_solution():
+            return None
+        values = result.variable_values()
+        return tuple(round(values[n]) for n in self.counts)
+
+    def _highs(self, parameters: Any) -> Any:
+        with _stdout_kept():
+            return self.mathopt.solve(self.model, self.mathopt.SolverType.HIGHS, params=parameters)
 
     best: tuple[int, ...] = ()
     out_of_time = False

@@ -58,6 +58,9 @@ FORMATS = {
     "w4a8_mxfp4_mxfp8": ("mxfp4", "mxfp8"),
 }
 
+#: kernels that have a table of their own beside the fastest ones', for deployments that are set to them
+LIBRARIES = {"moe_torch_flow_cutlass": "cutlass"}
+
 #: rows that each table brings to the constants of all
 _PER_TABLE = 400
 
@@ -72,7 +75,10 @@ _SHAPE = ["hidden_size", "inter_size", "topk", "num_experts", "moe_tp_size", "mo
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
     """Rows of one engine and format on one GPU: seconds [shapes, `_KEPT`], nan where not timed, and
-    what each constant of the formula adds to them [shapes, `_KEPT`, constants]."""
+    what each constant of the formula adds to them [shapes, `_KEPT`, constants].
+
+    library   whose kernels they are; "": the fastest of all that the engine has
+    """
 
     gpu: Gpu
     engine: str
@@ -82,6 +88,11 @@ class _Rows:
     seconds: Array
     terms: Array
     dropped: int
+    library: str = ""
+
+    @property
+    def name(self) -> str:
+        return "/".join(filter(None, (self.engine, self.format, self.library)))
 
     def take(self, shapes: npt.NDArray[np.intp]) -> _Rows:
         specs = tuple(self.specs[i] for i in shapes)
@@ -118,7 +129,7 @@ def score(folder: Path) -> Iterator[Score]:
             yield Score(
                 family="experts",
                 gpu=name,
-                table=f"{rows.engine}/{rows.format}",
+                table=rows.name,
                 rows=int(np.isfinite(rows.seconds).sum()),
                 held_out=_held_out(rows),
                 physics=float(np.nanmedian(np.abs(times / rows.seconds - 1.0))),
@@ -184,6 +195,11 @@ def _measured(folder: Path, gpu: Gpu) -> Iterator[_Rows]:
         kept = _agreeing(kept)
         if len(kept):
             yield _tuned(_square(kept, gpu, str(engine), str(name), len(mine) - len(kept)))
+        for source, library in LIBRARIES.items():
+            of = kept["kernel_source"] == source
+            if of.any() and not of.all():  # else the table above is this library's
+                found = _square(kept[of], gpu, str(engine), str(name), 0)
+                yield _tuned(replace(found, library=library))
 
 
 def _frame(source: sources.Source, order: int) -> Any:
@@ -311,8 +327,13 @@ def _table(rows: _Rows, kernel: ExpertKernel, error: float) -> Table:
     shape = {"total": "total_experts"}
     return Table(
         TableInfo(
-            name=f"{rows.engine}/{rows.format}",
-            key={"engine": rows.engine, "format": rows.format, "versions": " ".join(rows.versions)},
+            name=rows.name,
+            key={
+                "engine": rows.engine,
+                "format": rows.format,
+                "library": rows.library,
+                "versions": " ".join(rows.versions),
+            },
             axes=("shape", "tokens"),
             ideal=ideal,
             rows=int(np.isfinite(rows.seconds).sum()),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pytest
 
 from planc.planner.shares import loads
-from planc.planner.solve import Column, Flow, Limits, relaxation, solve
+from planc.planner.solve import Column, Flow, Limits, Master, relaxation, solve
 
 CLASSES = (0.6, 0.4)
 FLOWS = (
@@ -118,6 +118,21 @@ def test_no_fleet_is_better(seed: int) -> None:
     if found:
         assert found.status == "optimal"
         assert fits(columns, limits, found.counts)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_master_without_time_finds_a_fleet_where_there_is_one(seed: int) -> None:
+    columns, limits = instance(seed)
+    best = solve(columns, limits)
+    master = Master(columns, limits, columns, None)
+    found = master._simple()
+    if best is None or not any(best.counts):
+        assert found is None
+        return
+    assert found is not None
+    assert fits(columns, limits, master.best)
+    amount = carries(columns, limits, master.best)
+    assert amount > 0 if limits.demand is None else amount >= limits.demand * (1 - 1e-5)
 
 
 @pytest.mark.parametrize("seed", range(60))
