@@ -22,7 +22,9 @@ _TIES = 0.03  # weight of a difference between neighbouring nodes, against 1 of 
 def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> tuple[Array, int]:
     """Values at the nodes whose interpolation (in the axes' logarithms) fits the rows best, and how many rows
     were set aside for being off by more than 0.7, or as a lone spike. Nodes without rows between others are
-    drawn to them; nodes beyond all others take their neighbour's value, along the last axis first."""
+    drawn to them; nodes beyond all others take their neighbour's value, along the first axis first: the axes'
+    order says across what a kernel stays most like itself (attention: more heads, then longer loops, and other
+    groups, which may run another kernel, only where a group has no rows at all)."""
     shape = tuple(axis.size for axis in axes)
     shares = _shares(axes, coords)
     ties = scipy.sparse.vstack([_TIES * tie for tie in _differences(shape)])
@@ -66,7 +68,7 @@ def _between(known: Mask) -> Mask:
 
 
 def _filled(values: Array) -> Array:
-    for axis in reversed(range(values.ndim)):
+    for axis in range(values.ndim):
         along = np.moveaxis(values, axis, 0)
         for ahead in (along, along[::-1]):
             for before, here in pairwise(ahead):
