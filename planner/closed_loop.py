@@ -11,10 +11,11 @@ What the pools do at the stated number of users is then found by bisection.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planc.planner.evaluate import Precise
 from planc.planner.offers import NEAR, Offer
 from planc.planner.stream import Stream
 
@@ -49,24 +50,53 @@ def at_levels(offer: Offer) -> list[Offer]:
 
 def rates(offers: Sequence[Offer], counts: Sequence[int], loads: Sequence[float]) -> list[float]:
     """Loads of a fleet in a closed loop with the halves' in requests/s: of pools that hold as many users as
-    their decode engines were given, all engines of a pool equally full."""
+    their decode engines were given, all engines of a pool equally full. Where prefill engines cannot feed
+    that many, decode engines keep to the levels that they were bought at, of which the fullest hold most."""
     found = list(loads)
     bought = [i for i, load in enumerate(loads) if counts[i] and load > 0]
     for split in sorted({offers[i].stream.split for i in bought if offers[i].feed}):
         mine = [i for i in bought if offers[i].stream.split == split]
         users = sum(counts[i] * loads[i] for i in mine if offers[i].feed)
-        needed = sum(counts[i] * offers[i].feed for i in mine)
-        share = needed / sum(counts[i] * offers[i].capacity for i in mine if not offers[i].feed)
-        pools = [(counts[i], offers[i], offers[i].feed or share * offers[i].capacity) for i in mine]
-        full = _fullness(pools, users)
-        for i, (_, _, most) in zip(mine, pools, strict=True):
-            found[i] = most * full
+        for level in (False, True):
+            pools = _pools([offers[i] for i in mine], [counts[i] for i in mine], level)
+            full = fullness(pools, users)
+            if full < 1.0:
+                break
+        for i, pool in zip(mine, pools, strict=True):
+            found[i] = pool.most * full
     return found
 
 
-def _fullness(pools: Sequence[tuple[int, Offer, float]], users: float) -> float:
-    """The share of its rate at which each of these engines runs when together they hold so many users, by
-    false position on users, which grow with it (Illinois: an end that stays counts half)."""
+def _pools(offers: Sequence[Offer], counts: Sequence[int], level: bool) -> list[Pool]:
+    """Engines at the most that both halves carry together; decode engines at no more than their `level`."""
+    most = [offer.feed if level and offer.feed else offer.capacity for offer in offers]
+    halves: dict[bool, float] = {}
+    for offer, count, rate in zip(offers, counts, most, strict=True):
+        halves[offer.feed > 0] = halves.get(offer.feed > 0, 0.0) + count * rate
+    whole = min(halves.values())
+    return [
+        Pool(
+            count,
+            offer.stream.evaluator(offer.engine, offer.limits),
+            rate * whole / halves[offer.feed > 0],
+        )
+        for offer, count, rate in zip(offers, counts, most, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """`count` equal engines of a half, each at `most` requests/s when full."""
+
+    count: int
+    engine: Precise
+    most: float
+
+
+def fullness(pools: Sequence[Pool], users: float) -> float:
+    """The share of its rate at which each of these engines runs when together they hold so many users; 1
+    where they hold no more. By false position on users, which grow with it (Illinois: an end that stays
+    counts half)."""
     low, high, below, above = 0.0, 1.0, -users, _held(pools, 1.0) - users
     if above <= 0:
         return 1.0
@@ -82,10 +112,10 @@ def _fullness(pools: Sequence[tuple[int, Offer, float]], users: float) -> float:
     return high
 
 
-def _held(pools: Sequence[tuple[int, Offer, float]], full: float) -> float:
+def _held(pools: Sequence[Pool], full: float) -> float:
     """Users with a request on these engines, or on its way to them."""
-    total = 0.0
-    for count, offer, most in pools:
-        state = offer.stream.evaluator(offer.engine, offer.limits).at(full * most)
-        total += count * full * most * float(state.e2e[0, 0])
-    return total
+    loads = [full * pool.most for pool in pools]
+    return sum(
+        pool.count * load * float(pool.engine.at(load).e2e[0, 0])
+        for pool, load in zip(pools, loads, strict=True)
+    )

@@ -18,6 +18,7 @@ from planc.cost_model.table import CostTable
 from planc.planner import techniques
 from planc.planner.candidates import Candidate
 from planc.planner.check import shape_of
+from planc.planner.closed_loop import Pool, fullness
 from planc.planner.disaggregated import splits, transfer_seconds
 from planc.planner.evaluate import Engine, Limits, Precise, Room
 from planc.planner.expert_load import with_expert_load
@@ -125,10 +126,10 @@ class Evaluator:
         """
         load, slos = self._load(request), request.slos()
         demand = None if full else load.rate if load.concurrency is None else float(load.concurrency)
-        if load.concurrency is not None and any(item.place[0] in _HALVES for item in engines):
-            raise Impossible("prefill and decode pools are not evaluated in a closed loop")
         ready = self._ready(engines, request)
         capacities = self._capacities(ready)
+        if load.concurrency is not None and any(one.role in _HALVES for one in ready):
+            demand = self._closed_loop(ready, load.concurrency)
         items: list[Deployed] = []
         meets = True
         for one, capacity, carried in zip(ready, capacities, _loads(ready, capacities, demand), strict=True):
@@ -244,6 +245,19 @@ class Evaluator:
         most = self._capacity(one, ())
         if load > most * (1 + _SLACK):
             raise Impossible(f"{one.engine.candidate.label()} carries {most:.4g}, not {load:.4g}")
+
+    def _closed_loop(self, ready: Sequence[_Ready], users: float) -> float:
+        """Requests/s of so many users, each with one request in the pools."""
+        if any(one.role not in _HALVES for one in ready):
+            raise Impossible(
+                "a closed loop over pools of both kinds, with and without halves, is not evaluated"
+            )
+        most = min(self._capacity(one, ()) / one.share for one in ready) * (1 - _SLACK)
+        pools = [Pool(one.item.count, one.precise, most * one.share) for one in ready]
+        full = fullness(pools, users)
+        if full == 1.0:
+            raise Impossible(f"{users:g} users are more than the pools hold")
+        return full * most
 
     def _ways(self, one: _Ready) -> list[tuple[Slo, ...]]:
         if one.role not in _HALVES:

@@ -30,6 +30,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "workload": {"isl": 2000, "osl": 200, "request_rate": 4},
         "constraints": {"weights": ["bf16"], "serving": ["disaggregated"]},
     },
+    "users": {
+        "inventory": {"nodes": [{"gpu": "h100_sxm", "gpus_per_node": 8, "usd_per_gpu_hour": 2.5}]},
+        "workload": {"isl": 3000, "osl": 200, "concurrency": 90},
+        "slo": {"ttft_mean_ms": 1500, "tpot_mean_ms": 12},
+        "constraints": {"weights": ["fp8"], "tp": [1], "max_num_seqs": [64], "serving": ["disaggregated"]},
+    },
     "most": {
         "objective": "max_goodput",
         "workload": {"isl": 1000, "osl": 200, "rate": "max"},
@@ -61,7 +67,14 @@ def part(found: Attribution, name: str) -> Any:
 
 
 def test_plans_add_up_and_mirror(plans: dict[str, Plan]) -> None:
-    for a, b in (("plain", "busy"), ("busy", "h100"), ("tp2", "most"), ("plain", "halves"), ("fp8", "cheap")):
+    for a, b in (
+        ("plain", "busy"),
+        ("busy", "h100"),
+        ("tp2", "most"),
+        ("plain", "halves"),
+        ("fp8", "cheap"),
+        ("users", "halves"),
+    ):
         there, back = diff(plans[a], plans[b], table()), diff(plans[b], plans[a], table())
         assert there.attribution is not None, there.unattributed
         assert back == there.mirrored()
@@ -71,7 +84,7 @@ def test_plans_add_up_and_mirror(plans: dict[str, Plan]) -> None:
 
 def test_the_evaluator_reproduces_the_planner(plans: dict[str, Plan]) -> None:
     """Nothing is left over, prefill and decode pools, whose transfers are priced for any partner, aside."""
-    for a, b in (("plain", "fp8"), ("plain", "most"), ("h100", "tp2")):
+    for a, b in (("plain", "fp8"), ("plain", "most"), ("h100", "tp2"), ("users", "plain")):
         found = attribution(plans[a], plans[b], table())
         assert found.unseen is None, (a, b)
         assert found.old["ttft_ms"] == pytest.approx(plans[a].predicted["ttft_ms"].value, rel=1e-8)
