@@ -207,8 +207,6 @@ class EngineProfile(Entry):
     context_parallel     None: every rank keeps all tokens of its heads
     fusions              patterns of fusion names that the engine's own kernels always apply
     overlaps_shared_experts  experts that every token passes run on a stream beside the routed ones
-    expert_library       whose kernels run routed experts where the engine has several ("cutlass"); "": the
-                         fastest measured
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
     custom_all_reduce    its own kernel for messages up to `custom_all_reduce_max_mib`: see `collectives.Own`
     fused_all_reduce     architectures on which the norm after an all-reduce rides in it
@@ -251,7 +249,6 @@ class EngineProfile(Entry):
     fusions: tuple[str, ...]
     fuses_pointwise: bool
     overlaps_shared_experts: bool = False
-    expert_library: str = ""
     expert_table: str | None = None
     fused_all_reduce: tuple[str, ...] = ()
     fused_activation_quant: tuple[str, ...]

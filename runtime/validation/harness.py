@@ -40,6 +40,10 @@ class Harness:
     gpu_memory_utilization    None for the engine's default
     speculative               name of the method, None for none; planc predicts without it
     dependent_launch          kernels start before those before them end (programmatic dependent launch)
+    prompt_dp, prompt_ep      attention dp and expert parallelism of prefilling engines although labels say
+                              otherwise; None: as labelled
+    expert_table              name of the measured table that stands for the routed experts' kernels which the
+                              engine was told to run, e.g. sglang/fp8_block; None: its usual ones
     expert_parallel           whole experts on ranks although labels say otherwise; None: as labelled
     """
 
@@ -61,6 +65,9 @@ class Harness:
     gpu_memory_utilization: float | None = None
     speculative: str | None = None
     expert_parallel: bool | None = None
+    prompt_dp: int | None = None
+    prompt_ep: int | None = None
+    expert_table: str | None = None
     dependent_launch: bool = False
     keeps_connections: bool = False
 
@@ -132,6 +139,7 @@ def _applies(when: Mapping[str, Any], point: Point) -> bool:
         "osl": point.osl,
         "tp": point.tp,
         "attention_dp": point.attention_dp,
+        "decode_dp": point.decode.dp if point.decode else point.attention_dp,
         "concurrency": point.concurrency,
     }
     for name, wanted in when.items():

@@ -37,6 +37,9 @@ FLAGS: Mapping[str, type] = {
     "gpu_memory_utilization": float,
     "speculative": str,
     "expert_parallel": bool,
+    "prompt_dp": int,
+    "prompt_ep": int,
+    "expert_table": str,
     "dependent_launch": bool,
 }
 

@@ -90,7 +90,7 @@ class Predictor:
     def _model(self, setup: Setup, engine: Engine) -> StepModel:
         largest = setup.profile.cuda_graphs.largest
         graphs = engine.max_num_seqs if engine.max_num_seqs > largest else largest
-        key = (setup.table.fingerprint, engine.shape, graphs, setup.profile.name)
+        key = (setup.table.fingerprint, engine.shape, graphs, setup.profile.name, setup.profile.expert_table)
         if key not in self._models:
             self._models[key] = StepModel(
                 setup.table, engine.shape, setup.gpu, setup.fabric, setup.profile, max_num_seqs=graphs

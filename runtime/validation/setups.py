@@ -111,6 +111,8 @@ def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
         table = tables(point.model)
     except PlancError as error:
         raise Unpredictable(str(error)) from None
+    if harness.expert_table:
+        profile = profile.model_copy(update={"expert_table": harness.expert_table})
     fabric = Fabric(gpus_per_node=8)
     table = _as_published(table, point)
     make = lambda label, load: _engine(point, harness, table, gpu, profile, label, load)  # noqa: E731
@@ -120,8 +122,17 @@ def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
         return Setup(point, harness, table, gpu, profile, fabric, engine)
     assert point.prefill is not None
     assert point.decode is not None
-    decode, prefill = make(point.decode, point.concurrency), make(point.prefill, 0)
+    decode, prefill = make(point.decode, point.concurrency), make(_served(point.prefill, harness), 0)
     return Setup(point, harness, table, gpu, profile, fabric, decode, prefill)
+
+
+def _served(label: PoolLabel, harness: Harness) -> PoolLabel:
+    """The prefill pool as its recipe lays it out, on the GPUs that the label gives each worker."""
+    each = label.tp * label.dp
+    dp = harness.prompt_dp or label.dp
+    if each % dp:
+        return label
+    return replace(label, tp=each // dp, dp=dp, ep=harness.prompt_ep or label.ep)
 
 
 def _engine(
