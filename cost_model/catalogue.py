@@ -210,8 +210,9 @@ class EngineProfile(Entry):
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
     custom_all_reduce    its own kernel for messages up to `custom_all_reduce_max_mib`: see `collectives.Own`
     fused_all_reduce     architectures on which the norm after an all-reduce rides in it
-    expert_table         "engine/format" of the measured table that prices routed experts, where an engine was
-                         told to run other kernels than its usual ones; None: the engine's own
+    expert_table         name of the measured table that prices routed experts ("engine/format" or
+                         "engine/format/library"), where an engine was told to run other kernels than its
+                         usual ones; None: the engine's own
     fused_activation_quant  formats whose quantization rides in the pointwise kernel before a product; after
                          attention, or for another format, it is a kernel of its own
     """

@@ -12,7 +12,7 @@ Set aside, by rule:
     deployments over more than 64 ranks
     shapes at which an engine's tuner took a wrong kernel: more than 2.2 times as slow, by the table's
     formula, as another shape of the same model at most twice or half as large each way (TensorRT-LLM on
-    Hopper)
+    Hopper), or more than 1.3 times as slow beside another GPU of the same architecture as the median shape
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ _MOST_RANKS = 64
 _LEAST_STREAM = 0.4
 _AGREES = 0.03
 _MISTUNED = 2.2
+_MISTUNED_BESIDE = 1.3
+_FEWEST_BESIDE = 10
 
 #: residuals are rounded to this, which noise exceeds and compression thanks for
 _GRAIN = 0.005
@@ -98,6 +100,11 @@ class _Rows:
         specs = tuple(self.specs[i] for i in shapes)
         return replace(self, specs=specs, seconds=self.seconds[shapes], terms=self.terms[shapes])
 
+    def without(self, bad: npt.NDArray[np.bool_]) -> _Rows:
+        """Without some shapes, whose rows count as dropped."""
+        count = int(np.isfinite(self.seconds[bad]).sum())
+        return replace(self.take(np.flatnonzero(~bad)), dropped=self.dropped + count)
+
     def ideal(self, kernel: ExpertKernel) -> Array:
         return self.terms @ kernel.factors
 
@@ -110,20 +117,17 @@ class _Rows:
 
 def fit(folder: Path) -> Iterator[Profile]:
     """One profile per GPU that has tables."""
-    for name in dict.fromkeys(sources.GPUS.values()):
-        tables = [
-            _table(rows, rows.solved, _held_out(rows)) for rows in _measured(folder, catalogue.gpu(name))
-        ]
+    for name, found in _all(folder).items():
+        tables = [_table(rows, rows.solved, _held_out(rows)) for rows in found]
         if tables:
             yield Profile(name, "experts", tuple(tables))
 
 
 def score(folder: Path) -> Iterator[Score]:
     """Held out: each tenth of a table's shapes in turn; physics: one set of constants, this GPU left out."""
-    names = list(dict.fromkeys(sources.GPUS.values()))
-    found = {name: list(_measured(folder, catalogue.gpu(name))) for name in names}
-    for name in names:
-        known = physics([rows for other in names if other != name for rows in found[other]])
+    found = _all(folder)
+    for name in found:
+        known = physics([rows for other in found if other != name for rows in found[other]])
         for rows in found[name]:
             times = rows.ideal(known[precision(rows)].at_clock(_slower(rows.gpu)))
             yield Score(
@@ -176,6 +180,35 @@ def precision(rows: _Rows) -> Precision:
     return product_precision(*FORMATS[rows.format])
 
 
+def _all(folder: Path) -> dict[str, list[_Rows]]:
+    """The tables of every GPU, without shapes that a GPU of the same architecture runs far faster."""
+    names = dict.fromkeys(sources.GPUS.values())
+    found = {name: list(_measured(folder, catalogue.gpu(name))) for name in names}
+    everything = [rows for mine in found.values() for rows in mine]
+    return {name: [_like_twins(rows, everything) for rows in mine] for name, mine in found.items()}
+
+
+def _like_twins(rows: _Rows, everything: Sequence[_Rows]) -> _Rows:
+    """Without shapes that take `_MISTUNED_BESIDE` times as long as beside a GPU of the same architecture, by
+    what the two take for the median shape."""
+    known = dict(zip(map(_shape, rows.specs), range(len(rows.specs)), strict=True))
+    bad = np.zeros(len(rows.specs), dtype=bool)
+    for twin in everything:
+        if twin.name != rows.name or twin.gpu.arch != rows.gpu.arch or twin.gpu is rows.gpu:
+            continue
+        theirs = [(known[_shape(spec)], at) for at, spec in enumerate(twin.specs) if _shape(spec) in known]
+        if len(theirs) < _FEWEST_BESIDE:
+            continue
+        mine, other = np.array(theirs).T
+        slower = np.nanmedian(np.log(rows.seconds[mine] / twin.seconds[other]), axis=1)
+        bad[mine] |= slower - np.nanmedian(slower) > np.log(_MISTUNED_BESIDE)
+    return rows.without(bad)
+
+
+def _shape(spec: GroupedGemm) -> tuple[float, ...]:
+    return spec.hidden, spec.inner, spec.experts, spec.total_experts, spec.top_k
+
+
 def _measured(folder: Path, gpu: Gpu) -> Iterator[_Rows]:
     found = sources.tables(folder, "moe", "moe_perf", gpu=gpu.name, newest=False)
     frames = [_frame(source, order) for order, source in enumerate(found)]  # ascending versions
@@ -196,10 +229,9 @@ def _measured(folder: Path, gpu: Gpu) -> Iterator[_Rows]:
         if len(kept):
             yield _tuned(_square(kept, gpu, str(engine), str(name), len(mine) - len(kept)))
         for source, library in LIBRARIES.items():
-            of = kept["kernel_source"] == source
-            if of.any() and not of.all():  # else the table above is this library's
-                found = _square(kept[of], gpu, str(engine), str(name), 0)
-                yield _tuned(replace(found, library=library))
+            of = mine[mine["kernel_source"] == source]
+            if len(of) and set(kept["kernel_source"]) - {source}:  # else the table above is this library's
+                yield _tuned(replace(_square(of, gpu, str(engine), str(name), 0), library=library))
 
 
 def _frame(source: sources.Source, order: int) -> Any:
@@ -260,9 +292,7 @@ def _tuned(rows: _Rows) -> _Rows:
     same = (model[:, None] == model).all(-1)
     near = (np.abs(size[:, None] - size) <= np.log(2.0) + 1e-9).all(-1)
     beyond = slower[:, None] - slower > np.log(_MISTUNED)
-    bad = (same & near & beyond).any(axis=1)
-    count = int(np.isfinite(rows.seconds[bad]).sum())
-    return replace(rows.take(np.flatnonzero(~bad)), dropped=rows.dropped + count)
+    return rows.without((same & near & beyond).any(axis=1))
 
 
 def _spec(shape: tuple[int, ...], weights: str, activations: str) -> GroupedGemm:

@@ -40,7 +40,9 @@ def prepare(
     sources: list[Provenance] = []
     profile = shipped("experts", gpu.name)
     for spec in specs:
-        table = None if profile is None else _named(profile, engine) or find(profile, spec, engine.name, engine.expert_library)
+        table = None
+        if profile is not None:
+            table = _named(profile, engine) or find(profile, spec, engine.name)
         if table is None:
             curves.append(roofline.experts(spec))
             sources.append(roofline.source)
@@ -52,34 +54,26 @@ def prepare(
 
 
 def _named(profile: Profile, engine: EngineProfile) -> Table | None:
-    """The table of `EngineProfile.expert_table`; None where nothing is named or this GPU has no such table."""
-    name, _, kind = (engine.expert_table or "").partition("/")
-    return next(iter(profile.find(engine=name, format=kind)), None)
+    """The table of `EngineProfile.expert_table`; None where none is named or this GPU has no such table."""
+    return next((table for table in profile.tables if table.info.name == engine.expert_table), None)
 
 
-def find(profile: Profile, spec: GroupedGemm, engine: str, library: str = "") -> Table | None:
+def find(profile: Profile, spec: GroupedGemm, engine: str) -> Table | None:
     """The table for a spec's formats: the engine's in any of them, else another engine's.
 
     Of several the one that was timed at the nearest shape; a less fitting format must be nearer by `_WORSE`.
-    Where a format's tables tell libraries apart it is the named one's, else that of the fastest kernels.
+    Tables of a single library among an engine's are taken by name only (`EngineProfile.expert_table`).
     """
     for mine in (True, False):
         ranked = [
             (nearest(table, spec)[2] + _WORSE * order, table)
             for order, name in enumerate(_formats(spec.weights, spec.activations))
-            for table in _of_library(profile.find(format=name), library)
-            if (table.info.key["engine"] == engine) == mine
+            for table in profile.find(format=name)
+            if (table.info.key["engine"] == engine) == mine and not table.info.key.get("library")
         ]
         if ranked:
             return min(ranked, key=lambda item: item[0])[1]
     return None
-
-
-def _of_library(tables: Sequence[Table], library: str) -> list[Table]:
-    """One table of each engine: the library's where it has one of its own, else that of the fastest kernels."""
-    of = lambda table: str(table.info.key.get("library", ""))  # noqa: E731
-    named = {table.info.key["engine"] for table in tables if library and of(table) == library}
-    return [t for t in tables if of(t) == (library if t.info.key["engine"] in named else "")]
 
 
 def measured(table: Table, spec: GroupedGemm) -> Curve:
