@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -17,14 +16,15 @@ Mask = npt.NDArray[np.bool_]
 _OUTLIER = 0.7  # off the fit by more: set aside
 _SPIKE = 0.5
 _TIES = 0.03  # weight of a difference between neighbouring nodes, against 1 of a row
+#: how far an octave up and an octave down is along each axis: a kernel that fills the machine goes on as it
+#: is with more work, but not with less; along a third axis (groups of heads) another kernel may run
+_FAR = ((1.0, 4.0), (1.0, 4.0), (2.0, 2.0))
 
 
 def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> tuple[Array, int]:
     """Values at the nodes whose interpolation (in the axes' logarithms) fits the rows best, and how many rows
     were set aside for being off by more than 0.7, or as a lone spike. Nodes without rows between others are
-    drawn to them; nodes beyond all others take their neighbour's value, along the first axis first: the axes'
-    order says across what a kernel stays most like itself (attention: more heads, then longer loops, and other
-    groups, which may run another kernel, only where a group has no rows at all)."""
+    drawn to them; nodes beyond all others take the value of the nearest known one (`_filled`)."""
     shape = tuple(axis.size for axis in axes)
     shares = _shares(axes, coords)
     ties = scipy.sparse.vstack([_TIES * tie for tie in _differences(shape)])
@@ -36,25 +36,23 @@ def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> 
         found = scipy.sparse.linalg.spsolve(normal, rows.T @ values[kept])
         kept = np.abs(values - shares @ found) <= _OUTLIER
     known = np.asarray(shares[kept].sum(axis=0)).reshape(shape) > 0
-    filled = _filled(np.where(_between(known), found.reshape(shape), np.nan))
-    smooth, spikes = without_spikes(filled)
-    return smooth, int(np.sum(~kept)) + spikes
+    smooth, spikes = without_spikes(np.where(_between(known), found.reshape(shape), np.nan))
+    return _filled(smooth, axes), int(np.sum(~kept)) + spikes
 
 
 def without_spikes(values: Array) -> tuple[Array, int]:
-    """Nodes that stand out by more than 0.5 from all their neighbours take the neighbours' median: a kernel
-    that a stray event held up. And how many there were."""
+    """Nodes that stand out by more than 0.5 from all their known neighbours take the neighbours' median: a
+    kernel that a stray event held up. And how many there were. What is not known is nan, and stays so."""
     around = np.full((2 * values.ndim, *values.shape), np.nan)
     for axis in range(values.ndim):
-        if values.shape[axis] > 1:
-            here, there = np.moveaxis(around[2 * axis], axis, 0), np.moveaxis(around[2 * axis + 1], axis, 0)
-            along = np.moveaxis(values, axis, 0)
-            here[1:], there[:-1] = along[:-1], along[1:]
-    if np.isnan(around).all(axis=0).any():
-        return values, 0
-    above = values - np.nanmax(around, axis=0) > _SPIKE
-    below = np.nanmin(around, axis=0) - values > _SPIKE
-    return np.where(above | below, np.nanmedian(around, axis=0), values), int(np.sum(above | below))
+        here, there = np.moveaxis(around[2 * axis], axis, 0), np.moveaxis(around[2 * axis + 1], axis, 0)
+        along = np.moveaxis(values, axis, 0)
+        here[1:], there[:-1] = along[:-1], along[1:]
+    above = values - np.fmax.reduce(around) > _SPIKE
+    below = np.fmin.reduce(around) - values > _SPIKE
+    found = values.copy()
+    found[above | below] = np.nanmedian(around[:, above | below], axis=0)
+    return found, int(np.sum(above | below))
 
 
 def _between(known: Mask) -> Mask:
@@ -67,12 +65,18 @@ def _between(known: Mask) -> Mask:
     return found
 
 
-def _filled(values: Array) -> Array:
-    for axis in range(values.ndim):
-        along = np.moveaxis(values, axis, 0)
-        for ahead in (along, along[::-1]):
-            for before, here in pairwise(ahead):
-                here[...] = np.where(np.isnan(here), before, here)
+def _filled(values: Array, axes: tuple[Array, ...]) -> Array:
+    """Each missing node takes the value of the nearest known one, an octave being as far as `_FAR` says."""
+    away = np.where(np.isnan(values), np.inf, 0.0)
+    for axis, (at, (up, down)) in enumerate(zip(axes, _FAR, strict=False)):
+        found, far = np.moveaxis(values, axis, 0), np.moveaxis(away, axis, 0)
+        step, last = np.diff(np.log2(at)), at.size - 1
+        forth = [(i, i + 1, up * step[i]) for i in range(last)]
+        back = [(i + 1, i, down * step[i]) for i in reversed(range(last))]
+        for here, there, more in forth + back:
+            nearer = far[here] + more < far[there]
+            found[there] = np.where(nearer, found[here], found[there])
+            far[there] = np.where(nearer, far[here] + more, far[there])
     return values
 
 
