@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from planc.cost_model import softmax
+from planc.cost_model import attention_kernels, softmax
+from planc.cost_model.attention_kernels import AttentionKernels
 from planc.cost_model.catalogue import Gpu, Precision, Provenance
 from planc.cost_model.collectives import Fabric, Kind, Own, group_seconds
 from planc.cost_model.efficiency import Efficiencies, efficiencies
@@ -39,6 +40,8 @@ class Roofline:
     gpu: Gpu
     named: Efficiencies = field(default_factory=efficiencies)
     own: Own = field(default_factory=Own)  # the engine's own all-reduce
+    engine: str = ""  # whose attention kernels; "": what most engines run
+    attention_kernels: AttentionKernels = field(default_factory=attention_kernels.kernels)
 
     @property
     def source(self) -> Provenance:
@@ -100,48 +103,38 @@ class Roofline:
         return price
 
     def _softmax(self, spec: Attention) -> Callable[[int, AttentionLoad], tuple[Array, Array, Array]]:
-        """`planc.cost_model.softmax`, with constants that were fitted over all GPUs and engines."""
-        precision = self._known("bf16")
-        on = self.named.on
-        known = softmax.Constants(
-            **{n: on(f"attention_{n}", self.gpu, precision) for n in softmax.Constants.names()}
-        )
+        """`planc.cost_model.softmax`, with the constants of the kernel that this engine would run."""
+        narrow, head_dim = spec.kv_bytes <= 1.0, 0 if spec.latent else spec.qk_dim
+        choice = self.attention_kernels.choice(self.gpu.arch, self.engine, head_dim, narrow)
+        known = attention_kernels.constants(self.attention_kernels, choice, self.gpu, self.named)
         if spec.latent:
             known = replace(known, decode_peak=known.prefill_peak)
-        machine = softmax.Machine(
-            self.gpu.peak_flops(precision),
-            self.gpu.memory_bytes_s,
-            float(self.gpu.sm_count),
-            self.gpu.clock_mhz * 1e6,
-            on("attention_exp_per_cycle", self.gpu),
-        )
+        multiplies = choice is not None and choice.narrow_products and "fp8" in self.gpu.peak_tflops
+        machine = self.machine()
         launch = self._us("attention_launch_us")
-        decode, heads = spec.part == "decode", max(spec.q_heads, 1.0)
+        heads = max(spec.q_heads, 1.0)
         pair_flops = spec.pair_flops or 2.0 * heads * (spec.qk_dim + spec.v_dim)
 
         def price(row: int, load: AttentionLoad) -> tuple[Array, Array, Array]:
-            flops, tokens, sequences = (
-                load.flops[row],
-                np.maximum(load.tokens, 1.0),
-                np.maximum(load.sequences, 1.0),
-            )
-            each = tokens / sequences
-            pairs = flops / pair_flops if pair_flops else 0.0 * flops
-            reach = np.maximum(pairs / tokens, 1.0)
+            tokens, sequences = np.maximum(load.tokens, 1.0), np.maximum(load.sequences, 1.0)
+            pairs = load.flops[row] / pair_flops if pair_flops else 0.0 * load.flops[row]
             appended = tokens * spec.key_width * spec.kv_bytes
             work = softmax.Work(
-                flops=flops,
+                flops=load.flops[row],
                 exps=pairs * heads,
                 cached=load.kv[row] * spec.kv_bytes - appended + spec.weight_bytes,
                 new=load.acts[row] * spec.act_bytes + appended,
-                blocks=sequences
-                * (max(spec.kv_heads, 1.0) if decode else heads * np.maximum(each / softmax.TILE, 1.0)),
-                rows=np.minimum(each, softmax.TILE),
-                reach=reach,
-                loop=softmax.longest_loop(reach, each, load.context),
+                blocks=sequences * max(spec.kv_heads, 1.0),
+                reach=np.maximum(pairs / tokens, 1.0),
+                loop=np.zeros_like(tokens),
+                narrow=float(narrow),
+                narrow_products=float(narrow and multiplies),
             )
-            run = softmax.decode_seconds if decode else softmax.prefill_seconds
-            total, compute, memory = run(known, machine, work)
+            if spec.part == "decode":
+                total, compute, memory = softmax.decode_seconds(known, machine, work)
+            else:
+                work = work.tiled(tokens / sequences, load.context, sequences * heads)
+                total, compute, memory = softmax.prefill_seconds(known, machine, work)
             return launch + total, compute, memory
 
         return price
@@ -165,6 +158,26 @@ class Roofline:
     def collective(self, kind: Kind, ranks: int, fabric: Fabric) -> Callable[[Array], Array]:
         return lambda size: group_seconds(kind, size, ranks, self.gpu, fabric, own=self.own)
 
+    def machine(self) -> softmax.Machine:
+        """What `planc.cost_model.softmax` knows of this GPU."""
+        cache, rate = self._cache
+        return softmax.Machine(
+            self.gpu.peak_flops(self._known("bf16")),
+            self.gpu.memory_bytes_s,
+            float(self.gpu.sm_count),
+            self.gpu.clock_mhz * 1e6,
+            self.named.on("attention_exp_per_cycle", self.gpu),
+            cache,
+            rate,
+        )
+
+    @property
+    def _cache(self) -> tuple[float, float]:
+        """Bytes that a kernel finds of its neighbours' output in the last-level cache, and its bytes/s."""
+        clocks = self.gpu.sm_count * self.gpu.clock_mhz * 1e6
+        held = self.gpu.l2_mib * 1024**2 * self.named.on("cache_share", self.gpu)
+        return max(held, 1.0), self.named.on("cache_bytes_per_clock", self.gpu) * clocks
+
     @property
     def elementwise_floor(self) -> float:
         """Seconds that no pointwise kernel of its own is shorter than."""
@@ -173,10 +186,9 @@ class Roofline:
     def elementwise(self, launches: Array) -> Callable[[Array], Times]:
         """What fits the cache comes from there (the kernel before left it); twice as much evicts itself."""
         start, floor = launches * self._us("elementwise_start_us"), launches * self.elementwise_floor
-        cache = max(self.gpu.l2_mib * 1024**2 * self.named.on("cache_share", self.gpu), 1.0)
+        cache, rate = self._cache
         far = 1.0 / self._bandwidth("elementwise_memory")
-        per_clock = self.named.on("cache_bytes_per_clock", self.gpu)
-        near = min(1.0 / (per_clock * self.gpu.sm_count * self.gpu.clock_mhz * 1e6), far)
+        near = min(1.0 / rate, far)
 
         def price(nbytes: Array) -> Times:
             missed = np.clip(nbytes / cache - 1.0, 0.0, 1.0)

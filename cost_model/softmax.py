@@ -13,7 +13,7 @@ Which constants are a kernel's own and which every kernel's: `planc.cost_model.a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Constants:
 
     decode_kcycles, prefill_kcycles   start to end of a kernel with next to no work
     split_kcycles                     per doubling of the context in decode: more splits to combine
-    narrow_kcycles                    of decode with an 8-bit cache: queries are scaled, keys widened
+    ..._narrow_kcycles                with an 8-bit cache: queries are scaled, keys widened
     decode_block_kcycles              of a (sequence, KV head) on one SM besides its bytes
     prefill_block_kcycles             of a query tile on one SM besides its loop
     decode_memory, prefill_memory     shares of memory peak
@@ -45,7 +45,8 @@ class Constants:
     decode_kcycles: float
     prefill_kcycles: float
     split_kcycles: float
-    narrow_kcycles: float
+    decode_narrow_kcycles: float
+    prefill_narrow_kcycles: float
     decode_block_kcycles: float
     prefill_block_kcycles: float
     decode_memory: float
@@ -88,8 +89,9 @@ class Work:
     cached, new        bytes of keys and values that queries read; of queries, results, what is appended
     blocks             (sequence, KV head) pairs in decode, query tiles in prefill
     reach              keys that a query sees, in the mean
-    loop               share of a prefill's operations that the longest tile takes, times its tiles
-    narrow             1 where the cache has 8 bits in decode, or prefill multiplies in 8; else 0
+    loop               how much longer than the mean tile's the longest loop over keys is
+    narrow             1 where the cache has 8 bits, else 0
+    narrow_products    1 where prefill multiplies in 8 bits, else 0
     """
 
     flops: Array
@@ -100,29 +102,23 @@ class Work:
     reach: Array
     loop: Array
     narrow: float | Array
+    narrow_products: float | Array
 
+    def tiled(self, queries: Array, before: Array | float, heads: Array) -> Work:
+        """The same prompt's work in tiles: with the pairs that a tile's mask hides and the rows that pad it.
 
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How a prompt's queries are cut: tiles of a head and sequence, by how much masked pairs and padded rows
-    add to the operations, and how much longer than the mean the longest loop over keys is."""
-
-    count: Array
-    padding: Array
-    longest: Array
-
-    @staticmethod
-    def of(queries: Array, before: Array | float, mean: Array) -> Tiles:
-        """queries   of a sequence, after `before` tokens in its cache
-        mean      keys that a query sees; less than a causal mask shows where there is a window
+        queries   of a sequence, after `before` tokens in its cache; a window is where they see fewer keys
+                  than a causal mask shows
+        heads     of all sequences
         """
         rows = np.clip(np.exp2(np.ceil(np.log2(np.maximum(queries, 1.0)))), SMALLEST, TILE)
         count = np.ceil(queries / rows)
         every = before + count * rows
-        windowed = mean < 0.99 * (before + (queries + 1) / 2)
-        visited = np.minimum(mean + np.where(windowed, rows, rows / 2), every)
-        loop = np.where(windowed, np.minimum(mean + rows, every), every)
-        return Tiles(count, count * rows * visited / np.maximum(queries * mean, 1.0), loop / visited)
+        windowed = self.reach < 0.99 * (before + (queries + 1) / 2)
+        visited = np.minimum(self.reach + np.where(windowed, rows, rows / 2), every)
+        loop = np.where(windowed, np.minimum(self.reach + rows, every), every) / visited
+        more = count * rows * visited / np.maximum(queries * self.reach, 1.0)
+        return replace(self, flops=self.flops * more, exps=self.exps * more, blocks=heads * count, loop=loop)
 
 
 def decode_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, Array, Array]:
@@ -131,14 +127,14 @@ def decode_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, Ar
     memory = work.cached / (known.decode_memory * on.bytes_s)
     moved = work.new / (known.decode_memory * on.bytes_s)
     splits = known.split_kcycles * np.log2(np.maximum(work.reach / _SHORT, 1.0))
-    start = _latency(on, known.decode_kcycles + splits + known.narrow_kcycles * work.narrow)
+    start = _latency(on, known.decode_kcycles + splits + known.decode_narrow_kcycles * work.narrow)
     blocks = known.decode_block_kcycles * work.blocks / on.sms * 1e3 / on.cycles_s
     return start + blocks + np.maximum(compute, memory) + moved, compute, memory + moved
 
 
 def prefill_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, Array, Array]:
     """Seconds in all, and those that its operations and its bytes take."""
-    peak = known.prefill_peak * np.where(work.narrow, known.narrow_gain, 1.0)
+    peak = known.prefill_peak * np.where(work.narrow_products, known.narrow_gain, 1.0)
     compute = _compute(known, on, work, peak)
     last = compute * work.loop * on.sms / np.maximum(work.blocks, 1.0)
     tiles = work.blocks / on.sms * known.prefill_block_kcycles * 1e3 / on.cycles_s
@@ -148,7 +144,8 @@ def prefill_seconds(known: Constants, on: Machine, work: Work) -> tuple[Array, A
     per_byte = (1 - missed) / near + missed / far
     memory, moved = work.cached * per_byte, work.new * per_byte
     busy = np.maximum(compute + last + tiles, memory)
-    return _latency(on, known.prefill_kcycles) + busy + moved, compute + last, memory + moved
+    start = _latency(on, known.prefill_kcycles + known.prefill_narrow_kcycles * work.narrow)
+    return start + busy + moved, compute + last, memory + moved
 
 
 def _compute(known: Constants, on: Machine, work: Work, peak: float | Array) -> Array:

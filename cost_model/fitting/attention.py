@@ -34,15 +34,15 @@ def fit(folder: Path) -> Iterator[Profile]:
 
 
 def score(folder: Path) -> Iterator[Score]:
-    """Physics is scored on softmax attention, with constants fitted to the other GPUs; nan for the rest."""
-    gpus = tuple(dict.fromkeys(sources.GPUS.values()))
-    samples = [Sample.of(rows, gpu) for gpu in gpus for rows in attention_rows.softmax(folder, gpu)]
-    for gpu in gpus:
+    """Physics is scored on softmax attention, as for a GPU without measurements: the kernel is the one that
+    `data/attention.yaml` says, its constants are fitted to the other GPUs. nan for the rest."""
+    samples = attention_physics.samples_of(folder)
+    for gpu in dict.fromkeys(sources.GPUS.values()):
         physics = attention_physics.fit(samples, without=gpu)
         for rows in _rows(folder, gpu):
             table, error = _scored(rows, catalogue.gpu(gpu)), float("nan")
             if rows.key["op"] == "softmax":
-                error = float(np.median(np.abs(Sample.of(rows, gpu, None).ratio(physics) - 1)))
+                error = float(np.median(np.abs(physics.ratio(Sample.of(rows, gpu, None)) - 1)))
             yield Score("attention", gpu, rows.name, table.info.rows, table.info.error, error)
 
 

@@ -38,7 +38,7 @@ class Measured:
     @cached_property
     def roofline(self) -> Roofline:
         own = Own(self.engine.custom_all_reduce_max_mib * 1024**2, self.engine.custom_all_reduce)
-        return Roofline(self.gpu, own=own)
+        return Roofline(self.gpu, own=own, engine=self.engine.name)
 
     @property
     def source(self) -> Provenance:

@@ -170,9 +170,23 @@ def test_fused_pointwise_work_pays_bytes_but_no_launch() -> None:
     assert price(np.array([[0.0], [0.0]])).seconds.max() == 0
 
 
-def test_the_last_tile_of_a_window_visits_the_window_alone() -> None:
-    queries = np.array([4096.0])
-    causal = softmax.longest_loop((queries + 1) / 2, queries, 0.0)
-    chunk = softmax.longest_loop(1000 + (queries + 1) / 2, queries, 1000.0)
-    window = softmax.longest_loop(np.array([128.0]), queries, 0.0)
-    assert (causal[0], chunk[0], window[0]) == (4096.0, 5096.0, 128.0 + softmax.TILE)
+def tiled(queries: float, before: float, seen: float) -> softmax.Work:
+    one, none = np.array([1.0]), np.zeros(1)
+    plain = softmax.Work(one, one, none, none, one, np.array([seen]), none, 0.0, 0.0)
+    return plain.tiled(np.array([queries]), before, one)
+
+
+def test_tiles_multiply_what_their_masks_hide() -> None:
+    causal, chunk, window = tiled(4096, 0, 4097 / 2), tiled(4096, 1000, 1000 + 4097 / 2), tiled(4096, 0, 128)
+    assert causal.blocks[0] == chunk.blocks[0] == 32
+    assert causal.flops[0] == pytest.approx(1 + 64 / 2048, rel=1e-3)
+    assert causal.loop[0] == pytest.approx(4096 / (2048 + 64), rel=1e-3)
+    assert chunk.loop[0] == pytest.approx(5096 / (3048 + 64), rel=1e-3)
+    assert window.flops[0] == pytest.approx(2.0)  # a tile of 128 queries visits 256 keys
+    assert window.loop[0] == pytest.approx(1.0)
+
+
+def test_short_prompts_pad_a_tile() -> None:
+    short = tiled(5, 0, 3)
+    assert short.flops[0] == pytest.approx(16 * 11 / (5 * 3))
+    assert short.blocks[0] == 1.0
