@@ -39,6 +39,8 @@ class Gpu(Entry):
     pcie_bridges        of a host without NVLink: GB/s that each GPU has, one direction, in a group of up to
                         so many neighbours that all send at once; {} where nothing is known to be shared
     fabric_gbit_s       typical network per GPU, one direction
+    host_slowdown       how many times as long its host's cores take for an engine's Python and launches as those
+                        of the x86 servers whose measurements engines' host times come from
     slice_of            the GPU that this is a MIG slice of; "" for a whole one
     """
 
@@ -57,6 +59,7 @@ class Gpu(Entry):
     pcie_gbytes_s: float = Field(gt=0)
     pcie_bridges: Mapping[int, float] = Field(default_factory=dict)
     fabric_gbit_s: float = Field(gt=0)
+    host_slowdown: float = Field(default=1.0, gt=0)
     tdp_w: float = Field(gt=0)
     idle_w: float = Field(ge=0)
     usd_per_hour: float = Field(ge=0)
@@ -109,6 +112,7 @@ class GraphRule(Entry):
 
     mib_fixed, mib_per_size   memory of all captures: a pool, and each size's share (assumed)
     piecewise                 rows up to which steps with prompts replay graphs between their attentions
+    listed                    sizes that a deployment states, in place of the steps
     """
 
     small: tuple[int, ...]
@@ -119,6 +123,7 @@ class GraphRule(Entry):
     mib_fixed: float
     mib_per_size: float
     piecewise: int = 0
+    listed: tuple[int, ...] = ()
 
     def sizes(self, max_num_seqs: int) -> tuple[int, ...]:
         """Captured sizes for an engine with this batch cap, ascending; () when graphs are off."""
@@ -126,6 +131,7 @@ class GraphRule(Entry):
         grid = set(self.small)
         grid |= set(range(self.step, min(self.coarse_from, self.largest + 1), self.step))
         grid |= set(range(self.coarse_from, self.largest + 1, self.coarse_step))
+        grid = set(self.listed) or grid
         kept = {size for size in grid if size <= top}
         if max_num_seqs <= self.largest:
             kept.add(top)
@@ -207,6 +213,8 @@ class EngineProfile(Entry):
     context_parallel     None: every rank keeps all tokens of its heads
     fusions              patterns of fusion names that the engine's own kernels always apply
     overlaps_shared_experts  experts that every token passes run on a stream beside the routed ones
+    quantized_gather     formats in which experts' inputs are gathered from attention's dp ranks; others are
+                         gathered in the wide format
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
     custom_all_reduce    its own kernel for messages up to `custom_all_reduce_max_mib`: see `collectives.Own`
     fused_all_reduce     architectures on which the norm after an all-reduce rides in it
@@ -251,6 +259,7 @@ class EngineProfile(Entry):
     fuses_pointwise: bool
     overlaps_shared_experts: bool = False
     expert_table: str | None = None
+    quantized_gather: tuple[str, ...] = ()
     fused_all_reduce: tuple[str, ...] = ()
     fused_activation_quant: tuple[str, ...]
     archs: Mapping[str, Support]

@@ -387,10 +387,13 @@ def _per_token(amount: Amount) -> float:
     return sum(value for name, value in amount.terms.items() if name in ("T", "S"))
 
 
-def collectives(table: CostTable, shape: EngineShape, *, spread: bool = False) -> list[Collective]:
+def collectives(
+    table: CostTable, shape: EngineShape, *, spread: bool = False, quantized: Sequence[str] = ()
+) -> list[Collective]:
     """All collectives of a layer of each class, besides the hand-over between pipeline stages.
 
-    `spread` says that the ranks which share the experts lie on several nodes. A product that is gathered to
+    `spread` says that the ranks which share the experts lie on several nodes, `quantized` in which formats
+    inputs of experts are gathered instead of in the wide one. A product that is gathered to
     be normalized over its full width is not: engines add up the squares of the ranks' own columns instead.
     """
     found: list[Collective] = []
@@ -400,7 +403,7 @@ def collectives(table: CostTable, shape: EngineShape, *, spread: bool = False) -
     for part, row in rows:
         make = partial(Collective, row.layer_class, row.site, part, calls=float(row.calls))
         if row.shard.kind == "experts" and shape.dp > 1:
-            found.extend(_exchange(make, row, shape, table.model.hidden, wide, spread))
+            found.extend(_exchange(make, row, shape, table.model.hidden, wide, spread, quantized))
         if row.work.family == "attention" and shape.cp > 1:
             found.extend(
                 Collective(
@@ -418,7 +421,13 @@ def collectives(table: CostTable, shape: EngineShape, *, spread: bool = False) -
 
 
 def _exchange(
-    make: Callable[..., Collective], row: Row, shape: EngineShape, width: int, wide: float, spread: bool
+    make: Callable[..., Collective],
+    row: Row,
+    shape: EngineShape,
+    width: int,
+    wide: float,
+    spread: bool,
+    quantized: Sequence[str],
 ) -> list[Collective]:
     """Tokens of all dp ranks to the experts and sums back.
 
@@ -428,15 +437,18 @@ def _exchange(
     expert's width all need its tokens, so they gather.
     """
     hidden, ranks = Amount({"T": float(width)}), shape.tp * shape.dp
+    sent = activation_format(row, shape)
     if shape.ep == ranks > 1 and spread:
         copies = ranks * (1.0 - (1.0 - 1.0 / ranks) ** row.work.dims["top_k"]) / shape.tp
-        sent = fmt(activation_format(row, shape)).bytes
         return [
-            make(kind="dispatch", ranks=ranks, size=hidden * (copies * sent)),
+            make(kind="dispatch", ranks=ranks, size=hidden * (copies * fmt(sent).bytes)),
             make(kind="combine", ranks=ranks, size=hidden * (copies * wide)),
         ]
-    whole = hidden * (shape.dp * wide)
-    return [make(kind=kind, ranks=shape.dp, size=whole) for kind in ("all_gather", "reduce_scatter")]
+    gathered = fmt(sent).bytes if sent in quantized else wide
+    return [
+        make(kind="all_gather", ranks=shape.dp, size=hidden * (shape.dp * gathered)),
+        make(kind="reduce_scatter", ranks=shape.dp, size=hidden * (shape.dp * wide)),
+    ]
 
 
 def unique(items: Sequence[Kernel]) -> tuple[list[Kernel], list[int]]:

@@ -160,7 +160,9 @@ class StepModel:
         self._unique, self._index = lower.unique(self.kernels)
         _, nodes = spread(shape.tp * shape.dp, gpu, fabric, 1)
         self.mixed_decode = _mixed_decode(profile.support(gpu), self._unique)
-        self._collectives = lower.collectives(table, shape, spread=nodes > 1)
+        self._collectives = lower.collectives(
+            table, shape, spread=nodes > 1, quantized=profile.quantized_gather
+        )
         self._link_costs = [self.costs.collective(c.kind, c.ranks, fabric) for c in self._collectives]
         self._by_part = [
             (_seen_by(self._unique, part), _seen_by(self._collectives, part))
@@ -275,7 +277,9 @@ class StepModel:
         """Host seconds per kernel, [N]: none where the step replays a graph."""
         graphed = (load.tokens == 0) & (load.seqs <= (self._graphs[-1] if self._graphs.size else 0.0))
         one = self.profile.launch_eager_us if self.shape.eager else self.profile.launch_us
-        found: Array = np.where(graphed | (self.gpu.vendor == "cpu"), 0.0, one * 1e-6)
+        found: Array = np.where(
+            graphed | (self.gpu.vendor == "cpu"), 0.0, one * self.gpu.host_slowdown * 1e-6
+        )
         return found
 
     def _counts(self) -> list[int]:
@@ -368,7 +372,7 @@ class StepModel:
         fixed = self.profile.step_eager_us if self.shape.eager else self.profile.step_us
         layers = np.array([[len(stage.layers)] for stage in self._stages])
         each = self.profile.per_sequence_us * (load.seqs + load.chunks)
-        host = (fixed + self.profile.layer_us * layers + each) * 1e-6
+        host = ((fixed + each) * self.gpu.host_slowdown + self.profile.layer_us * layers) * 1e-6
         piecewise = 0 if self.shape.eager else self.profile.cuda_graphs.piecewise
         launched = np.where(rows <= piecewise, self._between_graphs[:, None], self._launches[:, None])
         launches = launched * per_launch

@@ -14,7 +14,8 @@ from planc.runtime.simulator import Load, Records, Server
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
 from planc.runtime.validation.setups import Engine, Setup
 
-#: seats of a decode scheduler over its even share of the clients: a router does not spread them evenly
+#: seats of a decode scheduler, where none are stated, over its even share of the clients: a router does not
+#: spread them evenly
 _SEATS = 4
 
 
@@ -30,7 +31,8 @@ def simulate_pools(
     share = slices(setup, prefill)
     most = max(prefill.budget // max(int(setup.harness.length_low * setup.point.isl), 1), 1)
     prompts = _seated(prompts, most)
-    decodes = _seated(decodes, _SEATS * decodes.rules.max_num_seqs)
+    if setup.harness.max_num_seqs is None:
+        decodes = _seated(decodes, _SEATS * decodes.rules.max_num_seqs)
     wire = setup.fabric.outer(setup.gpu)
     per_token = float(prefill.memory.kv_bytes_per_token)
     return simulate_disaggregated(

@@ -153,7 +153,9 @@ def _engine(
     budget = harness.max_num_batched_tokens or profile.max_num_batched_tokens
     if harness.max_num_batched_tokens is None and harness.budget_beyond_prompt is not None:
         budget = seqs + point.isl + harness.budget_beyond_prompt
-    if point.engine == "trtllm":  # whole prompts: the budget holds at least one
+    if point.mode == "disagg" and load:  # it decodes, and computes no prompts
+        budget = seqs
+    elif point.engine == "trtllm":  # whole prompts: the budget holds at least one
         budget = max(budget, point.isl)
     memory = _memory(point, harness, table, gpu, profile, shape, seqs, budget)
     return Engine(label.workers, shape, memory, seqs, budget)
