@@ -7,9 +7,11 @@ instance. It was taken with `trtllm-bench throughput`: a stated number of reques
 submitted at once, offline. That run is simulated, with the settings that the publication names:
 
     requests            by lengths, from its table (`REQUESTS`)
-    batch and budget    the tool's own tuning, from the room in the cache (`bench_limits`)
+    batch and budget    the tool's own tuning, from its estimate of the room in the cache (`bench_limits`)
+    graphs              of the batches in its llm_options
     cache               FP8, 0.95 of the memory left
-    MoE                 attention data parallel over the TP ranks, experts on ranks (its llm_options)
+    MoE                 attention data parallel over the TP ranks, experts on ranks (its llm_options), in
+                        CUTLASS's kernels, the default of that version
     prompts             whole, reserved with their answers at admission; no streaming
 
 Prints errors per model and GPU and in total, and how often the parallel shape that is predicted best, of
@@ -33,10 +35,12 @@ from typing import Any
 import numpy as np
 
 from planc.cost_model import catalogue
+from planc.cost_model.catalogue import Gpu
 from planc.cost_model.collectives import Fabric
-from planc.cost_model.memory import MemoryMap, memory_map
+from planc.cost_model.memory import memory_map
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.step import StepModel
+from planc.cost_model.table import CostTable
 from planc.errors import PlancError
 from planc.runtime.simulator import Clock, Rules, Server, open_loop, simulate
 from planc.runtime.validation.setups import Tables, Unpredictable, model_tables
@@ -64,6 +68,9 @@ REQUESTS = {
     (20000, 2000): 1000,
 }
 CACHE_SHARE = 0.95
+BYTES = {"nvfp4": 0.5, "fp8": 1.0}
+GRAPHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 384, 512, 1024, 2048, 4096, 8192)
+EXPERTS = {"nvfp4": "trtllm/nvfp4/cutlass"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,16 +123,26 @@ def rows(path: Path) -> list[Row]:
         ]
 
 
+def bench_requests(table: CostTable, gpu: Gpu, row: Row) -> float:
+    """How many requests trtllm-bench thinks that the instance's cache holds: it counts nothing but weights
+    and cache, and every TP rank one head of keys at least."""
+    weights = BYTES[row.weights] * sum(cls.count * cls.parameters for cls in table.classes)
+    copies = max(row.tp / max(cls.kv_units for cls in table.classes), 1.0)
+    per_token = copies * sum(cls.count * cls.kv_elements for cls in table.classes)
+    return CACHE_SHARE * (row.gpus * gpu.memory_bytes - weights) / (per_token * (row.isl + row.osl))
+
+
 def bench_limits(seqs: float, isl: int, osl: int, pp: int) -> tuple[int, int]:
     """(max_batch_size, max_num_tokens) that trtllm-bench chooses where the cache holds `seqs` requests: per
-    pipeline stage, the tokens in the ratio of the lengths, both rounded up, within its floors and caps
-    (tensorrt_llm/bench/build/tuning.py, Apache-2.0)."""
+    pipeline stage, the tokens in the ratio of the lengths, both rounded up, within its floors and caps; a
+    prompt beside a full batch at least (tensorrt_llm/bench/build/tuning.py, Apache-2.0)."""
     up = lambda value, step: step * math.ceil(value / step)  # noqa: E731
     batch = min(seqs, 4096.0) / pp
     tokens = min(batch * (1 + isl / osl), 32768.0)
     wide = 32 if batch < 256 else 128 if batch < 1024 else 256
     long = 256 if tokens < 4096 else 512 if tokens < 8192 else 1024
-    return max(64, up(batch, wide)), max(2048, up(tokens, long))
+    seats = max(64, up(batch, wide))
+    return seats, max(2048, up(tokens, long), isl + seats)
 
 
 class Predictor:
@@ -134,14 +151,17 @@ class Predictor:
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
         self.profile = catalogue.engine("trtllm")
-        self.clocks: dict[tuple[str, EngineShape], Clock] = {}
+        graphs = self.profile.cuda_graphs.model_copy(update={"listed": GRAPHS, "largest": GRAPHS[-1]})
+        self.profile = self.profile.model_copy(update={"cuda_graphs": graphs})
+        self.clocks: dict[tuple[str, EngineShape, int], Clock] = {}
 
     def __call__(self, row: Row) -> Prediction:
         """Raises Unpredictable or PlancError where planc has no such model, format or room."""
         table, gpu = self.tables(row.model.lower().replace(" ", "-")), catalogue.gpu(row.gpu)
+        profile = self.profile.model_copy(update={"expert_table": EXPERTS.get(row.weights)})
         ranks = row.tp if table.model.experts and row.tp > 1 else 1
         shape = EngineShape(
-            engine=self.profile.name,
+            engine=profile.name,
             gpu=gpu.name,
             tp=row.tp // ranks,
             pp=row.pp,
@@ -151,37 +171,30 @@ class Predictor:
             activations=row.weights,
             kv="fp8",
         )
-        refused = refusals(shape, table, gpu, self.profile)
+        refused = refusals(shape, table, gpu, profile)
         if refused:
             raise Unpredictable(refused[0].reason)
 
-        def memory(batch: int, tokens: int) -> MemoryMap:
-            found = memory_map(
-                table,
-                shape,
-                gpu,
-                self.profile,
-                max_num_seqs=batch,
-                max_num_batched_tokens=tokens,
-                max_model_len=row.isl + row.osl,
-                utilization=CACHE_SHARE,
-            )
-            if not found.fits:
-                raise Unpredictable(f"{found.weights / 2**30:.0f} GiB of weights leave no room for a request")
-            return found
-
-        room = float(memory(64, max(2048, row.isl)).sequences(row.isl + row.osl))
-        batch, tokens = bench_limits(room, row.isl, row.osl, row.pp)
-        tokens = max(tokens, row.isl)  # prompts are not cut
-        held = memory(batch, tokens)
+        batch, tokens = bench_limits(bench_requests(table, gpu, row), row.isl, row.osl, row.pp)
+        held = memory_map(
+            table,
+            shape,
+            gpu,
+            profile,
+            max_num_seqs=batch,
+            max_num_batched_tokens=tokens,
+            max_model_len=row.isl + row.osl,
+            utilization=CACHE_SHARE,
+        )
+        if not held.fits:
+            raise Unpredictable(f"{held.weights / 2**30:.0f} GiB of weights leave no room for a request")
+        key = (row.model, shape, batch)
         key = (row.model, shape)
         if key not in self.clocks:
-            model = StepModel(table, shape, gpu, Fabric(gpus_per_node=8), self.profile, max_num_seqs=batch)
+            model = StepModel(table, shape, gpu, Fabric(gpus_per_node=8), profile, max_num_seqs=batch)
             self.clocks[key] = Clock(model)
         # a simulated step is a cycle of pp micro-batches, each of which has the batch and budget to itself
-        rules = Rules.of(
-            self.profile, batch * row.pp, tokens * row.pp, chunked=False, asynchronous=row.pp == 1
-        )
+        rules = Rules.of(profile, batch * row.pp, tokens * row.pp, chunked=False, asynchronous=row.pp == 1, request_ms=0.0, intake_ms=0.0, intake_us=0.0, lag_steps=0.0, stream_us=0.0)
         server = Server(self.clocks[key], rules, kv_blocks=held.kv_blocks, block_size=held.block_size)
         mine = math.ceil(REQUESTS[row.isl, row.osl] / ranks)
         records = simulate(server, open_loop(np.zeros(mine), row.isl, row.osl))

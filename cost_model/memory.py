@@ -36,7 +36,7 @@ class MemoryMap:
     limit                of `capacity`, what the engine's setting lets it take
     kv_bytes_per_token   exact, over the GPU's layers, when every layer keeps every token
     kv_blocks            0 when weights and the rest leave no room for one sequence of `max_model_len`
-    kept                 per kind of layer, for models whose layers forget (sliding windows, chunks)
+    kept                 per kind of layer, for models whose layers forget (sliding windows)
     graph_sizes          decode batches that get a CUDA graph
     """
 
@@ -217,11 +217,14 @@ def weight_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) 
 
 
 def kept_by(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -> tuple[Kept, ...]:
-    """Cache of one rank, by how many tokens its layers keep; KV heads are copied where tp exceeds them."""
+    """Cache of one rank, by how many tokens its layers keep; KV heads are copied where tp exceeds them.
+
+    Layers that attend to chunks keep all: vLLM turns its hybrid cache off for them, TensorRT-LLM has one pool.
+    """
     found: dict[float, float] = {}
     for cls, count in zip(table.classes, counts, strict=True):
         if count and cls.kv_elements:
-            limit = float(cls.kv_span[1:]) if cls.kv_span[:1] in ("w", "c") else math.inf
+            limit = float(cls.kv_span[1:]) if cls.kv_span[:1] == "w" else math.inf
             divided = min(shape.tp, cls.kv_units) if cls.kv_units else 1
             per_element = fmt(shape.kv_format(cls.name)).bytes
             found[limit] = found.get(limit, 0.0) + count * cls.kv_elements * per_element / divided
@@ -253,7 +256,7 @@ def _live(row: Row, shape: EngineShape) -> float:
     """Elements per token that an op holds at once."""
     part, work = factors(row, shape), row.work
     if work.family == "grouped_gemm":  # the first product's rows, then the second's in their place
-        pairs = work.dims["top_k"] * shape.dp / shape.ep  # of all dp ranks' tokens, this group's experts
+        pairs = work.dims["top_k"] * shape.dp  # buffers hold all ranks' tokens, were they all for these experts
         width = work.dims["n"] * part.n
         return pairs * (max(width, work.dims["k"]) + width / 2)
     own = work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes

@@ -371,7 +371,7 @@ class StepModel:
         rows, per_launch = load.seqs + load.tokens, self._per_launch(load)
         fixed = self.profile.step_eager_us if self.shape.eager else self.profile.step_us
         layers = np.array([[len(stage.layers)] for stage in self._stages])
-        each = self.profile.per_sequence_us * (load.seqs + load.chunks)
+        each = self.profile.per_sequence_us * (self.shape.pp * load.seqs + load.chunks)
         host = ((fixed + each) * self.gpu.host_slowdown + self.profile.layer_us * layers) * 1e-6
         piecewise = 0 if self.shape.eager else self.profile.cuda_graphs.piecewise
         launched = np.where(rows <= piecewise, self._between_graphs[:, None], self._launches[:, None])

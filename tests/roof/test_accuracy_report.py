@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from planc.cost_model import catalogue
 from planc.planner.estimate import estimate
 from planc.runtime.load_test import load_test
 from planc.runtime.validation.harness import Harness
@@ -175,6 +176,7 @@ def test_limits_of_a_throughput_run(script: Any) -> None:
     assert limits(300, 2048, 128, 1) == (384, 5120)
     assert limits(1e6, 20000, 2000, 1) == (4096, 32768)
     assert limits(1e6, 128, 128, 8) == (512, 2048)
+    assert limits(100, 5000, 5000, 1) == (128, 5128)  # a whole prompt beside the batch
 
 
 def test_choices_count_what_lies_within_two_percent(script: Any) -> None:
@@ -193,7 +195,8 @@ def test_offline_runs_are_what_rate_max_estimates(script: Any) -> None:
     bench = script("trtllm_throughput")
     row = bench.Row("Llama 3.1 8B", "h200_sxm", "fp8", 1, 1, 1, 5000, 500, 1.0)
     found = bench.Predictor(lambda name: table())(row)
-    batch, tokens = bench.bench_limits(found.batch, 5000, 500, 1)
+    seats = bench.bench_requests(table(), catalogue.gpu("h200_sxm"), row)
+    batch, tokens = bench.bench_limits(seats, 5000, 500, 1)
     wanted = request(
         inventory={"nodes": [{"gpu": "h200_sxm", "gpus_per_node": 1}]},
         workload={
@@ -211,7 +214,7 @@ def test_offline_runs_are_what_rate_max_estimates(script: Any) -> None:
         weights="fp8",
         kv="fp8",
         max_num_seqs=batch,
-        max_num_batched_tokens=max(tokens, 5000),
+        max_num_batched_tokens=tokens,
         gpu_memory_utilization=bench.CACHE_SHARE,
         replicas=1,
     )
