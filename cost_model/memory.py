@@ -33,6 +33,7 @@ class MemoryMap:
     states               recurrent states of `max_num_seqs` sequences
     kv_cache             kv_blocks * block_size * kv_bytes_per_token
     reserve              what remains of `capacity`: left to others by the engine's setting, or rounding
+    overhead             of the framework, its communicators, and the rotary table
     limit                of `capacity`, what the engine's setting lets it take
     kv_bytes_per_token   exact, over the GPU's layers, when every layer keeps every token
     kv_blocks            0 when weights and the rest leave no room for one sequence of `max_model_len`
@@ -87,10 +88,12 @@ class Contents:
 
     stages   of each pipeline stage: bytes of weights, cache by kind of layer, state bytes per sequence
     widest   elements per token that the widest op holds at once
+    angles   bytes of the table of rotary sines and cosines
     """
 
     stages: tuple[tuple[Stage, float, tuple[Kept, ...], float], ...]
     widest: float
+    angles: float = 0.0
 
 
 def contents(table: CostTable, shape: EngineShape) -> Contents:
@@ -105,7 +108,8 @@ def contents(table: CostTable, shape: EngineShape) -> Contents:
         )
         for stage in stages(table, shape)
     )
-    return Contents(found, max((_live(row, shape) for row in table.rows.get("prefill", ())), default=0.0))
+    widest = max((_live(row, shape) for row in table.rows.get("prefill", ())), default=0.0)
+    return Contents(found, widest, rotary_bytes(table))
 
 
 def memory_map(
@@ -137,6 +141,7 @@ def memory_map(
     rule = profile.cuda_graphs
     graphs = (rule.mib_fixed + rule.mib_per_size * len(sizes)) * MIB if sizes else 0.0
     overhead = (profile.framework_gib + (profile.communicator_gib if shape.world > 1 else 0.0)) * GIB
+    overhead += held.angles
 
     def of(stage: Stage, weights: float, kept: tuple[Kept, ...], state: float) -> MemoryMap:
         per_token = sum(k.bytes_per_token for k in kept)
@@ -219,7 +224,7 @@ def weight_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) 
 def kept_by(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -> tuple[Kept, ...]:
     """Cache of one rank, by how many tokens its layers keep; KV heads are copied where tp exceeds them.
 
-    Layers that attend to chunks keep all: vLLM turns its hybrid cache off for them, TensorRT-LLM has one pool.
+    Layers that attend to chunks keep all: vLLM turns its hybrid cache off there, TensorRT-LLM has one pool.
     """
     found: dict[float, float] = {}
     for cls, count in zip(table.classes, counts, strict=True):
@@ -252,11 +257,23 @@ def activation_bytes(
     return profile.activation_factor * (per_token * wide + logits)
 
 
+def rotary_bytes(table: CostTable) -> float:
+    """Sines and cosines that engines look up, in fp32, for every position that the configuration names
+    whatever the deployment's limit: 5 GB where those are ten million."""
+    rows = [row for rows in table.rows.values() for row in rows]
+    if not any(row.op == "planc::rope" for row in rows):
+        return 0.0
+    width = max((row.work.dims.get("qk_dim", 0) for row in rows if row.work.family == "attention"), default=0)
+    return 4.0 * table.model.max_position * width
+
+
 def _live(row: Row, shape: EngineShape) -> float:
     """Elements per token that an op holds at once."""
     part, work = factors(row, shape), row.work
     if work.family == "grouped_gemm":  # the first product's rows, then the second's in their place
-        pairs = work.dims["top_k"] * shape.dp  # buffers hold all ranks' tokens, were they all for these experts
+        pairs = (
+            work.dims["top_k"] * shape.dp
+        )  # buffers hold all ranks' tokens, were they all for these experts
         width = work.dims["n"] * part.n
         return pairs * (max(width, work.dims["k"]) + width / 2)
     own = work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes
