@@ -194,7 +194,9 @@ class Predictor:
             model = StepModel(table, shape, gpu, Fabric(gpus_per_node=8), profile, max_num_seqs=batch)
             self.clocks[key] = Clock(model)
         # a simulated step is a cycle of pp micro-batches, each of which has the batch and budget to itself
-        rules = Rules.of(profile, batch * row.pp, tokens * row.pp, chunked=False, asynchronous=row.pp == 1, request_ms=0.0, intake_ms=0.0, intake_us=0.0, lag_steps=0.0, stream_us=0.0)
+        rules = Rules.of(
+            profile, batch * row.pp, tokens * row.pp, chunked=False, asynchronous=row.pp == 1
+        ).offline()
         server = Server(self.clocks[key], rules, kv_blocks=held.kv_blocks, block_size=held.block_size)
         mine = math.ceil(REQUESTS[row.isl, row.osl] / ranks)
         records = simulate(server, open_loop(np.zeros(mine), row.isl, row.osl))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planc.cost_model import overlay
@@ -99,6 +99,19 @@ class Rules(Limits):
         if self.speculative is not None:
             object.__setattr__(self, "tokens_per_step", self.speculative.tokens)
             object.__setattr__(self, "rows_per_step", 1 + self.speculative.draft)
+
+    def offline(self) -> Rules:
+        """The same engine without a server before it: prompts are there as tokens, answers are handed over
+        whole, nothing lies between a step's end and the caller."""
+        return replace(
+            self,
+            request_ms=0.0,
+            intake_ms=0.0,
+            intake_us=0.0,
+            lag_steps=0.0,
+            stream_us=0.0,
+            stream_interval=1,
+        )
 
     @staticmethod
     def of(
