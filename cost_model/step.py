@@ -9,12 +9,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from planc.cost_model import lower
+from planc.cost_model import lower, power_limit
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance, Support
 from planc.cost_model.collectives import Fabric, Link, group_source, seconds, spread
 from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array, Load, StepLoad
-from planc.cost_model.formats import fmt
+from planc.cost_model.formats import fmt, product_precision
 from planc.cost_model.intensity import Done, done
 from planc.cost_model.kernels import (
     BOUNDS,
@@ -114,8 +114,9 @@ class StepModel:
     A step of a pipeline is the time its slowest stage needs for one micro-batch: in the steady state a
     new step starts every so often. `latency` is the time until a micro-batch has passed all stages.
 
-    With attention data parallel (dp > 1) a load is that of one of the dp ranks, and all ranks are
-    taken to carry the same.
+    With attention data parallel (dp > 1) a load is the mean one of the dp ranks. They meet in every layer, so
+    that a step is as long as on the fullest of them, which decodes one sequence more than the mean: routers
+    that send a request to the emptiest rank keep ranks within about one of each other.
     """
 
     def __init__(
@@ -177,7 +178,7 @@ class StepModel:
             "C",
             *(n for n in lower.feature_names([*amounts, *sizes]) if n not in "TSC"),
         ]
-        self._groups = _groups(self._unique, self._names, self.costs)
+        self._groups = _groups(self._unique, self._names, self.costs, gpu)
         self._sizes = _matrix(sizes, self._names)
         self._sources = _kernel_sources(self._groups, len(self._unique))
         no_graphs = shape.eager or gpu.vendor == "cpu"
@@ -401,8 +402,10 @@ class StepModel:
         seconds = np.zeros((len(self._unique), load.size))
         bound = np.zeros_like(seconds, dtype=np.int8)
         for group in self._groups:
-            found = group.price(features[group.part])
-            seconds[group.index], bound[group.index] = found.seconds, found.bound
+            seen = features[group.part]
+            found = group.price(seen)
+            slower = power_limit.slowdown(self.gpu, group.joules @ seen, found.seconds)
+            seconds[group.index], bound[group.index] = found.seconds * slower, found.bound
         seconds = np.maximum(seconds - self._beside, 0.0)
         links = np.zeros((len(self._collectives), load.size))
         done: dict[object, int] = {}
@@ -416,10 +419,18 @@ class StepModel:
             links[row] = self._link_costs[row](size)
         return Times(seconds, bound), links
 
+    def _on_fullest(self, load: Load) -> Load:
+        """The load of the fullest attention rank where `load` is the mean one: a sequence more, where the
+        engine's graphs have room for it."""
+        if self.shape.dp == 1:
+            return load
+        room = load.seqs < (self._graphs[-1] if self._graphs.size else np.inf)
+        return replace(load, seqs=load.seqs + ((load.seqs > 0) & room))
+
     def _features(self, load: Load) -> dict[str, Array]:
         """[features, N] for each part; the whole step's tokens are padded to a captured graph size. Of a
         decoding sequence's cache each of cp ranks reads its share."""
-        padded = load
+        padded = load = self._on_fullest(load)
         if self._graphs.size:
             slot = np.searchsorted(self._graphs, load.seqs)
             up = self._graphs[np.minimum(slot, self._graphs.size - 1)]
@@ -442,12 +453,16 @@ def _mixed_decode(support: Support | None, kernels: Sequence[Kernel]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Unique kernels of one family that see the same tokens, ready to be priced."""
+    """Unique kernels of one family that see the same tokens, ready to be priced.
+
+    joules   [K, features] energy of their matrix products
+    """
 
     part: Part
     index: npt.NDArray[np.intp]
     price: Callable[[Array], Times]
     sources: tuple[Provenance, ...]
+    joules: Array
 
 
 def _launches(kernels: Sequence[Kernel], counts: Sequence[int], order: Mapping[str, int]) -> float:
@@ -455,7 +470,7 @@ def _launches(kernels: Sequence[Kernel], counts: Sequence[int], order: Mapping[s
     return float(sum(k.calls * k.launches * counts[order[k.layer_class]] for k in kernels))
 
 
-def _groups(kernels: Sequence[Kernel], names: Sequence[str], costs: KernelCosts) -> list[_Group]:
+def _groups(kernels: Sequence[Kernel], names: Sequence[str], costs: KernelCosts, gpu: Gpu) -> list[_Group]:
     """Stacks kernels by family and part; `price` takes the part's features [1 + features, N]."""
     found: dict[tuple[str, Part], list[int]] = {}
     for i, kernel in enumerate(kernels):
@@ -463,9 +478,22 @@ def _groups(kernels: Sequence[Kernel], names: Sequence[str], costs: KernelCosts)
         family = "attention" if isinstance(kernel.spec, Attention) else family
         found.setdefault((family, kernel.part), []).append(i)
     return [
-        _Group(part, np.array(index), *_pricer(family, [kernels[i] for i in index], names, costs))
+        _Group(
+            part,
+            np.array(index),
+            *_pricer(family, [kernels[i] for i in index], names, costs),
+            _matrix([kernels[i].flops * _joules(kernels[i], gpu) for i in index], names),
+        )
         for (family, part), index in found.items()
     ]
+
+
+def _joules(kernel: Kernel, gpu: Gpu) -> float:
+    """Energy of one operation of a kernel's products, J; 0 for kernels without."""
+    spec = kernel.spec
+    if isinstance(spec, Gemm | GroupedGemm):
+        return power_limit.joules(gpu, product_precision(spec.weights, spec.activations))
+    return power_limit.joules(gpu, "bf16") if isinstance(spec, Attention) else 0.0
 
 
 def _pricer(

@@ -42,6 +42,7 @@ class Harness:
     dependent_launch          kernels start before those before them end (programmatic dependent launch)
     prompt_dp, prompt_ep      attention dp and expert parallelism of prefilling engines although labels say
                               otherwise; None: as labelled
+    graphed_rows              rows up to which steps with prompts replay graphs; None: the engine's default
     expert_table              name of the measured table that stands for the routed experts' kernels which the
                               engine was told to run, e.g. sglang/fp8_block; None: its usual ones
     expert_parallel           whole experts on ranks although labels say otherwise; None: as labelled
@@ -67,6 +68,7 @@ class Harness:
     expert_parallel: bool | None = None
     prompt_dp: int | None = None
     prompt_ep: int | None = None
+    graphed_rows: int | None = None
     expert_table: str | None = None
     dependent_launch: bool = False
     keeps_connections: bool = False

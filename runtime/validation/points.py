@@ -39,6 +39,7 @@ FLAGS: Mapping[str, type] = {
     "expert_parallel": bool,
     "prompt_dp": int,
     "prompt_ep": int,
+    "graphed_rows": int,
     "expert_table": str,
     "dependent_launch": bool,
 }

@@ -22,7 +22,7 @@ from planc.runtime.validation.constants import Constants
 from planc.runtime.validation.disaggregated import simulate_pools, slices
 from planc.runtime.validation.harness import hidden_launch_us
 from planc.runtime.validation.lint import mean_lengths
-from planc.runtime.validation.setups import Engine, Setup
+from planc.runtime.validation.setups import Engine, Setup, told
 
 Band = tuple[float, float]
 
@@ -89,8 +89,8 @@ class Predictor:
 
     def _model(self, setup: Setup, engine: Engine) -> StepModel:
         largest = setup.profile.cuda_graphs.largest
-        graphs = engine.max_num_seqs if engine.max_num_seqs > largest else largest
-        key = (setup.table.fingerprint, engine.shape, graphs, setup.profile.name, setup.profile.expert_table)
+        graphs = engine.max_num_seqs if setup.harness.max_num_seqs else max(engine.max_num_seqs, largest)
+        key = (setup.table.fingerprint, engine.shape, graphs, setup.profile.name, told(setup.harness))
         if key not in self._models:
             self._models[key] = StepModel(
                 setup.table, engine.shape, setup.gpu, setup.fabric, setup.profile, max_num_seqs=graphs

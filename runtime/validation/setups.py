@@ -111,8 +111,7 @@ def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
         table = tables(point.model)
     except PlancError as error:
         raise Unpredictable(str(error)) from None
-    if harness.expert_table:
-        profile = profile.model_copy(update={"expert_table": harness.expert_table})
+    profile = _told(profile, harness)
     fabric = Fabric(gpus_per_node=8)
     table = _as_published(table, point)
     make = lambda label, load: _engine(point, harness, table, gpu, profile, label, load)  # noqa: E731
@@ -124,6 +123,20 @@ def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
     assert point.decode is not None
     decode, prefill = make(point.decode, point.concurrency), make(_served(point.prefill, harness), 0)
     return Setup(point, harness, table, gpu, profile, fabric, decode, prefill)
+
+
+def told(harness: Harness) -> tuple[str | None, int | None]:
+    """What a launch script says of an engine's kernels and graphs."""
+    return harness.expert_table, harness.graphed_rows
+
+
+def _told(profile: EngineProfile, harness: Harness) -> EngineProfile:
+    """The engine's profile with that."""
+    table, rows = told(harness)
+    graphs = profile.cuda_graphs
+    if rows is not None:
+        graphs = graphs.model_copy(update={"piecewise": rows})
+    return profile.model_copy(update={"expert_table": table, "cuda_graphs": graphs})
 
 
 def _served(label: PoolLabel, harness: Harness) -> PoolLabel:
