@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planc.cost_model import catalogue
+from planc.cost_model import catalogue, lower
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.kernels import BOUNDS
 from planc.cost_model.roofline import Roofline
@@ -158,6 +158,29 @@ def test_exchange_with_experts_crosses_the_network_when_it_must(model: Make) -> 
     assert link(near) == link(rack) == 0  # gathered and scattered where one switch reaches all
     assert {"all_gather", "reduce_scatter"} <= {p.op for p in rack.breakdown(load)}
     assert 0 < link(far) < link(farther)
+
+
+def test_attention_ranks_wait_for_the_fullest_one(model: Make) -> None:
+    """A step of ranks with seven sequences on average is one of eight, as far as graphs go."""
+    ranks = model(deepseek_v3(), "h200_sxm", "sglang", dp=8, ep=8, weights="fp8", activations="fp8")
+    one = model(deepseek_v3(), "h200_sxm", "sglang", tp=8, weights="fp8", activations="fp8")
+    largest = ranks.graph_sizes[-1]
+    for step, same in ((ranks, False), (one, True)):
+        at = step.pieces(StepLoad([8, 9, largest], 2000)).device[0]
+        assert (at[0] == step.pieces(StepLoad([7], 2000)).device[0, 0]) is not same
+        assert at[1] > at[0]
+    capped = ranks.pieces(StepLoad([largest - 1, largest], 2000)).shared[0]
+    assert capped[0] == capped[1]
+
+
+def test_inputs_of_experts_are_gathered_in_the_engine_s_format() -> None:
+    fp4 = {"dp": 8, "ep": 8, "weights": "nvfp4", "activations": "nvfp4"}
+    shape = EngineShape("trtllm", "b200_sxm", **fp4)  # type: ignore[arg-type]
+    wide = lower.collectives(deepseek_v3(), shape)
+    quantized = lower.collectives(deepseek_v3(), shape, quantized=("nvfp4",))
+    moved = lambda found, kind: [c.size.terms["T"] for c in found if c.kind == kind]  # noqa: E731
+    assert moved(quantized, "all_gather") == [4.5 / 16 * size for size in moved(wide, "all_gather")]
+    assert moved(quantized, "reduce_scatter") == moved(wide, "reduce_scatter") != []
 
 
 def test_graphs_pad_the_batch_and_spare_launches(model: Make) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from planc.errors import FileMissing, FileUnreadable, InvalidField, UnknownField
 from planc.runtime.validation.harness import harness
-from planc.runtime.validation.points import Point, read_points
+from planc.runtime.validation.points import Point, PoolLabel, read_points
 
 HEADER = (
     "id,model,gpu,engine,weights,mode,isl,osl,concurrency,"
@@ -128,3 +128,23 @@ def test_early_generated_settings_have_no_overlap(tmp_path: Path) -> None:
     assert (flags["1.0.0rc3"].asynchronous, flags["1.2"].asynchronous) == (False, None)
     assert flags["1.2"].keeps_connections
     assert not harness(one(tmp_path, GOOD)).keeps_connections
+
+
+def test_pools_are_laid_out_by_their_recipes(tmp_path: Path) -> None:
+    """One TensorRT-LLM layout under two labels of its prefill pool; other models are left alone."""
+    point = replace(
+        one(tmp_path, GOOD),
+        model="deepseek-r1", gpu="h200_sxm", engine="trtllm", weights="fp8", mode="disagg", isl=8192,
+        prefill=PoolLabel(1, 1, 8, 8), decode=PoolLabel(1, 1, 8, 8),
+    )  # fmt: skip
+    known = harness(point)
+    assert (known.prompt_dp, known.max_num_batched_tokens, known.asynchronous) == (1, 16640, False)
+    assert harness(replace(point, isl=1024)).prompt_dp == 8
+    assert harness(replace(point, model="qwen3-235b")).prompt_dp is None
+    assert harness(point, rules=False).prompt_dp is None
+    blackwell = replace(point, gpu="b200_sxm")
+    assert (harness(blackwell).dependent_launch, harness(blackwell).expert_table) == (
+        False,
+        "sglang/fp8_block",
+    )
+    assert harness(replace(blackwell, decode=PoolLabel(1, 8, 1, 8))).dependent_launch

@@ -57,3 +57,31 @@ def test_longer_prompts_are_paid_in_ttft_alone() -> None:
     assert long.ttft > 2 * short.ttft
     assert long.tpot < 1.2 * short.tpot
     assert math.isfinite(long.ttft_steady)
+
+
+def test_a_stated_layout_of_prefill_wins_over_its_label() -> None:
+    one, stated = made(), made(flags={"prompt_dp": 8, "prompt_ep": 8})
+    assert one.prefill is not None
+    assert stated.prefill is not None
+    assert (one.prefill.shape.tp, one.prefill.shape.dp) == (8, 1)
+    assert (stated.prefill.shape.tp, stated.prefill.shape.dp, stated.prefill.shape.ep) == (1, 8, 8)
+    assert stated.decode == one.decode
+
+
+def test_what_decodes_keeps_no_room_for_prompts() -> None:
+    found = made(isl=8192, flags={"max_num_batched_tokens": 65536})
+    assert found.prefill is not None
+    assert found.decode.memory.activations < found.prefill.memory.activations
+
+
+def test_stated_seats_make_requests_wait() -> None:
+    free, seated = made(), made(flags={"max_num_seqs": 32})
+    assert times(seated).ttft > 5 * times(free).ttft
+    assert times(seated).tpot < times(free).tpot
+
+
+def test_experts_and_graphs_as_an_engine_was_told() -> None:
+    told = made(flags={"expert_table": "trtllm/bfloat16", "graphed_rows": 2048}).profile
+    assert (told.expert_table, told.cuda_graphs.piecewise) == ("trtllm/bfloat16", 2048)
+    usual = made().profile
+    assert (usual.expert_table, usual.cuda_graphs.piecewise) == (None, 0)
