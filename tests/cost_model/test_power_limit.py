@@ -25,7 +25,8 @@ def test_gpus_with_power_to_spare_keep_their_clock() -> None:
 
 
 def test_narrow_operations_take_less_energy() -> None:
-    assert _slower("h100_sxm", 1000, "fp4") < _slower("h100_sxm", 1000, "fp8") < _slower("h100_sxm", 1000)
+    four, eight, sixteen = (_slower("b200_sxm", 5000, precision) for precision in ("fp4", "fp8", "bf16"))
+    assert 1.0 < four < eight < sixteen
 
 
 def test_a_demand_of_twice_the_limit_takes_a_third_longer() -> None:
