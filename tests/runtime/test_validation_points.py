@@ -147,4 +147,5 @@ def test_pools_are_laid_out_by_their_recipes(tmp_path: Path) -> None:
         False,
         "sglang/fp8_block",
     )
-    assert harness(replace(blackwell, decode=PoolLabel(1, 8, 1, 8))).dependent_launch
+    whole = replace(blackwell, weights="nvfp4", decode=PoolLabel(1, 8, 1, 8))
+    assert (harness(whole).dependent_launch, harness(whole).expert_table) == (True, None)
