@@ -76,7 +76,9 @@ class Pieces:
     shared, decode, prefill   kernels and collectives that see all tokens, those of decoding sequences
                               alone, and those of prompts alone
     launches                  host time to launch every kernel: the step takes no less than this
-    host                      what kernels do not hide: host time per step, and hand-over between stages
+    host                      what kernels do not hide: host time per step, and hand-over between stages. For
+                              each micro-batch an engine goes through the sequences of all of them (vLLM's
+                              `running`, TensorRT-LLM's `active_requests`)
     """
 
     shared: Array

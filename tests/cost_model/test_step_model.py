@@ -131,6 +131,15 @@ def test_pipeline_stages_split_the_latency(model: Make) -> None:
     assert uneven.seconds(load) > 1.3 * step
 
 
+def test_each_micro_batch_waits_for_a_host_that_sees_all_sequences(model: Make) -> None:
+    few, many = StepLoad(10, 1000), StepLoad(110, 1000)
+    each = [
+        float((m.pieces(many).host - m.pieces(few).host).min()) / 100
+        for m in (model(llama70b(), tp=4), model(llama70b(), tp=4, pp=2, nodes_of=16))
+    ]
+    assert each[1] == pytest.approx(2 * each[0], rel=1e-6)
+
+
 def test_experts_touched_grow_with_the_batch(model: Make) -> None:
     times = model(qwen235b(), tp=8).seconds(StepLoad([1, 8, 64, 512], 100))
     assert times[2] > 2.0 * times[0]
