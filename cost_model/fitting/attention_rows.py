@@ -19,12 +19,13 @@ from planc.cost_model.measured.attention_linear import BLOCK, linear_work
 _RANK, _ROTARY, _PLAIN, _VALUE = 512, 64, 128, 128
 #: Qwen3.5: width of the rule's heads, taps of the convolution; blocks of channels are as wide
 _STATE, _TAPS = 128.0, 4.0
+_GROWN = 1.1  # times as long, at least, for twice as many value heads
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one kernel: `coords` by axis name; operations, bytes as `Ideal.seconds` takes them, and
-    seconds, all [rows]."""
+    """Rows of one kernel: `coords` by axis name; operations, bytes as `Ideal.seconds` takes them, seconds,
+    and the KV heads that prefill writes to the cache, where rows tell them; all [rows]."""
 
     name: str
     key: Mapping[str, str | float | int]
@@ -35,10 +36,14 @@ class Rows:
     cached: Array
     new: Array
     seconds: Array
+    kv_heads: Array | None = None
 
     def take(self, mask: Mask) -> Rows:
         kept = {name: getattr(self, name)[mask] for name in ("flops", "cached", "new", "seconds")}
-        return replace(self, coords={name: values[mask] for name, values in self.coords.items()}, **kept)
+        coords = {name: values[mask] for name, values in self.coords.items()}
+        return replace(
+            self, coords=coords, kv_heads=None if self.kv_heads is None else self.kv_heads[mask], **kept
+        )
 
 
 def softmax(folder: Path, gpu: str) -> Iterator[Rows]:
@@ -76,6 +81,7 @@ def _softmax(source: sources.Source, part: str, head_dim: int, window: int, cach
         cached=2.0 * head_dim * kv * keys * kv_bytes,
         new=tokens * head_dim * (2.0 * (2.0 * q + 2.0 * kv) + 2.0 * kv * kv_bytes),
         seconds=_column(frame, "latency") * 1e-3,
+        kv_heads=None if decode else kv,
     )
 
 
@@ -176,7 +182,7 @@ def _linear(source: sources.Source, op: str, part: str, frame: Any) -> Rows:
     batch, keys, values = (_column(frame, c) for c in ("batch_size", "num_k_heads", "num_v_heads"))
     reach = _column(frame, "seq_len") if part == "prefill" else np.ones_like(batch)
     rule = op == "rule"
-    heads = batch * (values if rule else 2.0 * keys + values)
+    heads = batch * (values if rule else keys if _one_width(frame) else 2.0 * keys + values)
     state = _STATE * _STATE if rule else (_TAPS - 1) * BLOCK
     flops, cached, new = linear_work(
         rule, heads, reach, (7.0 if rule else 2.0 * _TAPS / (_TAPS - 1)) * state, state
@@ -192,6 +198,18 @@ def _linear(source: sources.Source, op: str, part: str, frame: Any) -> Rows:
         new=new,
         seconds=_column(frame, "latency") * 1e-3,
     )
+
+
+def _one_width(frame: Any) -> bool:
+    """Whether a convolution takes as long for many value heads as for few: some benchmarks ran the channels
+    of the keys alone, whatever model they name. Rows that take twice the shortest time can tell."""
+    widest = frame.sort_values("num_v_heads").groupby(["batch_size", "seq_len", "num_k_heads"])
+    few, many = widest.first(), widest.last()
+    telling = (few["latency"] > 2.0 * frame["latency"].min()) & (
+        many["num_v_heads"] >= 2 * few["num_v_heads"]
+    )
+    grown = (many["latency"] / few["latency"])[telling]
+    return bool(len(grown) and grown.median() < _GROWN)
 
 
 def _column(frame: Any, name: str) -> Array:

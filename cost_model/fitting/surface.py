@@ -16,6 +16,7 @@ Mask = npt.NDArray[np.bool_]
 _OUTLIER = 0.7  # off the fit by more: set aside
 _SPIKE = 0.5
 _TIES = 0.03  # weight of a difference between neighbouring nodes, against 1 of a row
+_BENDS = 0.5  # and of a node's distance from the line through its neighbours along an axis
 #: how far an octave up and an octave down is along each axis: a kernel that fills the machine goes on as it
 #: is with more work, but not with less; along a third axis (groups of heads) another kernel may run
 _FAR = ((1.0, 4.0), (1.0, 4.0), (2.0, 2.0))
@@ -23,20 +24,22 @@ _FAR = ((1.0, 4.0), (1.0, 4.0), (2.0, 2.0))
 
 def nodes(axes: tuple[Array, ...], coords: tuple[Array, ...], values: Array) -> tuple[Array, int]:
     """Values at the nodes whose interpolation (in the axes' logarithms) fits the rows best, and how many rows
-    were set aside for being off by more than 0.7, or as a lone spike. Nodes without rows between others are
-    drawn to them; nodes beyond all others take the value of the nearest known one (`_filled`)."""
+    were set aside for being off by more than 0.7, or as a lone spike. Where rows are few or none, nodes are
+    drawn to their neighbours, and along the first two axes to the line through them; nodes beyond all others
+    take the value of the nearest known one (`_filled`)."""
     shape = tuple(axis.size for axis in axes)
     shares = _shares(axes, coords)
-    ties = scipy.sparse.vstack([_TIES * tie for tie in _differences(shape)])
+    ties = [_TIES * tie for tie in _differences(shape)]
+    bends = [_BENDS * bend for bend in _bends(axes[:2], shape)]
     kept = np.ones(values.size, dtype=bool)
-    found = np.zeros(int(np.prod(shape)))
-    for _ in range(2):
-        rows = shares[kept]
-        normal = (rows.T @ rows + ties.T @ ties).tocsc()
-        found = scipy.sparse.linalg.spsolve(normal, rows.T @ values[kept])
-        kept = np.abs(values - shares @ found) <= _OUTLIER
-    known = np.asarray(shares[kept].sum(axis=0)).reshape(shape) > 0
-    smooth, spikes = without_spikes(np.where(_between(known), found.reshape(shape), np.nan))
+    smooth, spikes = np.zeros(shape), 0
+    for drawn in (ties, ties + bends):  # a spike would bend its neighbours: it is set aside before
+        rows, pull = shares[kept], scipy.sparse.vstack(drawn)
+        normal = (rows.T @ rows + pull.T @ pull).tocsc()
+        found = scipy.sparse.linalg.spsolve(normal, rows.T @ values[kept]).reshape(shape)
+        known = np.asarray(rows.sum(axis=0)).reshape(shape) > 0
+        smooth, spikes = without_spikes(np.where(_between(known), found, np.nan))
+        kept = np.abs(values - shares @ np.where(np.isnan(smooth), found, smooth).reshape(-1)) <= _OUTLIER
     return _filled(smooth, axes), int(np.sum(~kept)) + spikes
 
 
@@ -80,12 +83,12 @@ def _filled(values: Array, axes: tuple[Array, ...]) -> Array:
     return values
 
 
-def held_out(*coords: Array) -> Mask:
+def held_out(*coords: Array, tenth: int = 0) -> Mask:
     """About a tenth of the rows, by a hash of their coordinates."""
     mixed = np.zeros_like(coords[0])
     for prime, values in zip((7919.0, 104729.0, 1299709.0, 15485863.0), coords, strict=False):
         mixed = mixed + prime * values
-    return np.asarray(np.modf(np.abs(np.sin(mixed)) * 43758.5453)[0] < 0.1)
+    return np.asarray(np.floor(np.modf(np.abs(np.sin(mixed)) * 43758.5453)[0] * 10) == tenth)
 
 
 def _shares(axes: tuple[Array, ...], coords: tuple[Array, ...]) -> scipy.sparse.csr_matrix:
@@ -107,6 +110,20 @@ def _differences(shape: tuple[int, ...]) -> Iterator[scipy.sparse.csr_matrix]:
     """Between neighbouring nodes along each axis."""
     for axis, size in enumerate(shape):
         if size > 1:
-            step = scipy.sparse.diags([-1.0, 1.0], [0, 1], (size - 1, size))
-            before, after = (scipy.sparse.eye(int(np.prod(s))) for s in (shape[:axis], shape[axis + 1 :]))
-            yield scipy.sparse.kron(scipy.sparse.kron(before, step), after)
+            yield _along(axis, scipy.sparse.diags([-1.0, 1.0], [0, 1], (size - 1, size)), shape)
+
+
+def _bends(axes: tuple[Array, ...], shape: tuple[int, ...]) -> Iterator[scipy.sparse.csr_matrix]:
+    """Of each inner node from the line through its neighbours along each of the axes, in its logarithm."""
+    for axis, at in enumerate(axes):
+        if at.size > 2:
+            step = np.diff(np.log(at))
+            share = step[:-1] / (step[:-1] + step[1:])
+            weights = [share - 1.0, np.ones_like(share), -share]
+            yield _along(axis, scipy.sparse.diags(weights, [0, 1, 2], (at.size - 2, at.size)), shape)
+
+
+def _along(axis: int, one: scipy.sparse.csr_matrix, shape: tuple[int, ...]) -> scipy.sparse.csr_matrix:
+    """A matrix over the nodes of one axis, for each place on the others."""
+    before, after = (scipy.sparse.eye(int(np.prod(s))) for s in (shape[:axis], shape[axis + 1 :]))
+    return scipy.sparse.kron(scipy.sparse.kron(before, one), after)

@@ -27,6 +27,7 @@ from planc.cost_model.measured import attention_latent, attention_linear
 from planc.cost_model.measured.attention_tables import (
     SHORTEST,
     TILE,
+    Append,
     Causal,
     Ideal,
     Loads,
@@ -161,6 +162,7 @@ def _prefill(spec: Attention, table: Table, sms: float) -> Seconds:
         return ideally * np.exp(grid.at(rows / reach, reach))
 
     surface = Surface.of(seconds, TILE)
+    append = spec.kv_heads * float(Append.of(table).at(spec.kv_heads))
 
     def price(load: Loads) -> Array:
         if window < _EVERYTHING:
@@ -172,7 +174,7 @@ def _prefill(spec: Attention, table: Table, sms: float) -> Seconds:
         waves = np.maximum(lone * chunk.loop / _BLOCK / sms, 1.0)
         starved = surface.at(lone * chunk.loop, chunk.loop) / waves
         moved = ideal.launch_s + keys_of(spec, load) * spec.key_width * spec.kv_bytes / ideal.bytes_s
-        found: Array = np.maximum(np.maximum(full, starved), moved)
+        found: Array = np.maximum(np.maximum(full, starved), moved) + load.tokens * append
         return found
 
     return price

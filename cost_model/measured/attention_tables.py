@@ -78,6 +78,36 @@ class Ideal:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Append:
+    """What writing keys and values to the cache takes besides, more than where it takes least: seconds per
+    token and KV head, by KV heads of a rank; empty where nothing was seen of it."""
+
+    kv_heads: Array
+    each_s: Array
+
+    @staticmethod
+    def nothing() -> Append:
+        return Append(np.zeros(0), np.zeros(0))
+
+    @staticmethod
+    def of(table: Table) -> Append:
+        known = table.extra
+        return (
+            Append(known["append_kv_heads"], known["append_s"]) if "append_s" in known else Append.nothing()
+        )
+
+    def extra(self) -> dict[str, Array]:
+        """As `Table.extra` holds it."""
+        return {"append_kv_heads": self.kv_heads, "append_s": self.each_s} if self.each_s.size else {}
+
+    def at(self, kv_heads: Array | float) -> Array:
+        if not self.each_s.size:
+            return np.zeros(np.shape(kv_heads))
+        found: Array = np.interp(np.log(kv_heads), np.log(self.kv_heads), self.each_s)
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Surface:
     """Seconds over two amounts of work, from 1 and `shortest` up, that never fall while either grows."""
 
