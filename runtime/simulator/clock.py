@@ -26,8 +26,16 @@ from planc.cost_model.step import StepLoad, StepModel
 
 #: mean contexts: powers of two and half-way between, where windows and cache effects begin
 CONTEXTS: tuple[int, ...] = (1, *(part * 2**k // 2 for k in range(6, 21) for part in (2, 3)))
-#: chunk lengths: eight to an octave, so that a parabola is off by 0.1 % between them
-CHUNKS: tuple[int, ...] = (*range(1, 33), *(round(2 ** (k / 8)) for k in range(41, 161)))
+#: query rows of an attention kernel's blocks: a chunk that needs one more takes a step longer
+_TILE = 128
+#: chunk lengths: eight to an octave, so that a parabola is off by 0.1 % between them, and both sides of the
+#: steps that are higher than that
+CHUNKS: tuple[int, ...] = tuple(
+    sorted(
+        {*range(1, 33), *(round(2 ** (k / 8)) for k in range(41, 161))}
+        | {tiles * _TILE + side for tiles in range(1, 17) for side in (0, 1)}
+    )
+)
 #: tokens cached before a chunk
 CACHED: tuple[int, ...] = (0, *(part * 2**k // 4 for k in range(5, 21) for part in (4, 5, 6, 7)))
 #: chunks that share a step; more of them take their shares as the last number does
