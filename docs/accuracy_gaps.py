@@ -124,7 +124,7 @@ def _offline(results: Results) -> list[str]:
             moved.append(f"{median(errors):+.0f} % with {name} seats ({len(errors)} rows)")
     lines.append(
         f"* Offline errors by batch: {', '.join(moved)}. Few seats mean that the room in the cache decides, "
-        "many that the host's time per sequence does, which is that of streaming servers here."
+        "many that the host's time per sequence does, fitted to served points."
     )
     return lines
 
