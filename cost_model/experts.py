@@ -2,7 +2,8 @@
 
 seconds = launch + expert * local experts + touched * (start + weight bytes / (memory * bandwidth))
           + padded rows * flops / (compute * peak)
-          + 2 bytes * (T hidden m_T + pairs (hidden m_h + inner m_i)) / bandwidth
+          + 2 bytes * (T hidden m_T + pairs (hidden m_h + inner m_i)
+                       + pairs of other ranks (hidden + inner) m_o) / bandwidth
 
 Streaming of weights and arithmetic add up rather than overlap, which is how all engines' tables behave:
 an expert's tile waits for its weights. Loads are those of the fullest rank (`planc.cost_model.routing`).
@@ -32,6 +33,8 @@ class ExpertKernel:
     token_moves     how often a token's hidden vector passes memory, as 2 bytes per element
     hidden_moves    the same of a (token, expert) pair's hidden vector, and
     inner_moves     of what lies between the products
+    other_moves     the same of both vectors of a pair whose expert lies on another rank: Triton's buffers
+                    hold all pairs, and what is not this rank's is zeroed, activated and summed with the rest
     memory          share of the peak bandwidth at which weights stream
     compute         share of the peak of arithmetic that padded rows reach
     """
@@ -42,6 +45,7 @@ class ExpertKernel:
     token_moves: float
     hidden_moves: float
     inner_moves: float
+    other_moves: float
     memory: float
     compute: float
 
@@ -86,6 +90,8 @@ def terms(spec: GroupedGemm, weight_bytes: float, bytes_s: float, flops_s: float
             TOKENS * (2.0 * spec.hidden / bytes_s),
             load.pairs * (2.0 * spec.hidden / bytes_s),
             load.pairs * (2.0 * spec.inner / bytes_s),
+            np.maximum(TOKENS * min(spec.top_k, spec.total_experts) - load.pairs, 0.0)
+            * (2.0 * (spec.hidden + spec.inner) / bytes_s),
             load.touched * (spec.elements / spec.experts * weight_bytes / bytes_s),
             load.padded * (spec.flops_per_pair / flops_s),
         ]
@@ -97,7 +103,7 @@ def curve(
 ) -> Curve:
     """The formula for one rank's experts; arguments as in `terms`."""
     parts = terms(spec, weight_bytes, bytes_s, flops_s) * kernel.factors[:, None]
-    fixed, memory, compute = parts[:2].sum(axis=0), parts[2:7].sum(axis=0), parts[7]
+    fixed, memory, compute = parts[:2].sum(axis=0), parts[2:-1].sum(axis=0), parts[-1]
     bound = np.where(compute > memory, COMPUTE, MEMORY)
     return Curve(fixed + memory + compute, np.where(memory + compute < fixed, LAUNCH, bound))
 

@@ -3,7 +3,7 @@
 A table holds the shapes that one engine was timed at in one format: for each, the residual of
 `planc.cost_model.experts.curve` by tokens, with constants that were fitted to the whole table. A shape
 that was timed keeps its own residual; another one takes those of the nearest shapes (of as wide a model
-above all), weighted by inverse distance in logarithms.
+above all), weighted by ordinary kriging over distances in logarithms.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from planc.cost_model.routing import TOKENS
 #: what tells shapes apart, and how far a factor of e in it puts them; the model's own sizes weigh most
 SHAPE: Mapping[str, float] = {"hidden": 4.0, "inner": 1.0, "experts": 1.0, "total": 4.0, "top_k": 4.0}
 
-_NEIGHBOURS = 4
-_POWER = 3.0
+_NEIGHBOURS = 40
+_REACH = 3.0  # distance over which residuals forget each other (Matern covariance, once differentiable)
+_NOISE = 0.05  # variance of a row's own, as a share of all
 _SAME = 0.02  # distance under which a shape was timed itself
 _WORSE = 0.1
 
@@ -48,7 +49,7 @@ def prepare(
             sources.append(roofline.source)
         else:
             curves.append(measured(table, spec))
-            own = table.info.key["engine"] == engine.name and nearest(table, spec)[2] < _SAME
+            own = table.info.key["engine"] == engine.name and _apart(table, spec)[1].min() < _SAME
             sources.append("measured" if own else "fitted")
     return Priced(stack(curves), tuple(sources))
 
@@ -66,7 +67,7 @@ def find(profile: Profile, spec: GroupedGemm, engine: str) -> Table | None:
     """
     for mine in (True, False):
         ranked = [
-            (nearest(table, spec)[2] + _WORSE * order, table)
+            (float(_apart(table, spec)[1].min()) + _WORSE * order, table)
             for order, name in enumerate(_formats(spec.weights, spec.activations))
             for table in profile.find(format=name)
             if (table.info.key["engine"] == engine) == mine and not table.info.key.get("library")
@@ -89,6 +90,22 @@ def measured(table: Table, spec: GroupedGemm) -> Curve:
 
 def nearest(table: Table, spec: GroupedGemm) -> tuple[npt.NDArray[np.intp], Array, float]:
     """(rows, weights that sum to one, distance of the first): the shapes that stand for the spec."""
+    shapes, distance = _apart(table, spec)
+    rows = np.argsort(distance, kind="stable")[:_NEIGHBOURS]
+    first = float(distance[rows[0]])
+    if first < _SAME:
+        return rows[:1], np.ones(1), first
+    near = shapes[rows]
+    among = np.sqrt(((near[:, None] - near) ** 2).sum(-1))
+    solved = np.linalg.solve(
+        _alike(among) + _NOISE * np.eye(rows.size), np.stack([_alike(distance[rows]), np.ones(rows.size)], 1)
+    )
+    weights, even = solved.T
+    return rows, weights + even * (1.0 - weights.sum()) / even.sum(), first
+
+
+def _apart(table: Table, spec: GroupedGemm) -> tuple[Array, Array]:
+    """Where a table's shapes lie, [shapes, sizes], and how far from the spec, [shapes]."""
     here = {
         "hidden": spec.hidden,
         "inner": spec.inner,
@@ -96,15 +113,16 @@ def nearest(table: Table, spec: GroupedGemm) -> tuple[npt.NDArray[np.intp], Arra
         "total": float(spec.total_experts),
         "top_k": float(spec.top_k),
     }
-    squares = sum(
-        (far * np.log(table.extra[name] / max(here[name], 1e-9))) ** 2 for name, far in SHAPE.items()
-    )
-    distance = np.sqrt(squares)
-    rows = np.argsort(distance, kind="stable")[:_NEIGHBOURS]
-    if distance[rows[0]] < _SAME:
-        return rows[:1], np.ones(1), float(distance[rows[0]])
-    weights: Array = distance[rows] ** -_POWER
-    return rows, weights / weights.sum(), float(distance[rows[0]])
+    shapes = np.stack([far * np.log(table.extra[name]) for name, far in SHAPE.items()], axis=1)
+    spot = np.array([far * np.log(max(here[name], 1e-9)) for name, far in SHAPE.items()])
+    return shapes, np.sqrt(((shapes - spot) ** 2).sum(axis=1))
+
+
+def _alike(distance: Array) -> Array:
+    """Covariance of residuals so far apart, 1 at none."""
+    scaled = np.sqrt(3.0) * distance / _REACH
+    found: Array = (1.0 + scaled) * np.exp(-scaled)
+    return found
 
 
 def _formats(weights: str, activations: str) -> Iterator[str]:

@@ -101,7 +101,7 @@ def test_memory_holds_as_many_more_tokens_less_what_is_gathered() -> None:
     (per_token, activations, tokens), (same, more, most) = held(1), held(8)
     assert same == per_token == pytest.approx(61 * 576 * 2)
     assert more >= activations  # of the widest op: buffers of experts, or of all ranks' queries
-    assert 7 * tokens < most < 8 * tokens
+    assert 7 * tokens < most <= 8 * tokens
 
 
 @pytest.mark.parametrize(

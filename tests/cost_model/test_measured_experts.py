@@ -15,7 +15,7 @@ from planc.cost_model.profile import Profile, Table, TableInfo
 from planc.cost_model.roofline import Roofline
 from planc.cost_model.routing import TOKENS, routed
 
-KERNEL = ExpertKernel(20.0, 0.0, 0.1, 5.0, 3.0, 3.0, 0.8, 0.5)
+KERNEL = ExpertKernel(20.0, 0.0, 0.1, 5.0, 3.0, 3.0, 0.0, 0.8, 0.5)
 PEAKS = {"weight_bytes": 2.0, "bytes_s": 4.8e12, "flops_s": 9.9e14}
 H200 = catalogue.gpu("h200_sxm")
 VLLM = catalogue.engine("vllm")
