@@ -14,6 +14,10 @@ submitted at once, offline. That run is simulated, with the settings that the pu
                         CUTLASS's kernels, the default of that version
     prompts             whole, reserved with their answers at admission; no streaming
 
+No number is fitted to these rows but one: that hosts of GB200 take 1.5 times as long as x86 ones
+(`host_slowdown`) was chosen with B200's rows beside GB200's in view. Which kernels, graphs and buffers run
+was looked up where rows disagreed.
+
 Prints errors per model and GPU and in total, and how often the parallel shape that is predicted best, of
 those measured for one model, GPU and pair of lengths, is the best measured or within 2 % of it.
 """

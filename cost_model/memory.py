@@ -261,8 +261,6 @@ def rotary_bytes(table: CostTable) -> float:
     """Sines and cosines that engines look up, in fp32, for every position that the configuration names
     whatever the deployment's limit: 5 GB where those are ten million."""
     rows = [row for rows in table.rows.values() for row in rows]
-    if not any(row.op == "planc::rope" for row in rows):
-        return 0.0
     width = max((row.work.dims.get("qk_dim", 0) for row in rows if row.work.family == "attention"), default=0)
     return 4.0 * table.model.max_position * width
 

@@ -113,6 +113,40 @@ def test_a_timed_shape_keeps_its_own_residual_and_others_take_their_neighbours()
     assert ratio == pytest.approx(np.full(TOKENS.size, np.sqrt(2.0)), rel=0.1)
 
 
+def test_weights_of_neighbours_sum_to_one_and_trust_the_nearest() -> None:
+    made = table(
+        *((layer(inner=inner), 1.0) for inner in (96, 192, 384, 1536)), (layer(7168, total=256), 1.0)
+    )
+    rows, weights, distance = experts.nearest(made, layer(inner=400))
+    assert weights.sum() == pytest.approx(1.0)
+    assert made.extra["inner"][rows[weights.argmax()]] == 384
+    assert abs(weights[rows == 4][0]) < 0.1  # another model's shape
+    assert distance == pytest.approx(np.log(400 / 384))
+
+
+def test_a_named_library_runs_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, slow = table((layer(), 1.0), engine="trtllm"), table((layer(), 3.0), engine="trtllm")
+    key = {**slow.info.key, "library": "cutlass"}
+    slow = replace(slow, info=slow.info.model_copy(update={"name": "trtllm/bfloat16/cutlass", "key": key}))
+    monkeypatch.setattr(experts, "shipped", lambda family, gpu: Profile(gpu, "experts", (slow, usual)))
+    trtllm = catalogue.engine("trtllm")
+    told = trtllm.model_copy(update={"expert_table": "trtllm/bfloat16/cutlass"})
+    own, named = (
+        experts.prepare([layer()], H200, engine, Roofline(H200))(np.full((1, 1), 64.0)).seconds
+        for engine in (trtllm, told)
+    )
+    assert named == pytest.approx(3.0 * own)
+
+
+def test_pairs_of_other_ranks_take_time_only_where_kernels_hold_them() -> None:
+    spread, holds = layer(ranks=8), replace(KERNEL, other_moves=3.0)
+    assert np.all(
+        curve(spread, holds, *PEAKS.values()).seconds > curve(spread, KERNEL, *PEAKS.values()).seconds
+    )
+    alone = curve(layer(), holds, *PEAKS.values()).seconds
+    assert alone == pytest.approx(curve(layer(), KERNEL, *PEAKS.values()).seconds)
+
+
 def test_the_engines_own_table_goes_first_then_the_nearest_format(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = replace(layer(), weights="fp8", activations="fp8")
     other = table((spec, 1.0), engine="trtllm", format="fp8")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planc.cost_model import catalogue
 from planc.cost_model.catalogue import GIB
 from planc.cost_model.local import even_split, stages
-from planc.cost_model.memory import MemoryMap, kept_by, memory_map, weight_bytes
+from planc.cost_model.memory import MemoryMap, kept_by, memory_map, rotary_bytes, weight_bytes
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
 from tests.sample_tables import deepseek_v3, dense_table, llama8b, llama70b, qwen235b
@@ -192,3 +192,18 @@ def test_eager_engines_and_processors_capture_no_graphs() -> None:
     assert mapped(llama8b(), eager=True).graphs == 0
     assert mapped(llama8b(), "cpu").graph_sizes == ()
     assert mapped(llama8b()).graph_sizes[-1] == 256
+
+
+def test_rotary_tables_hold_every_position_that_a_model_names() -> None:
+    table = llama8b()
+    short, long = (
+        replace(table, model=replace(table.model, max_position=positions)) for positions in (8192, 10_485_760)
+    )
+    assert rotary_bytes(long) - rotary_bytes(short) == 4.0 * 128 * (10_485_760 - 8192)
+    assert mapped(long).overhead - mapped(short).overhead == rotary_bytes(long) - rotary_bytes(short)
+
+
+def test_stated_graph_sizes_take_the_place_of_steps() -> None:
+    rule = catalogue.engine("trtllm").cuda_graphs.model_copy(update={"listed": (1, 64, 512), "largest": 512})
+    assert rule.sizes(300) == (1, 64, 300)
+    assert rule.sizes(1000) == (1, 64, 512)
