@@ -60,21 +60,23 @@ def _named(profile: Profile, engine: EngineProfile) -> Table | None:
 
 
 def find(profile: Profile, spec: GroupedGemm, engine: str) -> Table | None:
-    """The table for a spec's formats: the engine's in any of them, else another engine's.
+    """The table for a spec's formats that was timed at the nearest shape.
 
-    Of several the one that was timed at the nearest shape; a less fitting format must be nearer by `_WORSE`.
+    A less fitting format must be nearer by `_WORSE`, another engine's table by as far as residuals reach.
     Tables of a single library among an engine's are taken by name only (`EngineProfile.expert_table`).
     """
-    for mine in (True, False):
-        ranked = [
-            (float(_apart(table, spec)[1].min()) + _WORSE * order, table)
-            for order, name in enumerate(_formats(spec.weights, spec.activations))
-            for table in profile.find(format=name)
-            if (table.info.key["engine"] == engine) == mine and not table.info.key.get("library")
-        ]
-        if ranked:
-            return min(ranked, key=lambda item: item[0])[1]
-    return None
+    ranked = [
+        (
+            float(_apart(table, spec)[1].min())
+            + _WORSE * order
+            + (0.0 if table.info.key["engine"] == engine else _REACH),
+            table,
+        )
+        for order, name in enumerate(_formats(spec.weights, spec.activations))
+        for table in profile.find(format=name)
+        if not table.info.key.get("library")
+    ]
+    return min(ranked, key=lambda item: item[0])[1] if ranked else None
 
 
 def measured(table: Table, spec: GroupedGemm) -> Curve:

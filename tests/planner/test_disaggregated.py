@@ -153,7 +153,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("case", "first"),
     [*((case, first) for case in CASES for first in ("prefill", "again")),
-     (Case("stages", 4000, 500, 6.0), "prefill")],
+     (Case("stages", 4000, 500, 4.0), "prefill")],
     ids=str,
 )  # fmt: skip
 def test_closed_forms_agree_with_the_simulator(case: Case, first: str) -> None:
