@@ -347,6 +347,7 @@ class Precise:
         for _ in range(_ZOOMS):
             state = self.state(batch)
             good, loads = state.meets(slos)[0], self.load(state)
+            loads = np.where(np.isfinite(state.ttft[0]), loads, np.inf)
             last = len(good) - 1 if good.all() else int(np.argmin(good)) - 1
             if last >= 0:
                 best = float(loads[last])
