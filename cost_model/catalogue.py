@@ -39,8 +39,8 @@ class Gpu(Entry):
     pcie_bridges        of a host without NVLink: GB/s that each GPU has, one direction, in a group of up to
                         so many neighbours that all send at once; {} where nothing is known to be shared
     fabric_gbit_s       typical network per GPU, one direction
-    host_slowdown       how many times as long its host's cores take for an engine's Python and launches as those
-                        of the x86 servers whose measurements engines' host times come from
+    host_slowdown       how many times as long its host's cores take for an engine's Python and launches as
+                        those of the x86 servers whose measurements engines' host times come from
     slice_of            the GPU that this is a MIG slice of; "" for a whole one
     """
 
