@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import accuracy_sections as sections
+import accuracy_serving
 from accuracy_gaps import poor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ SECTIONS = (
             "no_flags.json": f"{VALIDATE} --leave-out-cells --no-published-flags > FILE",
             "shipped.json": f"{VALIDATE} > FILE",
         },
-        sections.serving,
+        accuracy_serving.serving,
     ),
     Section(
         "rival",
@@ -162,7 +163,7 @@ def report(results: Results, plots: Path, today: str) -> str:
             lines.append(f"Not run: the result {error} is absent.")
         shown = [command.replace("FILE", f"out/accuracy/{name}") for name, command in section.runs.items()]
         lines += ["", "```sh", *shown, "```", ""]
-    lines += ["## What is poor, and why", "", *poor(results, sections.points(results))]
+    lines += ["## What is poor, and why", "", *poor(results, accuracy_serving.points(results))]
     return "\n".join(lines).rstrip() + "\n"
 
 

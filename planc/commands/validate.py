@@ -11,6 +11,7 @@ from planc.errors import InvalidField, UnknownField
 
 _COLUMNS = ("n", "tpot_median_ape", "tpot_mape", "tpot_bias", "ttft_median_ape", "ttft_mape", "ttft_bias")
 _MORE = (
+    "ttft_burst",
     "throughput_median_ape",
     "throughput_mape",
     "within_band",
@@ -119,7 +120,16 @@ def _show(body: dict[str, Any]) -> None:
     rows.append(_cells("rows that pass lint", body["linted"]))
     titles = ["", "n", "TPOT median", "mean", "bias", "TTFT median", "mean", "bias"]
     console.print(grid(titles, [row[: len(titles)] for row in rows], title="Errors, %"))
-    titles = ["", "tok/s/GPU median", "mean", "in band", "Spearman", "picks meet", "regret"]
+    titles = [
+        "",
+        "start's part of TTFT",
+        "tok/s/GPU median",
+        "mean",
+        "in band",
+        "Spearman",
+        "picks meet",
+        "regret",
+    ]
     console.print()
     console.print(grid(titles, [[row[0], *row[8:]] for row in rows]))
     console.print()
@@ -142,6 +152,6 @@ def _cells(name: str, group: dict[str, Any]) -> list[str]:
         name,
         str(group["n"]),
         *(text(key) for key in _COLUMNS[1:]),
-        *(text(key) for key in _MORE[:2]),
-        *(text(key, 3) for key in _MORE[2:]),
+        *(text(key) for key in _MORE[:3]),
+        *(text(key, 3) for key in _MORE[3:]),
     ]

@@ -4,6 +4,7 @@ With r = predicted / measured - 1, over the points of a group that have both val
 
     mape         mean of |r|, %           median_ape   median of |r|, %         bias   median of r, %
     within_band  share of measured values inside the prediction's own low-high, over all three metrics
+    ttft_burst   median part of the predicted TTFT that a load test's start adds to the steady state's, %
 
 A *family* is all points of one (model, GPU, engine, weights) with one pair of lengths. Over families with at
 least three points and two parallel shapes:
@@ -122,6 +123,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         found[f"{metric}_within_band"] = _share(held)
         inside.extend(held)
     found["within_band"] = _share(inside)
+    times = ((row.prediction.ttft_ms, row.prediction.ttft_steady_ms) for row in rows)
+    found["ttft_burst"] = _number(np.median, [100 * (1 - steady / whole) for whole, steady in times])
     return {**found, **_ranking(rows)}
 
 

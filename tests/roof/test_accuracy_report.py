@@ -54,14 +54,14 @@ def blind() -> dict[str, Any]:
 
 def predictions() -> str:
     """A CSV of points whose TPOT is predicted 20 % too low at high concurrency, and well at low."""
-    names = ["id", *LABELS, "isl", "concurrency", "gpus", "lint", "unpredicted"]
+    names = ["id", *LABELS, "isl", "concurrency", "gpus", "lint", "unpredicted", "ttft_steady_ms"]
     metrics = ("tpot_ms", "ttft_ms", "throughput")
     names += [f"{metric}{end}" for metric in metrics for end in ("", "_low", "_high", "_measured")]
     lines = [",".join(names)]
     for i in range(20):
         value = 8.0 if i >= 10 else 10.0
         numbers = [value, 0.9 * value, 1.1 * value, 10.0] * 3
-        lines.append(",".join(map(str, [f"p{i}", *LABELS.values(), 1024, 2**i, 4, "", "", *numbers])))
+        lines.append(",".join(map(str, [f"p{i}", *LABELS.values(), 1024, 2**i, 4, "", "", value / 2, *numbers])))
     return "\n".join(lines)
 
 
@@ -83,6 +83,7 @@ def test_a_report_shows_what_the_runs_found(
     text = (tmp_path / "accuracy.md").read_text()
     assert "12.5 / 13.5 / -12.5" in text
     assert "8.0 / 9.0 / -8.0" in text
+    assert "| 10 | 9 | 4 | 50 % |" in text  # TTFT measured, predicted, steady; the start's part
     assert "monotone 2" in text
     assert "+0 % below the middle concurrency and -20 % above it" in text
     assert "Bands too narrow for llama-3.1-70b" in text

@@ -84,6 +84,7 @@ def test_errors_are_relative_and_bands_are_the_points_own() -> None:
     assert found["tpot_mape"] == pytest.approx((20 + 5 + 10) / 3, abs=1e-3)
     assert (found["tpot_median_ape"], found["tpot_bias"]) == (10.0, 5.0)
     assert found["ttft_mape"] == 0.0
+    assert found["ttft_burst"] == pytest.approx(100 * (1 - 1 / point(1).ttft_ms), abs=1e-3)
     assert found["tpot_within_band"] == pytest.approx(1 / 3, abs=1e-4)
     assert found["within_band"] == pytest.approx(7 / 9, abs=1e-4)
     assert found["spearman"] is None  # one parallel shape
