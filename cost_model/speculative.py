@@ -118,7 +118,12 @@ def drafting(speculation: Speculation, model: StepModel) -> Drafting:
     layers = speculation.layers(model.table)
     shape = replace(model.shape, pipeline_layers=(), pp=1, formats=())
     draft = StepModel(
-        _draft_table(model.table, layers), shape, model.gpu, model.fabric, model.profile, costs=model.costs
+        _draft_table(model.table, layers),
+        shape,
+        model.gpu,
+        model.fabric,
+        model.profile,
+        costs=model.layers.costs,
     )
     batch = np.array([1.0, _WIDE])
     pieces = draft.pieces(StepLoad(batch, _CONTEXT))

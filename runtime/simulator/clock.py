@@ -158,7 +158,7 @@ class _StageTables:
 
     def __init__(self, model: StepModel, stage: int) -> None:
         self.model, self.stage = model, stage
-        self.factor, self.beside = model.profile.prefill_factor, model.mixed_decode - 1.0
+        self.factor, self.beside = model.profile.prefill_factor, model.layers.mixed_decode - 1.0
         probe = StepLoad(np.array([0.0, 0.0, 0.0, 1.0]), 1, np.array([1, 1001, 1001, 1000]), [1, 1, 2, 1])
         self.piecewise = model.profile.cuda_graphs.piecewise
         few, many = self._ask(StepLoad(0, 0, np.array([1.0, self.piecewise + 1.0]), 1), "launches")

@@ -24,7 +24,7 @@ Make = Callable[..., StepModel]
 
 
 def attention(model: StepModel, part: str) -> lower.Kernel:
-    return next(k for k in model.kernels if isinstance(k.spec, Attention) and k.part == part)
+    return next(k for k in model.layers.kernels if isinstance(k.spec, Attention) and k.part == part)
 
 
 def exchanged(shape: EngineShape, table: object) -> dict[tuple[str, str], list[dict[str, float]]]:
