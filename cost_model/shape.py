@@ -21,7 +21,8 @@ class EngineShape:
     cp        context parallel: cp of the tp ranks, which else would hold copies of the same cache, share its
               tokens. It divides tp and takes no GPUs of its own
     formats   (part, scheme) pairs that differ from `weights`, `activations` and `kv`, as
-              `planc.cost_model.parts` writes them: ("decoder:self_attn", "bf16/bf16")
+              `planc.cost_model.parts` writes them: ("decoder:self_attn", "bf16/bf16"); or of one matrix, as
+              checkpoints have them: ("decoder:self_attn.o_proj", "nvfp4/nvfp4")
     pipeline_layers   layers of each stage; () is the engine's even split
     copies    slots of every rank for second copies of busy experts, with expert parallelism
     eager     True: no CUDA graphs
@@ -48,12 +49,11 @@ class EngineShape:
         return self.tp * self.pp * self.dp
 
     def scheme(self, row: Row) -> tuple[str, str]:
-        """(weights, activations) that a row is meant to take. Its class is one of `parts.split`'s."""
-        given = (
-            taken(self.formats, row.layer_class, module_of(row.site, row.work.family))
-            if self.formats
-            else None
-        )
+        """(weights, activations) that a row is meant to take. Its class is one of `parts.split`'s. What names
+        its matrix wins over what names the module around it."""
+        names = (row.site, module_of(row.site, row.work.family)) if self.formats else ()
+        found = (taken(self.formats, row.layer_class, name) for name in names)
+        given = next((one for one in found if one), None)
         return (self.weights, self.activations) if given is None else scheme(given)
 
     def kv_format(self, layer_class: str) -> str:
@@ -235,11 +235,14 @@ def _no_parts(table: CostTable, shape: EngineShape) -> list[str]:
     if not shape.formats:
         return []
     known = {(part.layer_class, part.module) for part in held(table)}
+    matrices = {
+        (r.layer_class, r.site) for rows in table.rows.values() for r in rows if "weight" in r.quantizable
+    }
     layers = {cls.name: set(cls.layers) for cls in table.classes}
     found = []
     for text, _ in shape.formats:
         part = parse(text)
-        if part is None or (part.layer_class, part.module) not in known:
+        if part is None or (part.layer_class, part.module) not in known | matrices:
             names = ", ".join(f"{layer_class}:{module}" for layer_class, module in sorted(known))
             found.append(f"'{text}' is no part of the model, which has {names}")
         elif not layers[part.layer_class].issuperset(part.layers):

@@ -89,11 +89,6 @@ def hidden_launch_us() -> float:
     return float(_document()["dependent_launch"]["hidden_us"])
 
 
-def block_scaled_families() -> frozenset[str]:
-    """Model types whose published fp8 checkpoints have a scale per block of weights."""
-    return frozenset(_document()["block_scaled_fp8"]["model_types"])
-
-
 def harness(point: Point, options: Mapping[str, Any] | None = None, *, rules: bool = True) -> Harness:
     """The harness of a point. Without `rules` only defaults, columns and options count.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from planc.cost_model import catalogue
+from planc.cost_model import catalogue, checkpoints
 from planc.cost_model.catalogue import EngineProfile, Gpu
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.formats import formats
@@ -15,7 +15,7 @@ from planc.cost_model.memory import MemoryMap, memory_map
 from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.table import CostTable
 from planc.errors import PlancError
-from planc.runtime.validation.harness import Harness, block_scaled_families
+from planc.runtime.validation.harness import Harness
 from planc.runtime.validation.points import Point, PoolLabel
 
 #: other names of the same architecture
@@ -113,7 +113,7 @@ def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
         raise Unpredictable(str(error)) from None
     profile = _told(profile, harness)
     fabric = Fabric(gpus_per_node=8)
-    table = _as_published(table, point)
+    table = checkpoints.as_published(table, point.weights)
     make = lambda label, load: _engine(point, harness, table, gpu, profile, label, load)  # noqa: E731
     if point.mode == "agg":
         label = PoolLabel(1, point.tp, point.attention_dp, point.moe_ep)
@@ -174,16 +174,6 @@ def _engine(
     return Engine(label.workers, shape, memory, seqs, budget)
 
 
-def _as_published(table: CostTable, point: Point) -> CostTable:
-    """The table of the checkpoint that such a point serves: fp8 ones of some families, published beside the
-    bf16 one, have a scale per block of weights."""
-    families = block_scaled_families()
-    if point.weights != "fp8" or table.model.model_type not in families or table.model.block_scales:
-        return table
-    name = f"{table.fingerprint}, block scales"
-    return replace(table, model=replace(table.model, block_scales=True), fingerprint=name)
-
-
 def _memory(
     point: Point,
     harness: Harness,
@@ -242,13 +232,19 @@ def _shape(
         weights=weights,
         activations=activations,
         kv=kv if kv in kinds or not kinds else kinds[0],
+        formats=checkpoints.kept(table, weights),
     )
+
+
+def format_of(weights: str) -> str:
+    """The catalogue's name of a checkpoint's format."""
+    return FORMATS.get(weights, weights)
 
 
 def _formats(weights: str, gpu: Gpu, profile: EngineProfile) -> tuple[str, str]:
     """(weights, activations) as this engine runs such a checkpoint on this GPU: both in the format where
     there are kernels for it, else the narrowest activations that belong to it, else what it lists first."""
-    weights = FORMATS.get(weights, weights)
+    weights = format_of(weights)
     if weights not in formats():
         raise Unpredictable(f"weights '{weights}' is not a known format; known: {', '.join(formats())}")
     pairs = [pair for pair in profile.pairs(gpu) if pair[0] == weights]
