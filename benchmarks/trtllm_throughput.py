@@ -150,7 +150,7 @@ def bench_limits(seqs: float, isl: int, osl: int, pp: int) -> tuple[int, int]:
 
 
 class Predictor:
-    """Predicts rows; step times are kept by engine shape."""
+    """Predicts rows; step times are kept by engine shape and batch, up to which graphs are captured."""
 
     def __init__(self, tables: Tables) -> None:
         self.tables = tables
@@ -193,7 +193,6 @@ class Predictor:
         if not held.fits:
             raise Unpredictable(f"{held.weights / 2**30:.0f} GiB of weights leave no room for a request")
         key = (row.model, shape, batch)
-        key = (row.model, shape)
         if key not in self.clocks:
             model = StepModel(table, shape, gpu, Fabric(gpus_per_node=8), profile, max_num_seqs=batch)
             self.clocks[key] = Clock(model)
