@@ -14,7 +14,7 @@ import numpy as np
 from planc.cost_model.catalogue import Precision
 from planc.cost_model.formats import fmt, product_precision
 from planc.cost_model.kernels import Attention, Gemm, GroupedGemm
-from planc.cost_model.lower import Kernel
+from planc.cost_model.rank_ops import Kernel
 from planc.cost_model.routing import TOKENS, routed
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from planc.cost_model import lower, power_limit
+from planc.cost_model import exchanges, lower, power_limit
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance, Support
 from planc.cost_model.collectives import Fabric, group_source, spread
 from planc.cost_model.features import Array, Load, StepLoad
@@ -24,7 +24,7 @@ from planc.cost_model.kernels import (
     Times,
     sources,
 )
-from planc.cost_model.lower import Collective, Kernel
+from planc.cost_model.rank_ops import Collective, Kernel, feature_names, unique
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
 from planc.ir.work import Amount
@@ -60,16 +60,16 @@ class PricedLayers:
     ) -> None:
         self.shape, self.gpu, self.fabric, self.costs = shape, gpu, fabric, costs
         self.kernels = lower.kernels(table, shape, profile, fusions)
-        self.unique, self.index = lower.unique(self.kernels)
+        self.unique, self.index = unique(self.kernels)
         self.mixed_decode = _mixed_decode(profile.support(gpu), self.unique)
         _, nodes = spread(shape.tp * shape.dp, gpu, fabric, 1)
-        self.collectives = lower.collectives(
+        self.collectives = exchanges.collectives(
             table, shape, spread=nodes > 1, quantized=profile.quantized_gather
         )
         self.by_part = [(_seen_by(self.unique, part), _seen_by(self.collectives, part)) for part in PARTS]
         amounts = [a for k in self.unique for a in (k.rows, k.flops, k.nbytes, k.kv, k.reads, k.writes)]
         sizes = [c.size for c in self.collectives]
-        others = (n for n in lower.feature_names([*amounts, *sizes]) if n not in "TSC")
+        others = (n for n in feature_names([*amounts, *sizes]) if n not in "TSC")
         self.names = ["1", "T", "S", "C", *others]
         self._groups = _groups(self.unique, self.names, costs, gpu)
         self.sources = _kernel_sources(self._groups, len(self.unique))

@@ -20,11 +20,11 @@ from planc.cost_model.kernels import (
     KernelCosts,
 )
 from planc.cost_model.local import is_layer, stages, unquantized
-from planc.cost_model.lower import Collective, Kernel
 from planc.cost_model.measured import costs_for
 from planc.cost_model.parts import split
 from planc.cost_model.priced_layers import PricedLayers
 from planc.cost_model.quantity import ORDER, Quantity, worst
+from planc.cost_model.rank_ops import Collective, Kernel
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
 

@@ -9,8 +9,8 @@ from functools import cache
 from importlib import resources
 
 from planc.cost_model import overlay
+from planc.cost_model.fused import chosen
 from planc.cost_model.local import activation_format, stages, unquantized, weight_format
-from planc.cost_model.lower import chosen
 from planc.cost_model.parts import module_of, ranges, split
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, Row

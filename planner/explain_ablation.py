@@ -14,7 +14,7 @@ from typing import Any
 
 from planc.cost_model import catalogue
 from planc.cost_model.formats import fmt
-from planc.cost_model.lower import chosen
+from planc.cost_model.fused import chosen
 from planc.cost_model.table import CostTable
 from planc.planner.explain_knobs import MANY_NODES
 from planc.planner.formats import allowed

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from planc.cost_model import catalogue, lower
+from planc.cost_model import catalogue, exchanges
 from planc.cost_model.kernels import Attention
 from planc.cost_model.memory import memory_map
+from planc.cost_model.rank_ops import Kernel
 from planc.cost_model.roofline import Roofline
 from planc.cost_model.shape import EngineShape, handover_refusals, refusals
 from planc.cost_model.step import StepLoad, StepModel
@@ -23,13 +24,13 @@ HEADS = EngineShape("vllm", "h200_sxm", tp=8, ep=8)
 Make = Callable[..., StepModel]
 
 
-def attention(model: StepModel, part: str) -> lower.Kernel:
+def attention(model: StepModel, part: str) -> Kernel:
     return next(k for k in model.layers.kernels if isinstance(k.spec, Attention) and k.part == part)
 
 
 def exchanged(shape: EngineShape, table: object) -> dict[tuple[str, str], list[dict[str, float]]]:
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for one in lower.collectives(table, shape):  # type: ignore[arg-type]
+    for one in exchanges.collectives(table, shape):  # type: ignore[arg-type]
         if one.ranks == shape.cp and one.site == "self_attn" and one.layer_class != "dense":
             found.setdefault((one.part, one.kind), []).append(dict(one.size.terms))
     return found

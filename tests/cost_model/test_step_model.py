@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planc.cost_model import catalogue, lower
+from planc.cost_model import catalogue, exchanges
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.kernels import BOUNDS
 from planc.cost_model.roofline import Roofline
@@ -185,8 +185,8 @@ def test_attention_ranks_wait_for_the_fullest_one(model: Make) -> None:
 def test_inputs_of_experts_are_gathered_in_the_engine_s_format() -> None:
     fp4 = {"dp": 8, "ep": 8, "weights": "nvfp4", "activations": "nvfp4"}
     shape = EngineShape("trtllm", "b200_sxm", **fp4)  # type: ignore[arg-type]
-    wide = lower.collectives(deepseek_v3(), shape)
-    quantized = lower.collectives(deepseek_v3(), shape, quantized=("nvfp4",))
+    wide = exchanges.collectives(deepseek_v3(), shape)
+    quantized = exchanges.collectives(deepseek_v3(), shape, quantized=("nvfp4",))
     moved = lambda found, kind: [c.size.terms["T"] for c in found if c.kind == kind]  # noqa: E731
     assert moved(quantized, "all_gather") == [4.5 / 16 * size for size in moved(wide, "all_gather")]
     assert moved(quantized, "reduce_scatter") == moved(wide, "reduce_scatter") != []

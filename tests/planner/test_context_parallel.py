@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from planc.cost_model import lower
+from planc.cost_model import exchanges, lower
 from planc.cost_model.catalogue import engine
 from planc.cost_model.kernels import GroupedGemm
 from planc.cost_model.shape import EngineShape
@@ -98,7 +98,9 @@ def test_groups_of_experts_divide_width_and_whole_experts() -> None:
         shape = EngineShape("trtllm", "h200_sxm", tp=1, dp=8, ep=ep)
         kernels = lower.kernels(table("deepseek_v3"), shape, engine("trtllm"), None)
         spec = next(k.spec for k in kernels if isinstance(k.spec, GroupedGemm))
-        kinds = {c.kind for c in lower.collectives(table("deepseek_v3"), shape, spread=True) if c.ranks == 8}
+        kinds = {
+            c.kind for c in exchanges.collectives(table("deepseek_v3"), shape, spread=True) if c.ranks == 8
+        }
         found[ep] = spec.experts, spec.inner, spec.elements, kinds
     whole, width = 256 * 3 * 7168 * 2048, found[8][1]
     assert found[1] == (256, width / 8, whole / 8, {"all_gather", "reduce_scatter"})
