@@ -7,6 +7,7 @@ raise `UnknownName` with the nearest ones.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
@@ -317,7 +318,8 @@ def _shipped_engines() -> Mapping[str, EngineProfile]:
 
 
 def gpu(name: str, field: str = "gpu") -> Gpu:
-    """A GPU by name or alias, or a MIG slice of one ("h100_sxm:3g.40gb"). Raises UnknownName."""
+    """A GPU by name or alias, however spelled ("NVIDIA H100 80GB HBM3"), or a MIG slice of one
+    ("h100_sxm:3g.40gb"). Raises UnknownName."""
     known = gpus()
     whole, colon, profile = name.partition(":")
     if colon:
@@ -334,12 +336,24 @@ def gpu(name: str, field: str = "gpu") -> Gpu:
         if profile not in offered:
             return unknown(field, name, "MIG slice", [f"{parent.name}:{one}" for one in offered])
         return slices.part_of(parent, profile)
-    if name in known:
-        return known[name]
-    for entry in known.values():
-        if name in entry.aliases:
-            return entry
+    named = {alias: entry for entry in known.values() for alias in entry.aliases} | dict(known)
+    for spelling in (name, *_spellings(name)):
+        if spelling in named:
+            return named[spelling]
     return unknown(field, name, "GPU", [*known, *(a for e in known.values() for a in e.aliases)])
+
+
+#: words of a GPU's full name that the catalogue's leave out
+_EXTRA = re.compile(
+    r"nvidia|amd|geforce|instinct|tensor|core|gpu|blackwell|server|workstation|edition|hbm\de?|\d+g(i?b)?"
+)
+
+
+def _spellings(name: str) -> tuple[str, str]:
+    """A full name in the catalogue's manner, with and without the size of its memory."""
+    words = [re.sub(r"^sxm\d$", "sxm", word) for word in re.split(r"[^a-z0-9]+", name.lower())]
+    sized = [word for word in words if word and (word[0].isdigit() or not _EXTRA.fullmatch(word))]
+    return "_".join(sized), "_".join(word for word in sized if not _EXTRA.fullmatch(word))
 
 
 def engine(name: str, field: str = "engine") -> EngineProfile:

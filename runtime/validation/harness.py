@@ -17,6 +17,7 @@ import yaml
 
 from planc.cost_model import catalogue
 from planc.errors import InvalidField, UnknownField
+from planc.runtime.validation.names import architecture
 from planc.runtime.validation.points import FLAGS, Point
 
 
@@ -129,7 +130,7 @@ def _applies(when: Mapping[str, Any], point: Point) -> bool:
         "engine": point.engine,
         "gpu": point.gpu,
         "arch": catalogue.gpu(point.gpu).arch,
-        "model": point.model,
+        "model": architecture(point.model),
         "weights": point.weights,
         "mode": point.mode,
         "isl": point.isl,

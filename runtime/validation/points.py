@@ -6,6 +6,7 @@ A row that cannot be a measurement is kept as `Rejected` with its reason; none i
 from __future__ import annotations
 
 import csv
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from planc.errors import FileMissing, FileUnreadable, InvalidField, UnknownField
+from planc.runtime.validation.names import engine_name, format_name, gpu_name, model_name
 
 Mode = Literal["agg", "disagg"]
 
@@ -50,6 +52,12 @@ _COUNTS = ("isl", "osl", "concurrency", "tp", "pp", "attention_dp", "moe_tp", "m
 _TEXT = ("id", "model", "gpu", "engine", "engine_version", "weights", "mode", "source")
 _TIMES = ("ttft_ms", "tpot_ms")
 _POOLS = tuple(f"{role}_{name}" for role in ("prefill", "decode") for name in _POOLED)
+_MODES: Mapping[str, Mode] = {
+    "agg": "agg",
+    "aggregated": "agg",
+    "disagg": "disagg",
+    "disaggregated": "disagg",
+}
 COLUMNS = (*_TEXT, *_COUNTS, *_POOLS, *_TIMES, *FLAGS)
 
 
@@ -152,7 +160,9 @@ def read_points(path: str | Path) -> tuple[list[Point], list[Rejected]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
-            header, rows = list(reader.fieldnames or ()), list(reader)
+            header = [name.strip().lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise FileUnreadable(what="points", path=path, format="CSV", reason=error, mend=mend) from None
     _check_header(path, header, mend)
@@ -175,7 +185,9 @@ def _check_header(path: Path, header: list[str], mend: str) -> None:
         raise FileUnreadable(what="points", path=path, format="CSV", reason="it is empty", mend=mend)
     unknown = [name for name in header if name not in COLUMNS]
     if unknown:
-        raise UnknownField(where=f"points '{path}'", field=unknown[0], mend=f"Known: {', '.join(COLUMNS)}.")
+        near = difflib.get_close_matches(unknown[0], COLUMNS, n=3, cutoff=0.6)
+        known = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(COLUMNS)}."
+        raise UnknownField(where=f"points '{path}'", field=unknown[0], mend=known)
     twice = [name for name in header if header.count(name) > 1]
     missing = [name for name in _REQUIRED if name not in header]
     if twice or missing:
@@ -200,24 +212,25 @@ def _parsed(number: int, name: str, raw: Mapping[str | None, Any]) -> Point:
         if not text.get(column):
             raise _Impossible(f"{column} is empty")
     counts = {column: _count(column, text.get(column, "")) for column in _COUNTS}
-    mode = text.get("mode") or "agg"
-    if mode not in ("agg", "disagg"):
-        raise _Impossible(f"mode {mode!r} is neither agg nor disagg")
+    mode = _MODES.get((text.get("mode") or "agg").lower())
+    if mode is None:
+        raise _Impossible(f"mode {text['mode']!r} is neither agg nor disagg")
     pools = {role: _pool(role, text) if mode == "disagg" else None for role in ("prefill", "decode")}
     if mode == "disagg":
         taken = sum(pool.gpus for pool in pools.values() if pool is not None)
     else:
         taken = (counts["tp"] or 1) * (counts["pp"] or 1) * (counts["attention_dp"] or 1)
     times = {column: _time(column, text.get(column, "")) for column in _TIMES}
+    model = model_name(text["model"])
     return Point(
         row=number,
         id=name,
-        model=text["model"].lower(),
-        gpu=text["gpu"].lower(),
-        engine=text["engine"].lower(),
+        model=model,
+        gpu=gpu_name(text["gpu"]),
+        engine=engine_name(text["engine"]),
         engine_version=text.get("engine_version", ""),
-        weights=text["weights"].lower(),
-        mode="disagg" if mode == "disagg" else "agg",
+        weights=format_name(text["weights"], model),
+        mode=mode,
         isl=counts["isl"] or 0,
         osl=counts["osl"] or 0,
         concurrency=counts["concurrency"] or 0,
@@ -295,6 +308,9 @@ def repaired(point: Point) -> Point:
 
     squared experts    tp > 8 and moe_tp = moe_ep > 1 and tp = moe_tp * moe_ep: sources that multiply the
                        degrees of one group; tp and ep are that degree, moe_tp is 1, GPUs follow
+    data parallel      attention_dp > 1 divides tp and the GPUs are tp * pp: labels of engines that count
+                       attention's ranks among tp's (of a pool: the two pools take tp GPUs a worker); tp is
+                       divided by them
     GPUs               must then be tp * pp * attention_dp (or what the two pools take)
 
     Raises ValueError with the reason where labels still contradict each other.
@@ -304,6 +320,7 @@ def repaired(point: Point) -> Point:
         degree, world = point.moe_ep, point.moe_ep * point.pp * point.attention_dp
         text = f"tp {point.tp} and moe_tp {point.moe_tp} count one group twice: tp = ep = {degree}"
         point = replace(point, tp=degree, moe_tp=1, gpus=world, repairs=(*point.repairs, text))
+    point = _dp_apart(point)
     if point.mode == "agg":
         wanted = point.tp * point.pp * point.attention_dp
         if point.gpus != wanted:
@@ -315,3 +332,21 @@ def repaired(point: Point) -> Point:
     if point.gpus != wanted:
         raise _Impossible(f"gpus = {point.gpus}, and the two pools take {wanted}")
     return point
+
+
+def _dp_apart(point: Point) -> Point:
+    if point.mode == "agg":
+        within = point.attention_dp > 1 and point.tp % point.attention_dp == 0
+        if not within or point.gpus != point.tp * point.pp:
+            return point
+        tp = point.tp // point.attention_dp
+        text = f"tp {point.tp} counts {point.attention_dp} attention ranks too: tp = {tp}"
+        return replace(point, tp=tp, repairs=(*point.repairs, text))
+    pools = [pool for pool in (point.prefill, point.decode) if pool is not None]
+    if all(pool.dp == 1 for pool in pools) or any(pool.tp % pool.dp for pool in pools):
+        return point
+    if point.gpus != sum(pool.workers * pool.tp for pool in pools):
+        return point
+    prefill, decode = (replace(pool, tp=pool.tp // pool.dp) for pool in pools)
+    text = f"the pools' tp count attention ranks too: tp = {prefill.tp} and {decode.tp}"
+    return replace(point, prefill=prefill, decode=decode, repairs=(*point.repairs, text))

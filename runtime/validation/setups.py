@@ -16,20 +16,8 @@ from planc.cost_model.shape import EngineShape, refusals
 from planc.cost_model.table import CostTable
 from planc.errors import PlancError
 from planc.runtime.validation.harness import Harness
+from planc.runtime.validation.names import architecture, model_name
 from planc.runtime.validation.points import Point, PoolLabel
-
-#: other names of the same architecture
-ALIASES = {
-    "deepseek-v3": "deepseek-r1",
-    "deepseek-v3.1": "deepseek-r1",
-    "llama-3.3-70b": "llama-3.1-70b",
-    "llama-3-70b": "llama-3.1-70b",
-    "llama-3-8b": "llama-3.1-8b",
-    "kimi-k2": "kimi-k2.5",
-}
-
-#: other names of the same weights
-FORMATS = {"fp4": "nvfp4", "int4": "w4a16", "fp8_block": "fp8", "bfloat16": "bf16", "float16": "fp16"}
 
 #: activations that go with weights which are no format of activations
 _BESIDE = {"mxfp4": ("mxfp8",)}
@@ -79,7 +67,8 @@ def model_folders(models: Sequence[str | Path] = ()) -> tuple[Path, ...]:
 
 
 def model_tables(folders: tuple[Path, ...]) -> Tables:
-    """Cost tables by model name: `<folder>/<name>.json`, or a path to a configuration."""
+    """Cost tables by model name: `<folder>/<name>.json`, the same under another spelling or of the same
+    architecture, or a path to a configuration."""
     from planc.passes.tabulate import load_table
 
     known: dict[str, CostTable] = {}
@@ -93,10 +82,13 @@ def model_tables(folders: tuple[Path, ...]) -> Tables:
 
 
 def _config(name: str, folders: tuple[Path, ...]) -> Path:
-    wanted = ALIASES.get(name, name)
-    for folder in folders:
-        for path in (folder / f"{wanted}.json", folder / wanted):
-            if path.exists():
+    for wanted in dict.fromkeys((name, architecture(name))):
+        for folder in folders:
+            for path in (folder / f"{wanted}.json", folder / wanted):
+                if path.exists():
+                    return path
+        for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+            if model_name(path.stem) == wanted:
                 return path
     path = Path(name)
     if path.exists() and (path.suffix == ".json" or path.is_dir()):
@@ -236,15 +228,10 @@ def _shape(
     )
 
 
-def format_of(weights: str) -> str:
-    """The catalogue's name of a checkpoint's format."""
-    return FORMATS.get(weights, weights)
-
-
 def _formats(weights: str, gpu: Gpu, profile: EngineProfile) -> tuple[str, str]:
     """(weights, activations) as this engine runs such a checkpoint on this GPU: both in the format where
     there are kernels for it, else the narrowest activations that belong to it, else what it lists first."""
-    weights = format_of(weights)
+    weights = "fp8" if weights == "fp8_block" else weights  # scales are the table's affair
     if weights not in formats():
         raise Unpredictable(f"weights '{weights}' is not a known format; known: {', '.join(formats())}")
     pairs = [pair for pair in profile.pairs(gpu) if pair[0] == weights]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from planc.cost_model import catalogue
-from planc.errors import UnknownField
+from planc.errors import PlancError, UnknownField
 from planc.files import whole
 from planc.runtime.validation.constants import Constants
 from planc.runtime.validation.fit import (
@@ -118,11 +118,11 @@ def prepare(
 
 def catalogue_names(point: Point) -> None:
     """Raises Unpredictable for a GPU or engine that the catalogue does not hold."""
-    if point.engine not in catalogue.engines():
-        raise Unpredictable(f"engine '{point.engine}' is not known")
-    known = catalogue.gpus()
-    if point.gpu not in known and all(point.gpu not in entry.aliases for entry in known.values()):
-        raise Unpredictable(f"GPU '{point.gpu}' is not known")
+    try:
+        catalogue.engine(point.engine)
+        catalogue.gpu(point.gpu)
+    except PlancError as error:
+        raise Unpredictable(str(error)) from None
 
 
 def measured(found: Setup) -> dict[str, float | None]:
