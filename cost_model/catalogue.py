@@ -222,6 +222,8 @@ class EngineProfile(Entry):
     expert_table         name of the measured table that prices routed experts ("engine/format" or
                          "engine/format/library"), where an engine was told to run other kernels than its
                          usual ones; None: the engine's own
+    fp8_gemm_backend     kernels of fp8 products with a scale per block that an engine was told to run
+                         ("flashinfer_trtllm": see `block_products`); None: its usual ones
     fused_activation_quant  formats whose quantization rides in the pointwise kernel before a product; after
                          attention, or for another format, it is a kernel of its own
     """
@@ -260,6 +262,7 @@ class EngineProfile(Entry):
     fuses_pointwise: bool
     overlaps_shared_experts: bool = False
     expert_table: str | None = None
+    fp8_gemm_backend: Literal["flashinfer_trtllm"] | None = None
     quantized_gather: tuple[str, ...] = ()
     fused_all_reduce: tuple[str, ...] = ()
     fused_activation_quant: tuple[str, ...]

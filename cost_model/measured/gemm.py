@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from planc.cost_model import block_products
 from planc.cost_model.catalogue import EngineProfile, Gpu, Provenance, gpus
 from planc.cost_model.features import Array
 from planc.cost_model.formats import fmt, product_precision
@@ -50,12 +51,14 @@ def prepare(
     specs: Sequence[Gemm], gpu: Gpu, engine: EngineProfile, roofline: Roofline
 ) -> Callable[[Array], Times]:
     """Takes m [R, N]. Measured specs are looked up once, as seconds over m; pricing is one interpolation."""
-    found = [find(spec, gpu, engine) for spec in specs]
+    told = {row for row, spec in enumerate(specs) if block_products.runs(spec, gpu, engine)}
+    found = [None if row in told else find(spec, gpu, engine) for row, spec in enumerate(specs)]
     curves = {
         row: _curve(spec, choice, gpu)
         for row, (spec, choice) in enumerate(zip(specs, found, strict=True))
         if choice is not None
     }
+    curves |= {row: (_KNOTS, ascending(block_products.seconds(_KNOTS, specs[row], gpu))) for row in told}
     rest = [row for row in range(len(specs)) if row not in curves]
     physics = roofline.gemm([specs[row] for row in rest])
     compute_from, launch_to = (
@@ -73,7 +76,8 @@ def prepare(
         seconds[m <= 0] = 0.0
         return Times(seconds, bound)
 
-    return Priced(price, tuple(roofline.source if choice is None else choice[1] for choice in found))
+    known: list[Provenance] = [roofline.source if choice is None else choice[1] for choice in found]
+    return Priced(price, tuple("fitted" if row in told else source for row, source in enumerate(known)))
 
 
 def find(spec: Gemm, gpu: Gpu, engine: EngineProfile) -> tuple[Table, Provenance] | None:

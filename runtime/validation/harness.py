@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from planc.cost_model import catalogue
+from planc.cost_model import block_products, catalogue
 from planc.errors import InvalidField, UnknownField
 from planc.runtime.validation.names import architecture
 from planc.runtime.validation.points import FLAGS, Point
@@ -46,6 +46,8 @@ class Harness:
     graphed_rows              rows up to which steps with prompts replay graphs; None: the engine's default
     expert_table              name of the measured table that stands for the routed experts' kernels which the
                               engine was told to run, e.g. sglang/fp8_block; None: its usual ones
+    fp8_gemm_backend          kernels of fp8 products with a scale per block that the engine was told to run,
+                              e.g. flashinfer_trtllm; None: its usual ones
     expert_parallel           whole experts on ranks although labels say otherwise; None: as labelled
     """
 
@@ -71,11 +73,15 @@ class Harness:
     prompt_ep: int | None = None
     graphed_rows: int | None = None
     expert_table: str | None = None
+    fp8_gemm_backend: str | None = None
     dependent_launch: bool = False
     keeps_connections: bool = False
 
 
 NAMES = tuple(item.name for item in fields(Harness))
+
+#: what flags of text may say
+_CHOICES = {"scheduling": ("mixed", "prefill_first"), "fp8_gemm_backend": (block_products.NAME,)}
 assert set(NAMES) == set(FLAGS)
 
 
@@ -106,14 +112,15 @@ def harness(point: Point, options: Mapping[str, Any] | None = None, *, rules: bo
         if name not in NAMES:
             raise UnknownField(where="harness", field=name, mend=f"Known: {', '.join(NAMES)}.")
     found = replace(found, **chosen)
-    if found.scheduling not in (None, "mixed", "prefill_first"):
-        raise InvalidField(
-            where="harness",
-            field="scheduling",
-            value=found.scheduling,
-            reason="is neither mixed nor prefill_first",
-            mend="Name one of them.",
-        )
+    for name, known in _CHOICES.items():
+        if getattr(found, name) not in (None, *known):
+            raise InvalidField(
+                where="harness",
+                field=name,
+                value=getattr(found, name),
+                reason=f"is not {' or '.join(known)}",
+                mend="Name one of them.",
+            )
     if not 0 < found.length_low <= found.length_high:
         raise InvalidField(
             where="harness",

@@ -117,18 +117,20 @@ def setup(point: Point, harness: Harness, tables: Tables) -> Setup:
     return Setup(point, harness, table, gpu, profile, fabric, decode, prefill)
 
 
-def told(harness: Harness) -> tuple[str | None, int | None]:
+def told(harness: Harness) -> tuple[str | None, str | None, int | None]:
     """What a launch script says of an engine's kernels and graphs."""
-    return harness.expert_table, harness.graphed_rows
+    return harness.expert_table, harness.fp8_gemm_backend, harness.graphed_rows
 
 
 def _told(profile: EngineProfile, harness: Harness) -> EngineProfile:
     """The engine's profile with that."""
-    table, rows = told(harness)
+    table, products, rows = told(harness)
     graphs = profile.cuda_graphs
     if rows is not None:
         graphs = graphs.model_copy(update={"piecewise": rows})
-    return profile.model_copy(update={"expert_table": table, "cuda_graphs": graphs})
+    return profile.model_copy(
+        update={"expert_table": table, "fp8_gemm_backend": products, "cuda_graphs": graphs}
+    )
 
 
 def _served(label: PoolLabel, harness: Harness) -> PoolLabel:
