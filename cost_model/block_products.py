@@ -8,7 +8,7 @@ rounds as its tiles fill the GPU; prompts take three to twelve times as long as 
 No table holds it. Tiles are those of FlashInfer's `select_kernel_fp8` (csrc/trtllm_gemm_runner.cu); times are
 read off two published runs on B200: [m, 7168] @ [7168, 576] takes 16.4 us up to 256 rows, and 28.7, 41.2 and
 63.5 us with 1024, 2048 and 4096 (sgl-project/sglang#13528), [m, 1024] @ [1024, 2048] takes 5.1 us up to 256
-rows and 8.7 us with 512 (NVIDIA/cutlass#2923). Of the first's largest product, [m, 7168] @ [7168, 24576], whose
+rows and 8.7 us with 512 (NVIDIA/cutlass#2923). Of the largest of the first, [m, 7168] @ [7168, 24576], whose
 weights outgrow the L2 cache, 2048 rows (1632 us) tell what it draws from memory; 256 rows are met within 8 %,
 8 rows are 43 % short (47 us).
 """
