@@ -60,9 +60,9 @@ class ExpertPlacement:
 
 
 def place_experts(load: ArrayLike, ranks: int, extra: int = 0) -> ExpertPlacement:
-    """Places experts with these loads [experts] on ranks of experts / ranks + extra slots each.
+    """Places experts with these loads [experts] on ranks of experts // ranks + extra slots each.
 
-    Raises InvalidField for loads that are none, experts that do not divide by the ranks, and more slots
+    Raises InvalidField for loads that are none, experts that have no slots for all, and more slots
     than copies can fill (a rank holds an expert once).
     """
     tokens = np.asarray(load, dtype=np.float64)
@@ -210,8 +210,10 @@ def _validate(tokens: Array, ranks: int, extra: int) -> None:
         raise wrong("load", tokens.shape, "not one number per expert", "Give the tokens of every expert.")
     if not (np.isfinite(tokens).all() and (tokens >= 0).all()):
         raise wrong("load", float(tokens.min()), "negative or no number", "Give counts of tokens.")
-    if ranks < 1 or tokens.size % ranks:
-        raise wrong("ranks", ranks, f"{tokens.size} experts do not divide by it", "Use a divisor.")
+    if ranks < 1 or (tokens.size % ranks and not extra):
+        raise wrong(
+            "ranks", ranks, f"{tokens.size} experts do not divide by it", "Use a divisor, or extra slots."
+        )
     if extra < 0 or (tokens.size // ranks + extra) > tokens.size:
         raise wrong("extra", extra, "a rank holds every expert once at most", "Use fewer extra slots.")
 

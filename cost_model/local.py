@@ -40,7 +40,7 @@ def factors(row: Row, shape: EngineShape) -> Factors:
     if kind == "experts":
         ranks = shape.tp * shape.dp
         width = shape.ep / ranks
-        slots = 1.0 + shape.copies * shape.ep / row.shard.units if row.shard.units else 1.0
+        slots = shape.slots(row.shard.units) * shape.ep / row.shard.units if row.shard.units else 1.0
         return Factors(1.0 / tp, slots / ranks, 1.0 / tp, 1.0 / tp, 1.0, n=width, tokens=float(shape.dp))
     if kind == "replicated" or tp == 1:
         return Factors(1.0, 1.0, 1.0, 1.0, 1.0)

@@ -176,7 +176,7 @@ def _grouped(
         top_k = max(round(flops / (2 * dims["k"] * dims["n"])), 1)
     width = factors(row, shape).n
     spec = GroupedGemm(
-        experts=experts / shape.ep + shape.copies,
+        experts=float(shape.slots(experts)),
         total_experts=experts,
         top_k=top_k,
         elements=work.weights * factors(row, shape).weights,

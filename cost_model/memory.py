@@ -17,6 +17,9 @@ from planc.cost_model.table import CostTable, LayerClass, Row
 
 MIB = 1024.0**2
 
+#: tokens that fused kernels of routed experts take at once: CHUNK_SIZE of SGLang's, twice vLLM's
+_CHUNK = 65536
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
@@ -87,12 +90,14 @@ class Contents:
     """What a shape puts on its GPUs whatever the batch limits.
 
     stages   of each pipeline stage: bytes of weights, cache by kind of layer, state bytes per sequence
-    widest   elements per token that the widest op holds at once
+    widest   elements per token that the widest op holds at once, routed experts apart
+    routed   elements per token that routed experts hold at once, the tokens of all attention ranks counted
     angles   bytes of the table of rotary sines and cosines
     """
 
     stages: tuple[tuple[Stage, float, tuple[Kept, ...], float], ...]
     widest: float
+    routed: float = 0.0
     angles: float = 0.0
 
 
@@ -108,8 +113,11 @@ def contents(table: CostTable, shape: EngineShape) -> Contents:
         )
         for stage in stages(table, shape)
     )
-    widest = max((_live(row, shape) for row in table.rows.get("prefill", ())), default=0.0)
-    return Contents(found, widest, rotary_bytes(table))
+    live: dict[bool, float] = {False: 0.0, True: 0.0}
+    for row in table.rows.get("prefill", ()):
+        routed = row.work.family == "grouped_gemm"
+        live[routed] = max(live[routed], _live(row, shape))
+    return Contents(found, live[False], live[True], rotary_bytes(table))
 
 
 def memory_map(
@@ -147,7 +155,7 @@ def memory_map(
         per_token = sum(k.bytes_per_token for k in kept)
         states = state * max_num_seqs
         logits = max_num_seqs if stage.last else 0
-        activations = activation_bytes(table, shape, profile, held.widest, max_num_batched_tokens, logits)
+        activations = activation_bytes(table, shape, profile, held, max_num_batched_tokens, logits)
         fixed = weights + activations + graphs + overhead + states
         limit = gpu.memory_bytes * share
         if profile.utilization_of == "free":
@@ -244,17 +252,20 @@ def state_bytes(table: CostTable, shape: EngineShape, counts: tuple[int, ...]) -
 
 
 def activation_bytes(
-    table: CostTable, shape: EngineShape, profile: EngineProfile, widest: float, tokens: int, logits_rows: int
+    table: CostTable, shape: EngineShape, profile: EngineProfile, held: Contents, tokens: int, logits: int
 ) -> float:
-    """Peak of live activations in a step of `tokens`: two residuals and the widest op's operands.
+    """Peak of live activations in a step of `tokens`: two residuals and the widest op's operands. Routed
+    experts get the tokens of all attention ranks, and work on at most `_CHUNK` of them at once.
 
     `activation_factor` covers what an allocator keeps beside them. Logits are fp32 for sampling, one
-    row per sequence, besides the head's own result.
+    row for each of `logits` sequences, besides the head's own result.
     """
     wide = fmt(unquantized(shape)).bytes
-    per_token = (widest + 2 * table.model.hidden) * tokens
-    logits = logits_rows * table.model.vocab * (4.0 + wide)
-    return profile.activation_factor * (per_token * wide + logits)
+    gathered = table.model.hidden * tokens * shape.dp if shape.dp > 1 and held.routed else 0.0
+    routed = held.routed * min(tokens * shape.dp, _CHUNK) + gathered
+    elements = max(held.widest * tokens, routed) + 2 * table.model.hidden * tokens
+    sampled = logits * table.model.vocab * (4.0 + wide)
+    return profile.activation_factor * (elements * wide + sampled)
 
 
 def rotary_bytes(table: CostTable) -> float:
@@ -269,9 +280,7 @@ def _live(row: Row, shape: EngineShape) -> float:
     """Elements per token that an op holds at once."""
     part, work = factors(row, shape), row.work
     if work.family == "grouped_gemm":  # the first product's rows, then the second's in their place
-        pairs = (
-            work.dims["top_k"] * shape.dp
-        )  # buffers hold all ranks' tokens, were they all for these experts
+        pairs = work.dims["top_k"]  # were they all for these experts
         width = work.dims["n"] * part.n
         return pairs * (max(width, work.dims["k"]) + width / 2)
     own = work.reads.terms.get("T", 0.0) * part.reads + work.writes.terms.get("T", 0.0) * part.writes

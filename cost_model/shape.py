@@ -24,7 +24,8 @@ class EngineShape:
               `planc.cost_model.parts` writes them: ("decoder:self_attn", "bf16/bf16"); or of one matrix, as
               checkpoints have them: ("decoder:self_attn.o_proj", "nvfp4/nvfp4")
     pipeline_layers   layers of each stage; () is the engine's even split
-    copies    slots of every rank for second copies of busy experts, with expert parallelism
+    copies    slots of every rank for second copies of busy experts, with expert parallelism, beside an even
+              share of the experts rounded down
     eager     True: no CUDA graphs
     """
 
@@ -42,6 +43,10 @@ class EngineShape:
     pipeline_layers: tuple[int, ...] = ()
     copies: int = 0
     eager: bool = False
+
+    def slots(self, experts: int) -> int:
+        """Experts that a group of ranks has room for, second copies included."""
+        return experts // self.ep + self.copies
 
     @property
     def world(self) -> int:
@@ -107,7 +112,7 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
             )
         elif shape.tp * shape.dp % shape.ep:
             say("ep", f"tp*dp = {shape.tp * shape.dp} ranks do not divide into {shape.ep} groups")
-        elif experts % shape.ep:
+        elif experts % shape.ep and not shape.copies:
             say("ep", f"{experts} experts do not divide by {shape.ep}")
     found.extend(_spread_refusals(shape, table, gpu, profile))
     if shape.copies and (shape.ep == 1 or shape.copies + experts // shape.ep > experts):

@@ -48,6 +48,7 @@ class Harness:
                               engine was told to run, e.g. sglang/fp8_block; None: its usual ones
     fp8_gemm_backend          kernels of fp8 products with a scale per block that the engine was told to run,
                               e.g. flashinfer_trtllm; None: its usual ones
+    redundant_experts         second copies of experts that an engine keeps; 0: as few as fill its ranks
     expert_parallel           whole experts on ranks although labels say otherwise; None: as labelled
     """
 
@@ -74,6 +75,7 @@ class Harness:
     graphed_rows: int | None = None
     expert_table: str | None = None
     fp8_gemm_backend: str | None = None
+    redundant_experts: int = 0
     dependent_launch: bool = False
     keeps_connections: bool = False
 

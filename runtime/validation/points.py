@@ -43,6 +43,7 @@ FLAGS: Mapping[str, type] = {
     "prompt_ep": int,
     "graphed_rows": int,
     "expert_table": str,
+    "redundant_experts": int,
     "fp8_gemm_backend": str,
     "dependent_launch": bool,
 }

@@ -227,7 +227,13 @@ def _shape(
         activations=activations,
         kv=kv if kv in kinds or not kinds else kinds[0],
         formats=checkpoints.kept(table, weights),
+        copies=_copies(table.model.experts, ep, harness.redundant_experts),
     )
+
+
+def _copies(experts: int, ep: int, redundant: int) -> int:
+    """Slots of a rank beyond an even share: for so many copies, or for experts that ranks do not divide."""
+    return math.ceil((experts + redundant) / ep) - experts // ep if ep > 1 else 0
 
 
 def _formats(weights: str, gpu: Gpu, profile: EngineProfile) -> tuple[str, str]:
