@@ -2,8 +2,8 @@
 
     python benchmarks/expert_placement.py [--experts 256] [--layers 16]
 
-Popularity follows the power law that routed experts are priced by where nothing was counted
-(`planc.cost_model.routing`), at 4096 tokens.
+Popularity follows the law by which routed experts are priced where nothing was counted
+(`planc.cost_model.routing.usual`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from planc.cost_model.expert_placement import contiguous, place_experts
-from planc.cost_model.routing import SKEW
-
-_TOKENS = 4096
-
-
-def popularity(seed: int, experts: int) -> np.ndarray:
-    power = 1.0 - SKEW
-    high = (0.8 * _TOKENS) ** power
-    found: np.ndarray = ((high - 1.0) * np.random.default_rng(seed).random(experts) + 1.0) ** (1.0 / power)
-    return found
+from planc.cost_model.routing import usual
 
 
 def main() -> None:
@@ -38,7 +29,7 @@ def main() -> None:
     columns = ("in order", "placed", "1 extra", "2 extra", "over bound", "ms")
     print(f"{'ranks':>5}" + "".join(f"{name:>11}" for name in columns))
     for ranks in (ranks for ranks in (8, 16, 32, 64) if options.experts % ranks == 0):
-        loads = [popularity(seed, options.experts) for seed in range(options.layers)]
+        loads = usual(options.experts).counts[: options.layers]
         ordered = np.mean([contiguous(load, ranks).imbalance for load in loads])
         started = time.perf_counter()
         placed = [[place_experts(load, ranks, extra) for load in loads] for extra in (0, 1, 2)]

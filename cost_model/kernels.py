@@ -55,7 +55,7 @@ class GroupedGemm:
     hidden, inner     elements of a pair's vector that enters and leaves, and of what lies between the
                       products (this rank's share of the width)
     ranks             EP ranks that experts are spread over whole; 1 where they are divided by width
-    load              how often each expert is chosen, where that was counted
+    load              how often each expert is chosen in service; None: as tables were timed
     copies            of this rank's slots, how many more there are than experts over ranks
     """
 

@@ -16,7 +16,7 @@ from planc.cost_model.fused import chosen, fused
 from planc.cost_model.kernels import Attention, Gemm, GroupedGemm, Part
 from planc.cost_model.local import activation_format, factors, unquantized, weight_format
 from planc.cost_model.rank_ops import Kernel, parts, per_token
-from planc.cost_model.routing import ExpertLoad
+from planc.cost_model.routing import ExpertLoad, usual
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable, Row
 from planc.ir.work import NONE, Amount
@@ -186,7 +186,7 @@ def _grouped(
         weights=weights,
         activations=acts,
         ranks=shape.ep,
-        load=load,
+        load=load or usual(experts),
         copies=shape.copies,
     )
     return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))

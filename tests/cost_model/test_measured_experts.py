@@ -13,7 +13,7 @@ from planc.cost_model.kernels import GroupedGemm, Priced
 from planc.cost_model.measured import experts
 from planc.cost_model.profile import Profile, Table, TableInfo
 from planc.cost_model.roofline import Roofline
-from planc.cost_model.routing import TOKENS, routed
+from planc.cost_model.routing import TOKENS, ExpertLoad, routed, usual
 
 KERNEL = ExpertKernel(20.0, 0.0, 0.1, 5.0, 3.0, 3.0, 0.0, 0.8, 0.5)
 PEAKS = {"weight_bytes": 2.0, "bytes_s": 4.8e12, "flops_s": 9.9e14}
@@ -86,6 +86,33 @@ def test_skew_leaves_experts_idle_that_even_routing_would_touch() -> None:
     found = routed(256, 8)
     even = 256 * (1 - (1 - 8 / 256) ** 64)
     assert found.touched[np.flatnonzero(TOKENS == 64)[0]] < 0.9 * even
+
+
+def test_served_routers_spread_as_measured() -> None:
+    four = routed(256, 8, 4, usual(256))
+    at = np.searchsorted(TOKENS, 1024)
+    assert four.pairs[at] / (TOKENS[at] * 8 / 4) == pytest.approx(1.35, abs=0.02)
+
+
+def test_served_routers_touch_more_experts_with_every_token_and_none_at_once() -> None:
+    served, timed = routed(128, 4, load=usual(128)), routed(128, 4)
+    steps = lambda found: np.diff(np.log(found.touched)) / np.diff(np.log(TOKENS))  # noqa: E731
+    crowded = TOKENS[1:] <= 256
+    assert np.max(np.diff(steps(served)[crowded])) < 0.2  # each token finds fewer new ones
+    assert np.max(np.diff(steps(timed)[crowded])) > 0.5  # where tables' law changes
+
+
+def test_the_most_touched_rank_need_not_have_most_pairs() -> None:
+    hot = np.ones((1, 16))
+    hot[0, 0] = 1e6  # every token takes it
+    found = routed(16, 2, 2, ExpertLoad(hot, placed=False))
+    two = np.searchsorted(TOKENS, 64)
+    assert found.pairs[two] == pytest.approx(64 * (1 + 7 / 15), rel=0.05)
+    assert found.touched[two] == pytest.approx(8)
+
+
+def test_served_experts_need_not_divide_by_the_ranks() -> None:
+    assert np.all(routed(60, 4, 8, usual(60)).touched <= 8)
 
 
 def test_draws_are_the_same_every_time() -> None:
