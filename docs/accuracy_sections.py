@@ -95,8 +95,9 @@ def offline(results: Results, plots: Path) -> list[str]:
     found = results["offline"]
     total, whole, each = found["total"], found["choice_instance"], found["choice_per_gpu"]
     lines = [
-        f"{total['n']} of {total['n'] + len(found['unpredicted'])} rows, nothing fitted to them; two round "
-        "numbers were chosen with them in view, Grace's `host_slowdown` and the energy of fp4 products. "
+        f"{total['n']} of {total['n'] + len(found['unpredicted'])} rows, nothing fitted to them; three round "
+        "numbers were chosen with them in view, Grace's `host_slowdown`, TensorRT-LLM's `hidden_sequence_us` "
+        "and the energy of fp4 products. "
         f"Throughput median {figure(total['median_ape'])} %, mean {figure(total['mape'])} %, bias "
         f"{figure(total['bias'], sign=True)} %. Among the parallel shapes that were measured for one model, "
         "GPU and pair of lengths, the one predicted best is the best or within 2 % of it in "

@@ -164,6 +164,8 @@ class _StageTables:
         few, many = self._ask(StepLoad(0, 0, np.array([1.0, self.piecewise + 1.0]), 1), "launches")
         self.launches, self.launches_between_graphs = float(many), float(few)
         host, longer, split, seated = (float(x) for x in self._ask(probe, "host"))
+        _, once, twice, _ = (float(x) for x in self._ask(probe, "launches"))
+        self.hidden = twice - once
         self.per_row, self.per_chunk, self.per_seq = (longer - host) / 1000, split - longer, seated - longer
         self.fixed = host - self.per_row - self.per_chunk
         self.shared = Curve(lambda rows: self._ask(StepLoad(0, 0, rows, 1), "shared"))
@@ -188,7 +190,7 @@ class _StageTables:
         device += (self.factor - 1.0) * max(device - alone, 0.0) + self.beside * decode
         host = self.fixed + self.per_row * rows + self.per_chunk * count + self.per_seq * seqs
         launches = self.launches_between_graphs if rows <= self.piecewise else self.launches
-        return max(device, launches) + host
+        return max(device, launches + self.hidden * (seqs + count - 1)) + host
 
     def verified(self, seqs: int, draft: int) -> float:
         """What verifying so many drafted tokens of each sequence adds to a step without prompts."""

@@ -206,6 +206,20 @@ def test_graphs_pad_the_batch_and_spare_launches(model: Make) -> None:
     assert eager > 1.5 * graphed
 
 
+def test_a_hosts_time_per_sequence_runs_beside_kernels_but_not_with_stages() -> None:
+    slow = catalogue.engine("trtllm").model_copy(update={"hidden_sequence_us": 20.0, "per_sequence_us": 3.0})
+    fast = slow.model_copy(update={"hidden_sequence_us": 0.0})
+    made = EngineShape("trtllm", "h100_sxm")
+    step = lambda profile, load, **shape: float(  # noqa: E731
+        StepModel(TINY, replace(made, **shape), H100, Fabric(8), profile).seconds(load)
+    )
+    many, few = StepLoad(2000, 64), StepLoad(2, 64)
+    assert step(fast, many) < 2000 * 20e-6 < step(slow, many)
+    assert step(slow, few) == step(fast, few)
+    assert step(slow, many, pp=2) == step(fast, many, pp=2)
+    assert step(slow, many) - step(slow.offline(), many) == pytest.approx(2000 * 3e-6)
+
+
 def test_short_prompts_replay_graphs_between_attentions(model: Make) -> None:
     step = model(llama8b(), tp=4)
     most = step.profile.cuda_graphs.piecewise

@@ -57,6 +57,14 @@ def test_look_ups_are_within_a_percent(table: CostTable, gpu: str, shape: dict[s
         assert error.max() < 0.02
 
 
+def test_hosts_that_take_longer_than_kernels() -> None:
+    step = model(llama8b(), "gb200", FP8, engine="trtllm")
+    seqs, context, chunks = 3000, 200.0, 10
+    wanted = step.seconds(StepLoad(seqs, context, 128 * chunks, chunks))
+    assert wanted > 1.3 * step.pieces(StepLoad(seqs, context, 128 * chunks, chunks)).device[0, 0]
+    assert Clock(step).mixed(seqs, context, [(128, 0)] * chunks)[0] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_a_line_is_the_time_of_every_step_on_it() -> None:
     clock = Clock(model(llama8b(), "h100_sxm", {}))
     line = clock.line(40, 1500.5)
