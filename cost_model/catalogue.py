@@ -153,6 +153,7 @@ class Serving(Entry):
     first_token        of a request whose prompt another engine computed: the client has it from that engine
                        ("prefill"), when decoding begins ("decode"), or after one more step that computes
                        it again ("again")
+    keeps_seat         a prompt that another engine decodes keeps its seat until its cache has been fetched
     handover_pp        roles whose engines may have pipeline stages where prompts and decoding are apart;
                        None: the engine does not keep them apart
     request_ms         a request's way to the scheduler: network, tokenizer, admission; None as in the
@@ -169,6 +170,7 @@ class Serving(Entry):
     recv_interval: int = Field(default=1, ge=1)
     stream_us: float = Field(default=0.0, ge=0)
     first_token: Literal["prefill", "decode", "again"] = "prefill"
+    keeps_seat: bool = False
     handover_pp: tuple[Literal["prefill", "decode"], ...] | None = None
     request_ms: float | None = Field(default=None, ge=0)
     source: str
@@ -222,6 +224,7 @@ class EngineProfile(Entry):
     fuses_pointwise      plain pointwise ops (casts, residual sums) ride in neighbouring kernels
     custom_all_reduce    its own kernel for messages up to `custom_all_reduce_max_mib`: see `collectives.Own`
     fused_all_reduce     architectures on which the norm after an all-reduce rides in it
+    experts_route        architectures on which routed experts, as timed, choose the experts too
     expert_table         name of the measured table that prices routed experts ("engine/format" or
                          "engine/format/library"), where an engine was told to run other kernels than its
                          usual ones; None: the engine's own
@@ -269,6 +272,7 @@ class EngineProfile(Entry):
     fp8_gemm_backend: Literal["flashinfer_trtllm"] | None = None
     quantized_gather: tuple[str, ...] = ()
     fused_all_reduce: tuple[str, ...] = ()
+    experts_route: tuple[str, ...] = ()
     fused_activation_quant: tuple[str, ...]
     archs: Mapping[str, Support]
     source: str

@@ -17,6 +17,7 @@ from planc.cost_model.intensity import Done, done
 from planc.cost_model.kernels import (
     BOUNDS,
     LINK,
+    GroupedGemm,
     KernelCosts,
 )
 from planc.cost_model.local import is_layer, stages, unquantized
@@ -209,6 +210,21 @@ class StepModel:
         for item, row in zip(self.layers.collectives, links, strict=True):
             device[order[item.layer_class]] += factor * item.calls * row
         return device, launches
+
+    def joint_seconds(self, load: StepLoad) -> Array:
+        """What a step takes because of the tokens of all attention ranks, s, [N]: routed experts and the
+        exchanges around them."""
+        flat = load.arrays()
+        times, links = self.layers.times(flat)
+        counts = dict(zip((cls.name for cls in self.table.classes), self._counts(), strict=True))
+        found = np.zeros(flat.size)
+        for kernel, index in zip(self.layers.kernels, self.layers.index, strict=True):
+            if isinstance(kernel.spec, GroupedGemm):
+                found += times.seconds[index] * kernel.calls * counts[kernel.layer_class]
+        for item, row in zip(self.layers.collectives, links, strict=True):
+            if item.ranks > self.shape.tp:
+                found += row * item.calls * counts[item.layer_class]
+        return self.profile.kernel_factor * found
 
     def _per_launch(self, load: Load) -> Array:
         """Host seconds per kernel, [N]: none where the step replays a graph."""

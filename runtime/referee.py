@@ -143,6 +143,7 @@ class Simulation:
             transfer_s=lambda tokens: whole(math.ceil(tokens / _TOKENS)),
             weights=(first_weights, second_weights),
             first_token=source.profile.serving.first_token,
+            keeps_seat=source.profile.serving.keeps_seat,
             seed=self.seed,
         )
         return _settled(records, label, flow)

@@ -39,6 +39,7 @@ class Scheduler:
         self._prefilling: list[Sequence] = []
         self._arrivals = 0
         self.ranked = False
+        self.withheld = 0  # seats of prompts that were computed here and whose cache is still to be fetched
         self._ahead = 0  # tokens of each member, between plan and commit, whose blocks are taken
         self._batch = Batch()
         self._grows = limits.reserved_output < 1
@@ -147,7 +148,7 @@ class Scheduler:
         New arrivals may end the run earlier; then `commit` fewer."""
         if not batch.plain:
             return 1
-        seats = len(self._running) < self.limits.max_num_seqs
+        seats = len(self._running) + self.withheld < self.limits.max_num_seqs
         if seats and self._waiting and self._reserve.restless(self.decoding.steps, self.cache.block_size):
             return 1
         steps = self.decoding.steps_for(self.decoding.until_end())
@@ -211,8 +212,9 @@ class Scheduler:
         """Waiting sequences take seats while seats, budget and cache last, in order."""
         limits = self.limits
         most = limits.prompts_per_step or limits.max_num_seqs
+        seats = limits.max_num_seqs - self.withheld
         passed_over = []
-        while self._waiting and budget > 0 and len(self._running) < limits.max_num_seqs and most:
+        while self._waiting and budget > 0 and len(self._running) < seats and most:
             sequence = self._waiting[0][2]
             if self._adapters.full_for(sequence.adapter):
                 passed_over.append(heappop(self._waiting))

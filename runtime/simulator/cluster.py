@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from planc.runtime.simulator.load import Load
 from planc.runtime.simulator.records import Records, Timeline
-from planc.runtime.simulator.replica import Finished, Journal, Replica, Sent, Server, check
+from planc.runtime.simulator.replica import (
+    Finished,
+    Journal,
+    Planned,
+    Replica,
+    Sent,
+    Server,
+    check,
+)
 from planc.runtime.simulator.router import Router, Target, router
 from planc.runtime.simulator.simulate import Requests
 
@@ -104,6 +112,26 @@ class Front:
         heappush(self._answers, (at, where, prompt))
 
 
+@dataclass(frozen=True, slots=True)
+class Lockstep:
+    """Attention ranks of one engine that computes prompts. They meet in every layer, so that all begin and
+    end their steps together, those with nothing to do included.
+
+    ranks     their replicas' numbers
+    joint_s   seconds for each token of any of them (routed experts, and the exchanges around them), which
+              a rank's own clock counts as if all ranks had as many tokens as it has
+    """
+
+    ranks: range
+    joint_s: float
+
+    def seconds(self, planned: Sequence[Planned]) -> float:
+        """The common step, of the ranks that have something to run."""
+        most = max(planned, key=lambda one: one.seconds)
+        missing = len(self.ranks) * most.prompt_tokens - sum(one.prompt_tokens for one in planned)
+        return most.seconds - self.joint_s * max(missing, 0)
+
+
 class Cluster:
     """The event loop: whichever comes first of arrivals, other events, and the replicas' next steps.
 
@@ -120,6 +148,7 @@ class Cluster:
         self._at = [math.inf] * len(replicas)
         self._stuck: set[int] = set()
         self._number = count()
+        self.lockstep: dict[int, Lockstep] = {}
 
     def arrive(self, sent: Sent) -> None:
         raise NotImplementedError
@@ -171,16 +200,45 @@ class Cluster:
             until = soon
             if self.coupled and ready:
                 until = min(soon, max(ready[0][0] + self.alone(where), now + _MOMENT))
-            self._at[where] = math.inf
-            replica = self.replicas[where]
-            queued = replica.scheduler.queued
-            answers = replica.step(until)
-            if replica.now == now and replica.scheduler.queued == queued and not answers:
-                self._stuck.add(where)  # the cache has no room for what waits
+            crew = self.lockstep.get(where)
+            ran = self._in_step(crew, now, until) if crew else [(where, self._alone(where, now, until))]
+            for one, answers in ran:
+                for found in answers:
+                    self.answer(one, found)
+
+    def _alone(self, where: int, now: float, until: float) -> list[Finished]:
+        """Runs one replica until its next event."""
+        self._at[where] = math.inf
+        replica = self.replicas[where]
+        queued = replica.scheduler.queued
+        answers = replica.step(until)
+        if replica.now == now and replica.scheduler.queued == queued and not answers:
+            self._stuck.add(where)  # there is no room for what waits
+        else:
+            self.touched(where)
+        return answers
+
+    def _in_step(self, crew: Lockstep, now: float, until: float) -> list[tuple[int, list[Finished]]]:
+        """Runs the next step of the ranks of one engine."""
+        planned: dict[int, Planned] = {}
+        for rank in [rank for rank in crew.ranks if self._at[rank] <= now]:
+            self._at[rank] = math.inf
+            found = self.replicas[rank].plan(until)
+            if found and found.batch.chunks:
+                planned[rank] = found
             else:
-                self.touched(where)
-            for found in answers:
-                self.answer(where, found)
+                self._stuck.add(rank)
+        if not planned:
+            return []
+        seconds, ran = crew.seconds(list(planned.values())), []
+        for rank in crew.ranks:
+            replica = self.replicas[rank]
+            if rank in planned:
+                ran.append((rank, replica.run(planned[rank]._replace(seconds=seconds, last=seconds))))
+            else:
+                replica.idle(now + seconds)
+            self.touched(rank)
+        return ran
 
 
 class Aggregated(Cluster):

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planc.runtime.simulator.cluster import Clients, Cluster, Front, fronted, sending, together
+from planc.runtime.simulator.cluster import Clients, Cluster, Front, Lockstep, fronted, sending, together
 from planc.runtime.simulator.load import Load
 from planc.runtime.simulator.records import Records
 from planc.runtime.simulator.replica import Finished, FirstToken, Journal, Replica, Sent, Server
+from planc.runtime.simulator.router import Router
 
 #: seconds that so many tokens' cache takes from one replica to another: (source, target, tokens)
 Transfer = Callable[[int, int, int], float]
@@ -38,6 +39,7 @@ class Disaggregated(Cluster):
     """`replicas` are the prefilling ones, then the decoding ones, then those that do both; each pool has its
     router. Requests go to the one or the other way in turn, by the shares of their replicas.
 
+    keeps_seat              a prompt keeps its seat until its cache has been fetched
     served_by, decoded_by   the replica that had each request first, and the decoding one (-1 for none)
     shortest_s              no prompt is computed in less time: so long a decoding replica runs by itself
     """
@@ -54,6 +56,7 @@ class Disaggregated(Cluster):
         first_token: FirstToken = "prefill",
         shortest_s: float = 0.0,
         whole: Front | None = None,
+        keeps_seat: bool = False,
     ) -> None:
         both = list(whole.replicas) if whole else []
         super().__init__([*prefill.replicas, *decode.replicas, *both], clients)
@@ -61,7 +64,7 @@ class Disaggregated(Cluster):
         self._turns = [0, 0]
         self.prefill, self.decode, self.journal, self.transfer_s = prefill, decode, journal, transfer_s
         self.first, self.first_token = len(prefill.replicas), first_token
-        self.shortest_s = shortest_s
+        self.shortest_s, self.keeps_seat = shortest_s, keeps_seat
         self.served_by = np.full(journal.requests, -1, dtype=np.int32)
         self.decoded_by = np.full(journal.requests, -1, dtype=np.int32)
         self._open: dict[int, Sent] = {}
@@ -115,6 +118,7 @@ class Disaggregated(Cluster):
         replica = self.replicas[where]
         held = min(replica.cache.blocks_for(sent.prompt), replica.cache.free_blocks)
         replica.cache.take(held)
+        replica.scheduler.withheld += self.keeps_seat
         self._noted[found.id] = (self.journal.preemptions[found.id], self.journal.hit[found.id])
         target = self.decode.choose(sent._replace(at=found.at))
         self.decoded_by[found.id] = target
@@ -158,6 +162,7 @@ class Disaggregated(Cluster):
     def _arrived(self, hand: Handover, target: int, blocks: int, at: float) -> None:
         source, replica = self.replicas[hand.source], self.replicas[self.first + target]
         source.cache.give(hand.held)
+        source.scheduler.withheld -= self.keeps_seat
         replica.cache.give(blocks)
         self._coming[target] -= 1
         replica.resume(hand.sent._replace(at=at), hand.made, self.first_token)
@@ -173,31 +178,42 @@ def simulate_disaggregated(
     transfer_s: Callable[[int], float],
     weights: tuple[Sequence[float], Sequence[float]] | None = None,
     router: str = "least_loaded",
+    prompt_router: Router | None = None,
     first_token: FirstToken = "prefill",
+    keeps_seat: bool = False,
+    lockstep: Sequence[Lockstep] = (),
     seed: int = 0,
 ) -> Records:
     """Serves a load on two pools; `transfer_s` prices the hand-over of so many tokens' cache; `weights` are
-    the servers' shares of the traffic, equal ones where there are none; `first_token` is as in an engine's
-    profile."""
+    the servers' shares of the traffic, equal ones where there are none; `prompt_router` is for prompts,
+    where it is another one; `first_token` and `keeps_seat` are as in an engine's profile; `lockstep` tells
+    which of the prefilling servers are attention ranks of one engine."""
     prompt, output = load.lengths(seed)
     journal = Journal(load.requests)
     prefill = [Replica(server, journal, prefix_block=load.prefix_block) for server in prefill_servers]
     decode = [Replica(server, journal) for server in decode_servers]
     shares = weights or ([1.0] * len(prefill), [1.0] * len(decode))
+    front = fronted(router, prefill, shares[0], seed, load.prefix_block)
+    if prompt_router is not None:
+        front.policy = prompt_router
     run = Disaggregated(
         sending(load, journal, prompt.tolist(), output.tolist()),
-        fronted(router, prefill, shares[0], seed, load.prefix_block),
+        front,
         fronted(router, decode, shares[1], seed, 0),
         journal,
         lambda source, target, tokens: transfer_s(tokens),
         first_token,
-        _shortest(prefill_servers, prompt) if load.prefix is None else 0.0,
+        _shortest(prefill_servers, prompt, lockstep) if load.prefix is None else 0.0,
+        keeps_seat=keeps_seat,
     )
+    for crew in lockstep:
+        run.lockstep |= dict.fromkeys(crew.ranks, crew)
     run.run()
     return together(run.replicas, journal, prompt, output, load.concurrency or 0)
 
 
-def _shortest(servers: Sequence[Server], prompt: NDArray[np.int64]) -> float:
+def _shortest(servers: Sequence[Server], prompt: NDArray[np.int64], lockstep: Sequence[Lockstep]) -> float:
     """Seconds of the shortest prompt by itself on the fastest engine; no budget makes it shorter."""
     least = int(prompt.min())
-    return min(server.clock.mixed(0, 0.0, [(least, 0)])[0] for server in servers)
+    spared = max((crew.joint_s * (len(crew.ranks) - 1) * least for crew in lockstep), default=0.0)
+    return min(server.clock.mixed(0, 0.0, [(least, 0)])[0] for server in servers) - spared

@@ -220,9 +220,10 @@ def replay(
     else:
         move = _transfer(prefill, decode, groups)
         first_token = catalogue.engine(decode[0].plan.engine).serving.first_token
+        keeps_seat = catalogue.engine(prefill[0].plan.engine).serving.keeps_seat
         fronts = front(prefill, 0), front(decode, len(prefill))
         both = front(whole, len(prefill) + len(decode)) if whole else None
-        run = Disaggregated(clients, *fronts, journal, move, first_token, whole=both)
+        run = Disaggregated(clients, *fronts, journal, move, first_token, whole=both, keeps_seat=keeps_seat)
     run.run()
     count = len(admission.rows)
     if not count:

@@ -52,6 +52,21 @@ class Finished(NamedTuple):
     at: float
 
 
+class Planned(NamedTuple):
+    """A step to run, or a run of plain ones: how many, all their seconds, those of the last, and what passes
+    from the end of a prompt's own part of a pipelined step until it is through."""
+
+    batch: Batch
+    steps: int
+    seconds: float
+    last: float
+    drain: float
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(chunk.tokens for chunk in self.batch.chunks)
+
+
 @dataclass(slots=True)
 class Journal:
     """Times of all requests, by id; several replicas may write into one."""
@@ -181,25 +196,30 @@ class Replica:
 
         Idle, it waits for the first request offered, but not past `until`.
         """
+        planned = self.plan(until)
+        return self.run(planned) if planned else []
+
+    def plan(self, until: float = math.inf) -> Planned | None:
+        """What `step` would run from `now` on; None where it has nothing to run."""
         if not self._listen(until):
-            return []
-        scheduler, start = self.scheduler, self.now
-        batch = scheduler.plan()
-        blocks = self.cache.blocks
-        taken = (blocks - self.cache.free_blocks) / blocks
-        seated, queued = scheduler.seated, scheduler.queued
-        steps, drain = 1, 0.0
+            return None
+        batch = self.scheduler.plan()
         if batch.plain and batch.decodes:
-            steps, seconds, last = self._run(batch, until)
-        else:
-            seconds, drain = self._one(batch)
-            last = seconds
+            return Planned(batch, *self._run(batch, until), 0.0)
+        seconds, drain = self._one(batch)
+        return Planned(batch, 1, seconds, seconds, drain)
+
+    def run(self, planned: Planned) -> list[Finished]:
+        """Runs it."""
+        batch, steps, seconds, last, drain = planned
+        scheduler, start, blocks = self.scheduler, self.now, self.cache.blocks
+        taken = (blocks - self.cache.free_blocks) / blocks
+        self.timeline.add(start, seconds, (1.0, scheduler.seated, scheduler.queued, taken))
         self._sent = self._sent_after(batch.decodes, steps, seconds)
         self.now = start + seconds
         self._decided = self.now - last if self.rules.asynchronous else self.now
         self.steps += steps
         self.events += 1
-        self.timeline.add(start, seconds, (1.0, seated, queued, taken))
         for victim in batch.preempted:
             self._silent[victim.id] = start
         finished = scheduler.commit(batch, steps)

@@ -71,6 +71,25 @@ class LeastLoaded:
 
 
 @dataclass(slots=True)
+class RandomRank:
+    """Engines in turn, and any of an engine's `ranks`: where a number drawn for each request decides
+    (SGLang's follow_bootstrap_room)."""
+
+    ranks: int
+    seed: int = 0
+    engines: int = 0
+    random: random.Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    def choose(self, targets: Sequence[Target], prompt: int, blocks: Sequence[int]) -> int:
+        first = self.engines * self.ranks % len(targets)
+        self.engines += 1
+        return first + self.random.randrange(self.ranks)
+
+
+@dataclass(slots=True)
 class PowerOfTwo:
     """The less loaded of two drawn at random (Mitzenmacher, 2001)."""
 

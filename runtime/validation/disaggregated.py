@@ -1,7 +1,7 @@
 """Prefill and decode pools of a measured point in the simulator: its schedulers, or an equal share of them.
 
-Where both pools have a common factor of schedulers, they are that many deployments side by side, each with
-its share of the clients; one of them is simulated.
+Where prefilling engines and decoding schedulers have a common factor, they are that many deployments side by
+side, each with its share of the clients; one of them is simulated.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import replace
 
 from planc.cost_model.collectives import transfer_seconds
 from planc.runtime.simulator import Load, Records, Server
+from planc.runtime.simulator.cluster import Lockstep
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
+from planc.runtime.simulator.router import LeastLoaded, RandomRank, RoundRobin, Router
 from planc.runtime.validation.setups import Engine, Setup
 
 #: seats of a decode scheduler, where none are stated, over its even share of the clients: a router does not
@@ -21,28 +23,41 @@ _SEATS = 4
 
 def slices(setup: Setup, prefill: Engine) -> int:
     """Equal deployments that both pools divide into."""
-    return math.gcd(_schedulers(prefill), _schedulers(setup.decode))
+    return math.gcd(prefill.workers, _schedulers(setup.decode))
 
 
 def simulate_pools(
-    setup: Setup, prefill: Engine, prompts: Server, decodes: Server, load: Load, seed: int
+    setup: Setup, prefill: Engine, prompts: Server, decodes: Server, load: Load, joint_s: float, seed: int
 ) -> Records:
-    """Requests of one slice's clients; `prompts` and `decodes` are a scheduler of each pool."""
-    share = slices(setup, prefill)
-    most = max(prefill.budget // max(int(setup.harness.length_low * setup.point.isl), 1), 1)
-    prompts = _seated(prompts, most)
+    """Requests of one slice's clients; `prompts` and `decodes` are a scheduler of each pool, `joint_s` as in
+    `Lockstep`."""
+    share, ranks = slices(setup, prefill), prefill.shape.dp
+    fit = prefill.budget // max(int(setup.harness.length_low * setup.point.isl), 1)
+    prompts = _seated(prompts, setup.harness.prompt_seats or fit + 1)
     if setup.harness.max_num_seqs is None:
         decodes = _seated(decodes, _SEATS * decodes.rules.max_num_seqs)
     wire = setup.fabric.outer(setup.gpu)
     per_token = float(prefill.memory.kv_bytes_per_token)
+    count = _schedulers(prefill) // share
+    crews = [Lockstep(range(first, first + ranks), joint_s) for first in range(0, count, ranks)]
     return simulate_disaggregated(
-        [prompts] * (_schedulers(prefill) // share),
+        [prompts] * count,
         [decodes] * (_schedulers(setup.decode) // share),
         load,
         transfer_s=lambda tokens: float(transfer_seconds(per_token * tokens, wire)),
+        prompt_router=_router(setup.harness.prompt_router, ranks, seed),
         first_token=setup.profile.serving.first_token,
+        keeps_seat=setup.profile.serving.keeps_seat,
+        lockstep=crews if ranks > 1 else (),
         seed=seed,
     )
+
+
+def _router(name: str | None, ranks: int, seed: int) -> Router:
+    """How prompts find an attention rank."""
+    if name == "random_rank":
+        return RandomRank(ranks, seed)
+    return RoundRobin() if name == "round_robin" else LeastLoaded()
 
 
 def _schedulers(engine: Engine) -> int:

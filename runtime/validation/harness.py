@@ -41,6 +41,10 @@ class Harness:
     gpu_memory_utilization    None for the engine's default
     speculative               name of the method, None for none; planc predicts without it
     dependent_launch          kernels start before those before them end (programmatic dependent launch)
+    prompt_seats              prompts that a scheduler of the prefill pool holds at once; None: those of a
+                              step, and one more
+    prompt_router             how prompts find one of its attention ranks: "round_robin", "random_rank"; None:
+                              the least loaded
     prompt_dp, prompt_ep      attention dp and expert parallelism of prefilling engines although labels say
                               otherwise; None: as labelled
     graphed_rows              rows up to which steps with prompts replay graphs; None: the engine's default
@@ -71,6 +75,8 @@ class Harness:
     speculative: str | None = None
     expert_parallel: bool | None = None
     prompt_dp: int | None = None
+    prompt_seats: int | None = None
+    prompt_router: str | None = None
     prompt_ep: int | None = None
     graphed_rows: int | None = None
     expert_table: str | None = None
@@ -83,7 +89,11 @@ class Harness:
 NAMES = tuple(item.name for item in fields(Harness))
 
 #: what flags of text may say
-_CHOICES = {"scheduling": ("mixed", "prefill_first"), "fp8_gemm_backend": (block_products.NAME,)}
+_CHOICES = {
+    "scheduling": ("mixed", "prefill_first"),
+    "fp8_gemm_backend": (block_products.NAME,),
+    "prompt_router": ("round_robin", "random_rank"),
+}
 assert set(NAMES) == set(FLAGS)
 
 
@@ -148,6 +158,8 @@ def _applies(when: Mapping[str, Any], point: Point) -> bool:
         "attention_dp": point.attention_dp,
         "decode_dp": point.decode.dp if point.decode else point.attention_dp,
         "concurrency": point.concurrency,
+        "prefill_dp": point.prefill.dp if point.prefill else 0,
+        "prefill_ep": point.prefill.ep if point.prefill else 0,
     }
     for name, wanted in when.items():
         if name == "before_version":

@@ -40,6 +40,8 @@ FLAGS: Mapping[str, type] = {
     "speculative": str,
     "expert_parallel": bool,
     "prompt_dp": int,
+    "prompt_seats": int,
+    "prompt_router": str,
     "prompt_ep": int,
     "graphed_rows": int,
     "expert_table": str,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planc.cost_model.catalogue import Provenance
-from planc.cost_model.step import StepModel
+from planc.cost_model.step import StepLoad, StepModel
 from planc.planner.priors import priors
 from planc.runtime.simulator import Clock, Load, Records, Rules, Server, closed_loop, simulate
 from planc.runtime.simulator.load import Lengths, uniform
@@ -147,7 +147,15 @@ class Predictor:
         prompts = self._server(setup, prefill, constants)
         decodes = self._server(setup, setup.decode, constants)
         load = clients(setup, slices(setup, prefill))
-        return simulate_pools(setup, prefill, prompts, decodes, load, self.seed)
+        return simulate_pools(
+            setup, prefill, prompts, decodes, load, self._joint_s(setup, prefill, constants), self.seed
+        )
+
+    def _joint_s(self, setup: Setup, prefill: Engine, constants: Constants) -> float:
+        """Of a full step's time, what each token of any attention rank takes of all of them."""
+        model = self.clock(setup, prefill, constants).model
+        joint = float(model.joint_seconds(StepLoad(0, 0, prefill.budget))[0])
+        return constants.prefill_factor * joint / (prefill.budget * prefill.shape.dp)
 
 
 def request_ms(setup: Setup, constants: Constants) -> float:

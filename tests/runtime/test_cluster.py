@@ -11,13 +11,13 @@ import pytest
 from planc.cost_model import catalogue
 from planc.planner.trace import MOONCAKE_BLOCK, read
 from planc.runtime.simulator import closed_loop, disaggregated, open_loop
-from planc.runtime.simulator.cluster import fronted, sending, simulate_cluster, together
+from planc.runtime.simulator.cluster import Lockstep, fronted, sending, simulate_cluster, together
 from planc.runtime.simulator.disaggregated import simulate_disaggregated
 from planc.runtime.simulator.energy import joules
 from planc.runtime.simulator.load import Load, fixed, poisson, uniform
 from planc.runtime.simulator.records import Records
 from planc.runtime.simulator.replica import FirstToken, Journal, Replica
-from planc.runtime.simulator.router import ROUTERS
+from planc.runtime.simulator.router import ROUTERS, RandomRank, RoundRobin, Target
 from tests.runtime.simulated import Linear, server, simulate
 
 CLOCK = Linear(0.01, 1e-4, 1e-7, 1e-5)
@@ -144,7 +144,7 @@ def test_decoding_replicas_run_ahead_of_nothing_that_reaches_them(
 ) -> None:
     """As long as no prompt can be done, decoding goes on by itself: nearly the same as step by step."""
     ahead = apart(load, decoders=3)
-    monkeypatch.setattr(disaggregated, "_shortest", lambda servers, prompt: 0.0)
+    monkeypatch.setattr(disaggregated, "_shortest", lambda *_: 0.0)
     exact = apart(load, decoders=3)
     for name in ("first_token_s", "finish_s"):
         assert np.abs(getattr(ahead, name) - getattr(exact, name)).mean() < 0.05
@@ -191,6 +191,48 @@ def test_slow_decoding_holds_up_prefilling() -> None:
     sound(tight)
     assert tight.summary()["ttft_ms"]["mean"] > 5 * wide.summary()["ttft_ms"]["mean"]
     assert tight.summary()["kv_occupancy_peak"] <= 1.0
+
+
+# -- attention ranks that prefill --------------------------------------------------------------
+
+
+def in_step(arrivals: list[float], joint_s: float = 0.0, **how: bool) -> Records:
+    """Prompts of 1000 tokens on two ranks by turns, a second each; a seat each, and a transfer of 0.1 s."""
+    rank = server(Linear(0.0, 0.0, 0.0, 1e-3), 4000, max_num_seqs=1)
+    return simulate_disaggregated(
+        [rank] * 2,
+        [server(Linear(0.01), 4000)],
+        open_loop(arrivals, fixed(1000), fixed(2)),
+        transfer_s=lambda tokens: 0.1,
+        prompt_router=RoundRobin(),
+        lockstep=[Lockstep(range(2), joint_s)],
+        **how,
+    )
+
+
+def test_a_rank_waits_for_the_step_that_the_others_run() -> None:
+    assert in_step([0.0, 0.0]).first_token_s == pytest.approx([1.0, 1.0])
+    assert in_step([0.0, 0.4]).first_token_s == pytest.approx([1.0, 2.0])
+
+
+def test_a_step_is_shorter_by_the_experts_of_ranks_without_prompts() -> None:
+    """0.6 of its second is the experts' of both ranks: 0.3 s for each."""
+    assert in_step([0.0, 0.0], 3e-4).first_token_s == pytest.approx([1.0, 1.0])
+    assert in_step([0.0, 0.4], 3e-4).first_token_s == pytest.approx([0.7, 1.4])
+
+
+def test_a_rank_whose_seat_is_still_held_misses_a_step() -> None:
+    """Two prompts on each rank: the second of them begins when the cache of the first has been fetched."""
+    free, held = in_step([0.0] * 4), in_step([0.0] * 4, keeps_seat=True)
+    assert free.first_token_s == pytest.approx([1.0, 1.0, 2.0, 2.0])
+    assert held.first_token_s == pytest.approx([1.0, 1.0, 2.1, 3.1])
+
+
+def test_engines_in_turn_and_any_of_their_ranks() -> None:
+    router, targets = RandomRank(4, seed=1), [Target() for _ in range(8)]
+    chosen = [router.choose(targets, 100, ()) for _ in range(400)]
+    assert all(rank // 4 == turn % 2 for turn, rank in enumerate(chosen))
+    assert set(chosen) == set(range(8))
 
 
 def test_energy_is_idle_power_and_what_busy_windows_add() -> None:
