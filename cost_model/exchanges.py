@@ -24,13 +24,15 @@ def collectives(
     """All collectives of a layer of each class, besides the hand-over between pipeline stages.
 
     `spread` says that the ranks which share the experts lie on several nodes, `quantized` in which formats
-    inputs of experts are gathered instead of in the wide one. A product that is gathered to
-    be normalized over its full width is not: engines add up the squares of the ranks' own columns instead.
+    inputs of experts are gathered instead of in the wide one. Products that are gathered to be normalized
+    over their full width are not: engines add up the squares of the ranks' own columns instead, those of
+    queries and keys in one all-reduce.
     """
     found: list[Collective] = []
     wide = fmt(unquantized(shape)).bytes
     rows = parts(table)
     normed = {id(one) for (_, one), (_, two) in pairwise(rows) if two.op == _NORM}
+    summed: set[tuple[str, str]] = set()
     for part, row in rows:
         make = partial(Collective, row.layer_class, row.site, part, calls=float(row.calls))
         if row.shard.kind == "experts" and shape.dp > 1:
@@ -45,7 +47,10 @@ def collectives(
         if not row.shard.collective or shape.tp == 1:
             continue
         if row.shard.collective == "all_gather" and id(row) in normed:
-            found.append(make(kind="all_reduce", ranks=shape.tp, size=Amount({"T": _SQUARES})))
+            block = row.layer_class, row.site.rpartition(".")[0]
+            if block not in summed:
+                found.append(make(kind="all_reduce", ranks=shape.tp, size=Amount({"T": 2.0 * _SQUARES})))
+            summed.add(block)
         else:
             found.append(make(kind=row.shard.collective, ranks=shape.tp, size=row.shard.moved * wide))
     return found

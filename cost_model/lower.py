@@ -24,6 +24,9 @@ from planc.ir.work import NONE, Amount
 #: what fp8 weights of a checkpoint with a scale per block are to a kernel
 BLOCK_FP8 = "fp8_block"
 
+#: operators that choose the experts
+_ROUTE = "planc::route_"
+
 #: in the path of a module that every token passes beside the routed experts
 _SHARED_EXPERT = "shared_expert"
 
@@ -47,6 +50,8 @@ def kernels(
         for kernel in _merged_over(_kernel_of(row, part, shape, rides, blocks, overlaps, load), row, shape)
     ]
     found = [replace(k, launches=0.0) if norms and _follows_all_reduce(k, table) else k for k in found]
+    if fusions is None and gpu(shape.gpu).arch in profile.experts_route:
+        found = [kernel for kernel in found if not kernel.op.startswith(_ROUTE)]
     after_attention = {
         id(two) for one, two in pairwise(found) if isinstance(one.spec, Attention) and _same_class(one, two)
     }
