@@ -118,7 +118,7 @@ def harness(point: Point, options: Mapping[str, Any] | None = None, *, rules: bo
     if rules:
         for rule in document["rules"]:
             if _applies(rule["when"], point):
-                found = replace(found, **rule["set"])
+                found = replace(found, **_told(rule["set"], point.concurrency))
     chosen = {**point.flags, **(options or {})}
     for name in chosen:
         if name not in NAMES:
@@ -142,6 +142,15 @@ def harness(point: Point, options: Mapping[str, Any] | None = None, *, rules: bo
             mend="Give shares of the stated lengths, e.g. 0.8 and 1.0.",
         )
     return found
+
+
+def _told(flags: Mapping[str, Any], concurrency: int) -> dict[str, Any]:
+    """Flags of a rule; of those that it gives by concurrency the point's, none where it has none."""
+    return {
+        name: value[concurrency] if isinstance(value, Mapping) else value
+        for name, value in flags.items()
+        if not isinstance(value, Mapping) or concurrency in value
+    }
 
 
 def _applies(when: Mapping[str, Any], point: Point) -> bool:

@@ -113,3 +113,10 @@ def test_configurations_are_found_under_other_spellings(tmp_path: Path) -> None:
     assert tables("own-model").model.layers == 28
     with pytest.raises(Unpredictable, match="'other' has no configuration"):
         tables("other")
+
+
+def test_seats_by_concurrency(tmp_path: Path) -> None:
+    pools = "prefill_workers,prefill_tp,prefill_dp,decode_workers,decode_tp,decode_dp"
+    row = "a,deepseek-r1,gb200,trtllm,nvfp4,1024,1024,{},,,,36,disagg,1,1,4,4,8,1"
+    busy, idle = (one(tmp_path, row.format(count), f"{HEADER},mode,{pools}") for count in (192, 96))
+    assert (harness(busy).max_num_seqs, harness(idle).max_num_seqs) == (128, None)
