@@ -1,7 +1,9 @@
 """Prefill and decode pools of a measured point in the simulator: its schedulers, or an equal share of them.
 
-Where prefilling engines and decoding schedulers have a common factor, they are that many deployments side by
-side, each with its share of the clients; one of them is simulated.
+Where both pools have a common factor of schedulers, they are that many deployments side by side, each with
+its share of the clients; one of them is simulated. Where prompts are bound to an attention rank on arrival
+(`Harness.prompt_router`), all ranks of a prefilling engine are, in lockstep; where an engine shares out what
+waits at every step (TensorRT-LLM), its ranks do the same.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ _SEATS = 4
 
 def slices(setup: Setup, prefill: Engine) -> int:
     """Equal deployments that both pools divide into."""
-    return math.gcd(prefill.workers, _schedulers(setup.decode))
+    each = prefill.workers if setup.harness.prompt_router else _schedulers(prefill)
+    return math.gcd(each, _schedulers(setup.decode))
 
 
 def simulate_pools(
@@ -39,7 +42,8 @@ def simulate_pools(
     wire = setup.fabric.outer(setup.gpu)
     per_token = float(prefill.memory.kv_bytes_per_token)
     count = _schedulers(prefill) // share
-    crews = [Lockstep(range(first, first + ranks), joint_s) for first in range(0, count, ranks)]
+    bound = setup.harness.prompt_router is not None and ranks > 1
+    crews = [Lockstep(range(first, first + ranks), joint_s) for first in range(0, count, ranks) if bound]
     return simulate_disaggregated(
         [prompts] * count,
         [decodes] * (_schedulers(setup.decode) // share),
@@ -48,7 +52,7 @@ def simulate_pools(
         prompt_router=_router(setup.harness.prompt_router, ranks, seed),
         first_token=setup.profile.serving.first_token,
         keeps_seat=setup.profile.serving.keeps_seat,
-        lockstep=crews if ranks > 1 else (),
+        lockstep=crews,
         seed=seed,
     )
 

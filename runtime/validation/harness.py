@@ -43,8 +43,8 @@ class Harness:
     dependent_launch          kernels start before those before them end (programmatic dependent launch)
     prompt_seats              prompts that a scheduler of the prefill pool holds at once; None: those of a
                               step, and one more
-    prompt_router             how prompts find one of its attention ranks: "round_robin", "random_rank"; None:
-                              the least loaded
+    prompt_router             how prompts are bound to one of its attention ranks on arrival: "round_robin",
+                              "random_rank"; None: whatever waits is shared out at every step
     prompt_dp, prompt_ep      attention dp and expert parallelism of prefilling engines although labels say
                               otherwise; None: as labelled
     graphed_rows              rows up to which steps with prompts replay graphs; None: the engine's default
