@@ -63,7 +63,9 @@ def _rows(folder: Path, gpu: str) -> Iterator[Rows]:
         attention_rows.absorbed,
         attention_rows.linear,
     ):
-        yield from read(folder, gpu)
+        for rows in read(folder, gpu):
+            streams = rows.key.get("part") == "decode" and rows.key["op"] != "latent"  # those compute
+            yield rows.looped(catalogue.gpu(gpu)) if streams else rows
 
 
 def _scored(rows: Rows, gpu: Gpu) -> Table:

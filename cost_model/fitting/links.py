@@ -4,9 +4,11 @@
 the full tensor: with those, large messages reach the same bus bandwidth over all kinds (H100, eight ranks:
 335 to 360 GB/s of 450), with bytes half of it.
 
-DeepEP's dispatch and combine (eight ranks of a node) were timed by tokens, width and top_k; they are kept
-by the bytes a rank sends when a token goes once to each rank that has one of its experts. Up to 256 tokens
-the faster of the low-latency and the throughput kernels counts, above that only the latter can run.
+DeepEP's dispatch and combine (the ranks of a node) were timed by tokens, width and top_k; they are kept
+by the bytes a rank sends when a token goes once to each rank that has one of its experts. Throughput kernels
+combine in bf16 whatever was dispatched. Up to 256 tokens the faster of the low-latency and the throughput
+kernels counts, above that only the latter can run. Rows that take a fifth longer than more tokens of the same
+model do are dropped: a benchmark's first calls, up to three times as slow as those after them.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ _WIDTHS = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 0.5625, "fp4": 0.5625}
 _BY_PHASE = {"dispatch": 1.0, "combine": 2.0}
 _NODE = 8
 _LOW_LATENCY = 256
+_LATE = 1.2
 
 
 def fit(folder: Path) -> Iterator[Profile]:
@@ -101,7 +104,7 @@ def _lane(item: _Rows) -> Lane:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """One engine's rows of a kind: seconds [ranks, sizes]."""
+    """One engine's rows of a kind: seconds [ranks, sizes]; how many of its rows were dropped."""
 
     engine: str
     version: str
@@ -109,6 +112,7 @@ class _Rows:
     ranks: tuple[int, ...]
     sizes: Array
     seconds: Array
+    dropped: int = 0
 
 
 def _measured(folder: Path, gpu: str) -> Iterator[_Rows]:
@@ -146,7 +150,8 @@ def _exchanges(folder: Path, gpu: str) -> Iterator[_Rows]:
         rows = source.read()
         rows = rows[rows["comm_backend"].str.contains("deepep_ht|deepep_ll")]
         low = rows["comm_backend"].str.contains("_ll")
-        rows = rows.assign(width=rows["comm_dtype"].map(_WIDTHS).fillna(rows["phase"].map(_BY_PHASE)))
+        width = rows["comm_dtype"].map(_WIDTHS).where(low | (rows["phase"] == "dispatch"))
+        rows = rows.assign(width=width.fillna(rows["phase"].map(_BY_PHASE)))
         yield from _by_bytes(source, rows[~low | (rows["num_tokens"] <= _LOW_LATENCY)])
     for source in sources.tables(folder, "comm", "wideep_deepep_ll_perf", gpu=gpu):
         frames = []
@@ -162,15 +167,18 @@ def _exchanges(folder: Path, gpu: str) -> Iterator[_Rows]:
 
 def _by_bytes(source: sources.Source, rows: Any) -> Iterator[_Rows]:
     """Seconds by sent bytes, in bins of a factor of two: medians over models of the fastest kernel."""
-    shape = ["hidden_size", "topk", "num_tokens", "width", "ep_size", "phase"]
-    best = rows.groupby(shape, as_index=False)["latency"].min()
+    model = ["hidden_size", "topk", "width", "ep_size", "phase"]
+    best = rows.groupby([*model, "num_tokens"], as_index=False)["latency"].min()
+    more = best[::-1].groupby(model)["latency"].cummin()[::-1]  # the least of as many tokens and more
+    late = best["latency"] > _LATE * more
     copies = best["ep_size"] * (1.0 - (1.0 - 1.0 / best["ep_size"]) ** best["topk"])
     sent = best["num_tokens"] * best["hidden_size"] * best["width"] * copies
     best = best.assign(bytes=2.0 ** np.round(np.log2(sent)))
-    for phase, mine in best.groupby("phase"):
+    for (phase, ranks), mine in best[~late].groupby(["phase", "ep_size"]):
         times = mine.groupby("bytes")["latency"].median() * 1e-6
-        sizes = times.index.to_numpy(dtype=float)
-        yield _Rows(source.engine, source.version, phase, (_NODE,), sizes, times.to_numpy()[None, :])
+        sizes, dropped = times.index.to_numpy(dtype=float), int(late[best["phase"] == phase].sum())
+        timed = times.to_numpy()[None, :]
+        yield _Rows(source.engine, source.version, phase, (int(ranks),), sizes, timed, dropped)
 
 
 def _held_out(gpu: str, item: _Rows) -> float:
@@ -204,6 +212,7 @@ def _made(gpu: str, item: _Rows, error: float) -> Table:
             axes=("ranks", "bytes"),
             ideal=ideal,
             rows=item.seconds.size,
+            dropped=item.dropped,
             error=error,
             source=sources.SOURCE,
             date=sources.DATE,

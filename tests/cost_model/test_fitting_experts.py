@@ -71,12 +71,12 @@ def test_a_loop_reads_from_the_cache_what_fits_it() -> None:
     gpu = catalogue.gpu("l40s")
     held = gpu.l2_mib * 1024**2
     inside, above, far = loop_seconds(held * np.array([0.5, 1.2, 10.0]), gpu) * gpu.memory_bytes_s / held
-    assert inside < 0.25
+    assert inside == pytest.approx(0.5 / 3.31, rel=0.01)  # 8 bytes per clock and SM over the memory's
     assert above == pytest.approx(1.2)
     assert far == pytest.approx(10.0)
 
 
-def test_a_loop_is_never_slower_than_memory() -> None:
-    gpu = catalogue.gpu("b200_sxm")  # memory as fast as what one SM takes out of the cache
-    size = np.geomspace(1e5, 1e9, 30)
-    assert (loop_seconds(size, gpu) <= size / gpu.memory_bytes_s * (1 + 1e-12)).all()
+@pytest.mark.parametrize("name", ["a100_sxm", "h100_sxm", "b200_sxm"])
+def test_beside_hbm_the_cache_makes_no_difference(name: str) -> None:
+    gpu, size = catalogue.gpu(name), np.geomspace(1e5, 1e9, 30)
+    assert loop_seconds(size, gpu) == pytest.approx(size / gpu.memory_bytes_s)
