@@ -6,6 +6,7 @@ vectors; `planc.cost_model.step` evaluates all of them at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,8 +25,8 @@ from planc.ir.work import NONE, Amount
 #: what fp8 weights of a checkpoint with a scale per block are to a kernel
 BLOCK_FP8 = "fp8_block"
 
-#: operators that choose the experts
-_ROUTE = "planc::route_"
+#: operators that choose the experts, and the one with a bias that keeps them balanced
+_ROUTE, _BIASED = "planc::route_", "planc::route_grouped"
 
 #: in the path of a module that every token passes beside the routed experts
 _SHARED_EXPERT = "shared_expert"
@@ -43,11 +44,14 @@ def kernels(
     norms = fusions is None and shape.tp > 1 and gpu(shape.gpu).arch in profile.fused_all_reduce
     blocks = table.model.block_scales
     overlaps = profile.overlaps_shared_experts
-    load = table.expert_load
+    rows = parts(table)
+    loads = _loads(table, rows)
     found = [
         kernel
-        for part, row in parts(table)
-        for kernel in _merged_over(_kernel_of(row, part, shape, rides, blocks, overlaps, load), row, shape)
+        for part, row in rows
+        for kernel in _merged_over(
+            _kernel_of(row, part, shape, rides, blocks, overlaps, loads.get(row.layer_class)), row, shape
+        )
     ]
     found = [replace(k, launches=0.0) if norms and _follows_all_reduce(k, table) else k for k in found]
     if fusions is None and gpu(shape.gpu).arch in profile.experts_route:
@@ -65,6 +69,17 @@ def kernels(
         for kernel in done
         for made in _with_quantization(kernel, shape, profile, id(kernel) in after_attention)
     ]
+
+
+def _loads(table: CostTable, rows: Sequence[tuple[Part, Row]]) -> dict[str, ExpertLoad]:
+    """How often the routers of each layer class choose each expert in the traffic that is planned for."""
+    biased = {row.layer_class for _, row in rows if row.op == _BIASED}
+    return {
+        row.layer_class: table.expert_load
+        or usual(row.work.dims["experts"], balanced=row.layer_class in biased)
+        for _, row in rows
+        if row.work.family == "grouped_gemm"
+    }
 
 
 def _kernel_of(
@@ -191,7 +206,7 @@ def _grouped(
         weights=weights,
         activations=acts,
         ranks=shape.ep,
-        load=load or usual(experts),
+        load=load,
         copies=shape.copies,
     )
     return replace(base, spec=spec, rows=Amount({"T": float(shape.dp)}))

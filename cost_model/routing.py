@@ -1,10 +1,12 @@
 """Which experts tokens go to: what the fullest rank gets.
 
 Two laws. In service a router prefers some experts whatever the batch: popularity is spread log-normally over
-them (`usual`), or as counts of a router's own choices say (`ExpertLoad`). One spread stands for all models:
-the fullest of four ranks carries 1.35 times the mean, as measured step by step in Qwen3.6-35B-A3B with 256
-experts, 8 a token (ai-dynamo/aiconfigurator, EXPERT_ROUTING_CAPTURE.md, Apache-2.0). Every token chooses by
-itself, so that a step touches
+them (`usual`), or as counts of a router's own choices say (`ExpertLoad`). Two spreads stand for all models.
+Routers that training balances by a loss: the fullest of four ranks carries 1.35 times the mean, as measured
+step by step in Qwen3.6-35B-A3B with 256 experts, 8 a token (ai-dynamo/aiconfigurator,
+EXPERT_ROUTING_CAPTURE.md, Apache-2.0). Routers with a bias that is moved until experts are chosen alike
+(DeepSeek-V3, arXiv 2412.19437) spread less, by a number chosen on serving points of two such models. Every
+token chooses by itself, so that a step touches
 
     sum over experts of 1 - (1 - probability)^tokens
 
@@ -26,8 +28,8 @@ import numpy as np
 from planc.cost_model.expert_placement import ExpertPlacement, contiguous, place_experts
 from planc.cost_model.features import Array
 
-#: standard deviation of the logarithm of experts' popularity in service
-SPREAD = 1.5
+#: standard deviation of the logarithm of experts' popularity in service; the same where a bias balances them
+SPREAD, BALANCED = 1.5, 1.0
 
 #: exponent of the power law that tables were timed under
 _TIMED = 1.2
@@ -83,11 +85,16 @@ class ExpertLoad:
         return float(np.mean([layer.imbalance for layer in self.placements(ranks, copies)]))
 
 
+def usual(experts: int, *, balanced: bool = False) -> ExpertLoad:
+    """Quantiles of the log-normal law, over experts that lie in another order in each layer; the same object
+    for the same arguments."""
+    return _usual(experts, BALANCED if balanced else SPREAD)
+
+
 @cache
-def usual(experts: int) -> ExpertLoad:
-    """Quantiles of the log-normal law, over experts that lie in another order in each layer."""
+def _usual(experts: int, spread: float) -> ExpertLoad:
     ranks = (np.arange(experts) + 0.5) / experts
-    popularity = np.exp(SPREAD * np.array([NormalDist().inv_cdf(rank) for rank in ranks]))
+    popularity = np.exp(spread * np.array([NormalDist().inv_cdf(rank) for rank in ranks]))
     rng = np.random.default_rng(_SEED)
     return ExpertLoad(np.stack([rng.permutation(popularity) for _ in range(_DRAWS)]), placed=False)
 

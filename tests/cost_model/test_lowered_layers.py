@@ -8,19 +8,21 @@ import pytest
 
 from planc.cost_model import catalogue, lower
 from planc.cost_model.exchanges import collectives
+from planc.cost_model.kernels import GroupedGemm
+from planc.cost_model.routing import ExpertLoad, usual
 from planc.cost_model.shape import EngineShape
 from planc.cost_model.table import CostTable
 from tests.sample_tables import linear, llama8b, pointwise, qwen235b
 
 
-def with_routers(table: CostTable) -> CostTable:
+def with_routers(table: CostTable, op: str = "planc::route_softmax") -> CostTable:
     """With an operator that chooses the experts after each gate."""
     rows = {
         phase: tuple(
             made
             for row in found
             for made in (
-                (row, pointwise(row.site, row.layer_class, 128, 16, "planc::route_softmax"))
+                (row, pointwise(row.site, row.layer_class, 128, 16, op))
                 if row.site.endswith("mlp.gate")
                 else (row,)
             )
@@ -41,6 +43,18 @@ def test_experts_that_were_timed_from_logits_on_choose_experts_themselves(
     assert sum(kernel.op == "planc::route_softmax" for kernel in found) == apart
     single = lower.kernels(table, shape, catalogue.engine(engine), frozenset())
     assert any(kernel.op == "planc::route_softmax" for kernel in single), "stated fusions: all else is apart"
+
+
+@pytest.mark.parametrize(
+    ("op", "load"),
+    [("planc::route_softmax", usual(128)), ("planc::route_grouped", usual(128, balanced=True))],
+)
+def test_routers_with_a_bias_balance_experts(op: str, load: ExpertLoad) -> None:
+    table = with_routers(qwen235b(), op)
+    found = lower.kernels(table, EngineShape("vllm", "h200_sxm", tp=8), catalogue.engine("vllm"), None)
+    specs = [kernel.spec for kernel in found if isinstance(kernel.spec, GroupedGemm)]
+    assert specs
+    assert all(spec.load is load for spec in specs)
 
 
 def test_squares_of_queries_and_keys_are_summed_at_once() -> None:
