@@ -2,7 +2,8 @@
 
 Made from `scale_matrix` rows, a static cast of [m, k] from bf16 to fp8: the plainest streaming kernel there
 is, 3 bytes per element moved. Rows of SGLang are left out (they time a cast in Python, 3-20 times slower than
-the other engines' kernels), rows with k above 16,384 (one block per row, no model's activations), and rows
+the other engines' kernels), rows with k below 2,048 or above 16,384 (one block per row, so that narrow rows
+take by their number and not by their bytes, up to eight times as long; few models' activations), and rows
 faster than the others of the same size by more than half (latency 0 and the like).
 """
 
@@ -24,7 +25,7 @@ from planc.cost_model.roofline import Roofline
 #: bytes moved at which curves are stored
 NODES = np.array([2.0**power for power in range(10, 34)])
 BYTES_PER_ELEMENT = 3.0
-WIDEST = 16384
+NARROWEST, WIDEST = 2048, 16384
 
 
 def fit(folder: Path) -> Iterator[Profile]:
@@ -62,7 +63,7 @@ def _rows(folder: Path, gpu: str) -> Iterator[tuple[sources.Source, Array, Array
             continue
         frame: Any = source.read()
         every = len(frame)
-        frame = frame[(frame["k"] <= WIDEST) & (frame["latency"] > 0)]
+        frame = frame[frame["k"].between(NARROWEST, WIDEST) & (frame["latency"] > 0)]
         size = (frame["m"] * frame["k"]).to_numpy() * BYTES_PER_ELEMENT
         seconds = frame["latency"].to_numpy() * 1e-3
         typical = _at(catalogue.gpu(gpu), size, _curve(catalogue.gpu(gpu), size, seconds))
