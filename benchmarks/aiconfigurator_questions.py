@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from planc.runtime.validation.harness import Harness
+from planc.runtime.validation.names import architecture, model_name
 from planc.runtime.validation.points import Point, PoolLabel
 
 #: its names where they are not planc's
@@ -68,21 +69,17 @@ def _prefix(point: Point, harness: Harness, mean: float) -> dict[str, int]:
 
 def checkpoint(model: str, weights: str, models: Sequence[str]) -> str:
     """The known checkpoint that a point's model means, one in NVFP4 where those are its weights:
-    "llama-3.1-70b" is "meta-llama/Meta-Llama-3.1-70B"."""
-    wanted = _plain(model)
-    same = [name for name in models if _plain(name.split("/")[1]) == wanted]
-    four = [name for name in same if "NVFP4" in name]
+    "llama-3.1-70b" is "meta-llama/Meta-Llama-3.1-70B". Where it knows none in NVFP4, one of the same
+    architecture: "nvidia/DeepSeek-V3.1-NVFP4" for DeepSeek-R1."""
+    wanted = model_name(model)
+    same = [name for name in models if model_name(name) == wanted]
+    alike = [name for name in models if architecture(model_name(name)) == architecture(wanted)]
+    four = [name for name in same if "NVFP4" in name] or [name for name in alike if "NVFP4" in name]
     full = [name for name in same if not re.search("nvfp4|fp8", name, re.IGNORECASE)]
-    found = (four if weights == "nvfp4" and four else full) or same
+    found = (four if weights == "nvfp4" and four else full) or same or alike
     if not found:
         raise Unaskable(f"no checkpoint for the model {model}")
     return min(found, key=len)
-
-
-def _plain(name: str) -> str:
-    """Without what does not change the architecture."""
-    name = re.sub(r"^meta-(?=llama)", "", name.lower())
-    return re.sub(r"-(instruct|it|fp8|nvfp4|static|pertensor)\b", "", name)
 
 
 def _formats(point: Point) -> list[dict[str, str]]:
