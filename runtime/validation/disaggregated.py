@@ -39,8 +39,7 @@ def simulate_pools(
     prompts = _seated(prompts, setup.harness.prompt_seats or fit + 1)
     if setup.harness.max_num_seqs is None:
         decodes = _seated(decodes, _SEATS * decodes.rules.max_num_seqs)
-    wire = setup.fabric.outer(setup.gpu)
-    per_token = float(prefill.memory.kv_bytes_per_token)
+    wire, per_token = setup.fabric.outer(setup.gpu), handed_over(prefill, setup.decode)
     count = _schedulers(prefill) // share
     bound = setup.harness.prompt_router is not None and ranks > 1
     crews = [Lockstep(range(first, first + ranks), joint_s) for first in range(0, count, ranks) if bound]
@@ -55,6 +54,12 @@ def simulate_pools(
         lockstep=crews,
         seed=seed,
     )
+
+
+def handed_over(prefill: Engine, decode: Engine) -> float:
+    """Bytes of a token's cache that the busiest link carries: each GPU that decodes fetches what it will hold
+    (of a latent cache everything), those that prefilled share the sending."""
+    return float(decode.memory.kv_bytes_per_token) * max(decode.shape.tp / prefill.shape.tp, 1.0)
 
 
 def _router(name: str | None, ranks: int, seed: int) -> Router:

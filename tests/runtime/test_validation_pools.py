@@ -85,3 +85,26 @@ def test_experts_and_graphs_as_an_engine_was_told() -> None:
     assert (told.expert_table, told.cuda_graphs.piecewise) == ("trtllm/bfloat16", 2048)
     usual = made().profile
     assert (usual.expert_table, usual.cuda_graphs.piecewise) == (None, 0)
+
+
+@pytest.mark.parametrize(("prefill", "copies"), [({"prompt_dp": 8}, 8.0), ({}, 1.0)])
+def test_ranks_that_decode_fetch_what_they_hold_from_those_that_prefilled(
+    prefill: dict[str, int], copies: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = made(flags=prefill)
+    assert found.prefill is not None
+    assert found.decode.shape.tp == found.prefill.shape.tp * copies
+    assert (
+        disaggregated.handed_over(found.prefill, found.decode)
+        == copies * found.decode.memory.kv_bytes_per_token
+    )
+
+
+def test_prompts_bound_to_ranks_are_simulated_rank_by_rank() -> None:
+    """A prompt alone pays for its own experts' work; where all ranks do the same it pays for eight."""
+    bound, shared = made(flags={"prompt_dp": 8}), made(flags={"prompt_dp": 8, "prompt_router": None})
+    assert bound.harness.prompt_router == "random_rank"  # SGLang's default
+    assert bound.prefill is not None
+    assert disaggregated.slices(bound, bound.prefill) == 1
+    assert disaggregated.slices(shared, bound.prefill) == 2
+    assert times(bound).ttft_steady < 0.7 * times(shared).ttft_steady
