@@ -84,11 +84,14 @@ class Refusal:
     reason: str
 
 
-def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProfile) -> list[Refusal]:
+def refusals(
+    shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProfile, *, groups: bool = True
+) -> list[Refusal]:
     """Every reason why this engine cannot run this model in this shape; [] when it can.
 
     Looks at degrees against the model's indivisible units, at the engine's parallel forms and at the
-    formats it has kernels for on this GPU. Memory is `memory_map`'s question.
+    formats it has kernels for on this GPU. Memory is `memory_map`'s question. Without `groups` the
+    checkpoint's groups of weights may be smaller than those that its format has here.
     """
     found: list[Refusal] = []
     say = lambda field, reason: found.append(Refusal(field, reason))  # noqa: E731
@@ -129,7 +132,7 @@ def refusals(shape: EngineShape, table: CostTable, gpu: Gpu, profile: EngineProf
                 "ep" if kind == "experts" and shape.ep > 1 else "tp",
                 f"{site}: {units} units do not divide by {degree}",
             )
-    found.extend(_format_refusals(table, shape))
+    found.extend(_format_refusals(table, shape, groups))
     for cls in table.classes:
         if cls.kv_units and cls.kv_units % shape.tp and shape.tp % cls.kv_units:
             say("tp", f"{cls.name}: {cls.kv_units} KV heads neither divide by nor into {shape.tp}")
@@ -210,7 +213,7 @@ def _pool(role: str) -> str:
     return "pools that do both halves" if role == "aggregated" else f"{role} pools"
 
 
-def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:
+def _format_refusals(table: CostTable, shape: EngineShape, groups: bool) -> list[Refusal]:
     """Formats that this model, cut in this way, cannot take. Names that are no formats are left to others."""
     if any(weights not in formats() for weights, _ in shape.schemes()):
         return []
@@ -220,7 +223,7 @@ def _format_refusals(table: CostTable, shape: EngineShape) -> list[Refusal]:
     unknown = _no_parts(table, shape)
     if unknown:
         return [Refusal("formats", reason) for reason in unknown]
-    if not any(fmt(weights).group for weights, _ in shape.schemes()):
+    if not groups or not any(fmt(weights).group for weights, _ in shape.schemes()):
         return []
     ranks = {"row": shape.tp, "experts": shape.tp * shape.dp // shape.ep}
     for row in split(table, shape.formats).rows.get("prefill", ()):

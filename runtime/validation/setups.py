@@ -152,7 +152,7 @@ def _engine(
     load: int,
 ) -> Engine:
     shape = _shape(point, harness, table, gpu, profile, label)
-    found = refusals(shape, table, gpu, profile)
+    found = refusals(shape, table, gpu, profile, groups=False)
     if found:
         raise Unpredictable("; ".join(item.reason for item in found))
     each = math.ceil((harness.max_num_seqs or load) / (label.workers * label.dp))
@@ -162,6 +162,8 @@ def _engine(
         budget = seqs + point.isl + harness.budget_beyond_prompt
     if point.mode == "disagg" and load:  # it decodes, and computes no prompts
         budget = seqs
+    elif point.engine == "sglang" and point.mode == "agg":  # its ranks share out chunked-prefill-size
+        budget = max(budget // label.dp, 1)
     elif point.engine == "trtllm":  # whole prompts: the budget holds at least one
         budget = max(budget, point.isl)
     memory = _memory(point, harness, table, gpu, profile, shape, seqs, budget)

@@ -65,3 +65,10 @@ def test_an_exception_for_no_matrix_is_refused(r1: CostTable) -> None:
     shape = EngineShape("vllm", "h200_sxm", formats=(("sparse:self_attn.z_proj", "bf16/bf16"),))
     reasons = refusals(shape, r1, catalogue.gpu("h200_sxm"), catalogue.engine("vllm"))
     assert any("no part of the model" in item.reason for item in reasons)
+
+
+def test_published_groups_may_be_smaller(r1: CostTable) -> None:
+    shape = EngineShape("vllm", "h200_sxm", tp=32, weights="w4a16", activations="bf16")
+    asked = (shape, r1, catalogue.gpu("h200_sxm"), catalogue.engine("vllm"))
+    assert any("groups of 128" in item.reason for item in refusals(*asked))
+    assert not any("groups of 128" in item.reason for item in refusals(*asked, groups=False))
