@@ -21,6 +21,7 @@ from planc.cost_model.fitting import (
 from planc.cost_model.fitting.attention_physics import Sample
 from planc.cost_model.fitting.attention_rows import Rows
 from planc.cost_model.measured.attention_tables import Ideal
+from planc.cost_model.measured.loops import Loop
 from planc.cost_model.profile import Profile, Table, TableInfo
 
 _DATE = "2026-11-21"
@@ -30,6 +31,7 @@ _MERGED = (2.0, 8.0)  # tokens: decode contexts that cost what four do
 _SLOWER = 1.5  # times another engine's kernel at long loops: not what is served
 
 _FEW = 300  # rows of a table of which each tenth is held out in turn
+_BETTER = 0.9
 
 _POWERS: Array = np.exp2(np.arange(15))
 
@@ -63,37 +65,53 @@ def _rows(folder: Path, gpu: str) -> Iterator[Rows]:
         attention_rows.absorbed,
         attention_rows.linear,
     ):
-        for rows in read(folder, gpu):
-            streams = rows.key.get("part") == "decode" and rows.key["op"] != "latent"  # those compute
-            yield rows.looped(catalogue.gpu(gpu)) if streams else rows
+        yield from read(folder, gpu)
 
 
 def _scored(rows: Rows, gpu: Gpu) -> Table:
     """The table of all rows, with the error of one made without a tenth of them on that tenth; where rows are
     few, of ten such tables on each tenth."""
-    tenths = range(10 if rows.seconds.size < _FEW else 1)
+    tenths = tuple(range(10 if rows.seconds.size < _FEW else 1))
+    groups = _groups(rows, gpu)
+    return _table(rows, gpu, groups, _held_out(rows, gpu, groups, tenths))
+
+
+def _held_out(rows: Rows, gpu: Gpu, groups: Array, tenths: tuple[int, ...]) -> float:
+    """Median error on these tenths of the rows, each by a table made without it."""
     ratios = []
     for tenth in tenths:
         held = surface.held_out(*rows.coords.values(), tenth=tenth)
         if held.any() and not held.all():
-            ratios.append(
-                attention_append.seconds(_table(rows.take(~held), gpu, 0.0), rows.take(held))
-                / rows.seconds[held]
-            )
-    return _table(rows, gpu, float(np.median(np.abs(np.concatenate(ratios) - 1))))
+            table = _table(rows.take(~held), gpu, groups, 0.0)
+            ratios.append(attention_append.seconds(table, rows.take(held)) / rows.seconds[held])
+    return float(np.median(np.abs(np.concatenate(ratios) - 1)))
 
 
-def _table(rows: Rows, gpu: Gpu, error: float) -> Table:
-    ideal = Ideal(gpu.peak_flops(rows.precision), gpu.memory_bytes_s, _LAUNCH_S)
-    axes = tuple(_axis(name, values, rows) for name, values in rows.coords.items())
+def _groups(rows: Rows, gpu: Gpu) -> Array:
+    """Nodes of the third axis: powers of two that the rows span, or all query heads per KV head that were
+    measured where that predicts one tenth (another than is scored) better by `_BETTER`: kernels that pack
+    the heads of a group into their tiles are slower where these do not divide."""
+    measured = np.unique(rows.coords.get("group", _POWERS[:1]))
+    powers = _powers(measured)
+    if rows.seconds.size < _FEW or np.isin(measured, powers).all():
+        return powers
+    plain, every = (_held_out(rows, gpu, nodes, (1,)) for nodes in (powers, measured))
+    return measured if every < _BETTER * plain else powers
+
+
+def _table(rows: Rows, gpu: Gpu, groups: Array, error: float) -> Table:
+    streams = rows.key["op"] == "softmax" and rows.key["part"] == "decode"
+    loop = Loop.on(gpu) if streams and Loop.on(gpu).near_bytes_s > gpu.memory_bytes_s else None
+    ideal = Ideal(gpu.peak_flops(rows.precision), gpu.memory_bytes_s, _LAUNCH_S, loop)
+    axes = tuple(_axis(name, values, rows, groups) for name, values in rows.coords.items())
     values, dropped, append = attention_append.fitted(
-        rows, axes, ideal.seconds(rows.flops, rows.cached, rows.new)
+        rows, axes, ideal.looped(rows.flops, rows.cached, rows.new)
     )
     info = TableInfo(
         name=rows.name,
         key=rows.key,
         axes=tuple(rows.coords),
-        ideal={"flops_s": ideal.flops_s, "bytes_s": ideal.bytes_s, "launch_s": ideal.launch_s},
+        ideal=ideal.stated(),
         rows=int(rows.seconds.size),
         dropped=dropped,
         error=round(error, 4),
@@ -104,11 +122,18 @@ def _table(rows: Rows, gpu: Gpu, error: float) -> Table:
     return Table(info, axes, np.round(values / _ROUNDED) * _ROUNDED, append.extra())
 
 
-def _axis(name: str, values: Array, rows: Rows) -> Array:
-    """Powers of two that the rows span; of loop lengths all that were measured."""
+def _axis(name: str, values: Array, rows: Rows, groups: Array) -> Array:
+    """Powers of two that the rows span; of loop lengths all measured ones, of groups as `_groups` says."""
     measured = np.unique(values)
+    if name == "group":
+        return groups
     if name == "reach":
         return np.setdiff1d(measured, _MERGED) if rows.key["part"] == "decode" else measured
+    return _powers(measured)
+
+
+def _powers(measured: Array) -> Array:
+    """Powers of two from the one below the least to the one above the greatest."""
     if measured[-1] <= _POWERS[0]:
         return _POWERS[:1]
     first = np.searchsorted(_POWERS, measured[0], side="right")

@@ -23,7 +23,7 @@ _LEAST = 0.2  # of a row's time stays attention's
 
 def seconds(table: Table, rows: Rows) -> Array:
     """What a table says of rows."""
-    ideally = Ideal.of(table).seconds(rows.flops, rows.cached, rows.new)
+    ideally = Ideal.of(table).looped(rows.flops, rows.cached, rows.new)
     return _together(table.grid, Append.of(table), rows, ideally)
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from planc.cost_model.catalogue import Gpu, Precision
+from planc.cost_model.catalogue import Precision
 from planc.cost_model.features import Array
 from planc.cost_model.fitting import sources
-from planc.cost_model.fitting.cache import loop_seconds
 from planc.cost_model.fitting.surface import Mask
 from planc.cost_model.measured.attention_linear import BLOCK, linear_work
 
@@ -45,10 +44,6 @@ class Rows:
         return replace(
             self, coords=coords, kv_heads=None if self.kv_heads is None else self.kv_heads[mask], **kept
         )
-
-    def looped(self, gpu: Gpu) -> Rows:
-        """With `cached` as what memory brings in the time that a benchmark's loop takes to read it again."""
-        return replace(self, cached=loop_seconds(self.cached, gpu) * gpu.memory_bytes_s)
 
 
 def softmax(folder: Path, gpu: str) -> Iterator[Rows]:

@@ -17,7 +17,7 @@ Set aside, by rule:
     formula, as another shape of the same model at most twice or half as large each way (TensorRT-LLM on
     Hopper), or more than 1.3 times as slow beside another GPU of the same architecture as the median shape
 
-Weights that fit the L2 cache came from there (`fitting.cache`): rows are compared with the formula of such a
+Weights that fit the L2 cache came from there (`measured.loops`): rows are compared with the formula of such a
 loop, and prices are made with weights from memory.
 """
 
@@ -37,9 +37,9 @@ from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.experts import ExpertKernel, terms
 from planc.cost_model.features import Array
 from planc.cost_model.fitting import sources
-from planc.cost_model.fitting.cache import loop_seconds
 from planc.cost_model.formats import fmt, product_precision
 from planc.cost_model.kernels import GroupedGemm
+from planc.cost_model.measured.loops import Loop
 from planc.cost_model.routing import TOKENS, routed
 
 DISTRIBUTION = "power_law_1.2"
@@ -251,7 +251,7 @@ def _square(rows: Any, gpu: Gpu, engine: str, name: str, dropped: int) -> Rows:
     specs = tuple(_spec(shape, *FORMATS[name]) for shape in found.index)
     versions = tuple(sorted(set(rows["version"]), key=sources.version_key))
     parts = np.stack([terms(spec, *peaks(gpu, name))[:, _AT].T for spec in specs])
-    parts[..., _MEMORY] = loop_seconds(parts[..., _MEMORY] * gpu.memory_bytes_s, gpu)
+    parts[..., _MEMORY] = Loop.on(gpu).seconds(parts[..., _MEMORY] * gpu.memory_bytes_s)
     return Rows(gpu, engine, name, versions, specs, found.to_numpy(), parts, dropped)
 
 

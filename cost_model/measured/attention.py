@@ -135,7 +135,8 @@ def _decode(spec: Attention, table: Table, l2: float) -> Seconds:
         pairs = sequences * np.minimum(reach, window)
         cached = pairs * spec.key_width * spec.kv_bytes
         ideally = ideal.seconds(pairs * spec.pair_flops, cached, sequences * new)
-        measured = ideally * np.exp(grid.at(heads, reach))
+        looped = ideal.looped(pairs * spec.pair_flops, cached, sequences * new)
+        measured = looped * np.exp(grid.at(heads, reach))
         swept = np.maximum(reach, np.minimum(_SWEPT * l2 / (heads * per_key), window))
         floor = (ideal.launch_s + sequences * new / ideal.bytes_s) * np.exp(grid.at(heads, SHORTEST))
         from_memory = floor + cached / (_STREAMED * ideal.bytes_s)

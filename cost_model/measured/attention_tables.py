@@ -11,6 +11,7 @@ import numpy as np
 from planc.cost_model.catalogue import Provenance
 from planc.cost_model.features import Array
 from planc.cost_model.kernels import Attention
+from planc.cost_model.measured.loops import Loop
 from planc.cost_model.profile import Grid, Profile, Table
 
 #: whose kernels stand in for an engine without a table, nearest first
@@ -59,22 +60,40 @@ class Ideal:
     launch + max(flops / peak, cached / bandwidth) + new / bandwidth.
 
     cached   bytes of keys and values (or weights) that are read again and again
+    loop     where those lay while the table was timed, if not always in memory
     new      bytes of queries, results, and keys and values appended; another kernel may move them
     """
 
     flops_s: float
     bytes_s: float
     launch_s: float
+    loop: Loop | None = None
 
     @staticmethod
     def of(table: Table) -> Ideal:
         known = table.info.ideal
-        return Ideal(known["flops_s"], known["bytes_s"], known["launch_s"])
+        loop = (
+            Loop(known["bytes_s"], known["near_bytes_s"], known["l2_bytes"]) if "l2_bytes" in known else None
+        )
+        return Ideal(known["flops_s"], known["bytes_s"], known["launch_s"], loop)
+
+    def stated(self) -> dict[str, float]:
+        """As `TableInfo.ideal` holds it."""
+        found = {"flops_s": self.flops_s, "bytes_s": self.bytes_s, "launch_s": self.launch_s}
+        if self.loop is None:
+            return found
+        return found | {"near_bytes_s": self.loop.near_bytes_s, "l2_bytes": self.loop.l2_bytes}
 
     def seconds(self, flops: Array, cached: Array, new: Array) -> Array:
         work = np.maximum(flops / self.flops_s, cached / self.bytes_s)
         found: Array = self.launch_s + work + new / self.bytes_s
         return found
+
+    def looped(self, flops: Array, cached: Array, new: Array) -> Array:
+        """Seconds in the loop that a table was timed in."""
+        if self.loop is None:
+            return self.seconds(flops, cached, new)
+        return self.seconds(flops, self.loop.seconds(cached) * self.bytes_s, new)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

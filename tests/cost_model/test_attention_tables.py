@@ -16,6 +16,7 @@ from planc.cost_model.fitting.attention_rows import Rows
 from planc.cost_model.measured.attention_tables import Append
 
 H100 = catalogue.gpu("h100_sxm")
+GROUPS = np.array([1.0, 2.0, 4.0])
 
 
 def prefill(slow: dict[float, float]) -> Rows:
@@ -58,7 +59,7 @@ def prefill(slow: dict[float, float]) -> Rows:
 def test_what_writing_takes_is_told_from_attention() -> None:
     slow = {1.0: 0.5, 2.0: 2.0, 4.0: 1.0, 8.0: 0.0, 16.0: 0.0}
     rows = prefill(slow)
-    table = attention._table(rows, H100, 0.0)
+    table = attention._table(rows, H100, GROUPS, 0.0)
     append = Append.of(table)
     assert append.at(np.array([2.0, 4.0])) * 1e9 == pytest.approx([2.0, 1.0], rel=0.15)
     assert append.at(8.0) * 1e9 == pytest.approx(0.0, abs=0.1)
@@ -67,8 +68,31 @@ def test_what_writing_takes_is_told_from_attention() -> None:
 
 def test_writing_that_costs_all_the_same_is_not_told_apart() -> None:
     rows = prefill(dict.fromkeys((1.0, 2.0, 4.0, 8.0, 16.0), 0.3))
-    assert attention._table(rows, H100, 0.0).extra == {}
+    assert attention._table(rows, H100, GROUPS, 0.0).extra == {}
     assert Append.nothing().at(4.0) == 0.0
+
+
+@pytest.mark.parametrize(("slower", "nodes"), [(1.0, [1, 2, 4, 8]), (1.3, [1, 2, 3, 4, 5, 6, 8])])
+def test_groups_that_a_kernel_packs_badly_get_nodes_of_their_own(slower: float, nodes: list[int]) -> None:
+    heads, reach, group = (
+        axis.reshape(-1)
+        for axis in np.meshgrid(
+            2.0 ** np.arange(10), 2.0 ** np.arange(6, 14), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0], indexing="ij"
+        )
+    )
+    flops, packed = heads * reach**2 * 256, np.where(np.isin(group, 2.0 ** np.arange(4)), 1.0, slower)
+    rows = Rows(
+        name="made up",
+        key={"op": "softmax", "part": "prefill", "engine": "vllm"},
+        source="",
+        precision="bf16",
+        coords={"heads": heads, "reach": reach, "group": group},
+        flops=flops,
+        cached=np.zeros_like(flops),
+        new=np.zeros_like(flops),
+        seconds=(5e-6 + flops / (0.5 * H100.peak_flops("bf16"))) * packed,
+    )
+    assert attention._groups(rows, H100).tolist() == nodes
 
 
 def frame(grows: bool) -> Any:

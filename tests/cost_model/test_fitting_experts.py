@@ -7,8 +7,8 @@ import pytest
 
 from planc.cost_model import catalogue
 from planc.cost_model.fitting import experts_rows as experts
-from planc.cost_model.fitting.cache import loop_seconds
 from planc.cost_model.kernels import GroupedGemm
+from planc.cost_model.measured.loops import Loop
 
 pandas = pytest.importorskip("pandas", reason="fitting needs the measured extra")
 
@@ -70,7 +70,7 @@ def test_ranks_that_were_given_all_tokens_show_in_their_times() -> None:
 def test_a_loop_reads_from_the_cache_what_fits_it() -> None:
     gpu = catalogue.gpu("l40s")
     held = gpu.l2_mib * 1024**2
-    inside, above, far = loop_seconds(held * np.array([0.5, 1.2, 10.0]), gpu) * gpu.memory_bytes_s / held
+    inside, above, far = Loop.on(gpu).seconds(held * np.array([0.5, 1.2, 10.0])) * gpu.memory_bytes_s / held
     assert inside == pytest.approx(0.5 / 3.31, rel=0.01)  # 8 bytes per clock and SM over the memory's
     assert above == pytest.approx(1.2)
     assert far == pytest.approx(10.0)
@@ -79,4 +79,4 @@ def test_a_loop_reads_from_the_cache_what_fits_it() -> None:
 @pytest.mark.parametrize("name", ["a100_sxm", "h100_sxm", "b200_sxm"])
 def test_beside_hbm_the_cache_makes_no_difference(name: str) -> None:
     gpu, size = catalogue.gpu(name), np.geomspace(1e5, 1e9, 30)
-    assert loop_seconds(size, gpu) == pytest.approx(size / gpu.memory_bytes_s)
+    assert Loop.on(gpu).seconds(size) == pytest.approx(size / gpu.memory_bytes_s)

@@ -9,6 +9,8 @@ with that of memory. Beside HBM no difference shows in the tables: an SM takes n
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from planc.cost_model.catalogue import Gpu
@@ -20,9 +22,21 @@ _BYTES_PER_CLOCK = 8.0
 _ALL, _NONE = 0.8, 1.1
 
 
-def loop_seconds(nbytes: Array, gpu: Gpu) -> Array:
-    """Seconds that one run of a loop takes to read `nbytes` again, at the peak rates."""
-    far = 1.0 / gpu.memory_bytes_s
-    near = min(1.0 / (_BYTES_PER_CLOCK * gpu.sm_count * gpu.clock_mhz * 1e6), far)
-    missed = np.clip((nbytes / (gpu.l2_mib * 1024**2) - _ALL) / (_NONE - _ALL), 0.0, 1.0)
-    return np.asarray(nbytes * (near + missed * (far - near)))
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """Bytes/s of memory and of the L2 cache, and the bytes that it holds."""
+
+    bytes_s: float
+    near_bytes_s: float
+    l2_bytes: float
+
+    @staticmethod
+    def on(gpu: Gpu) -> Loop:
+        near = _BYTES_PER_CLOCK * gpu.sm_count * gpu.clock_mhz * 1e6
+        return Loop(gpu.memory_bytes_s, max(near, gpu.memory_bytes_s), gpu.l2_mib * 1024**2)
+
+    def seconds(self, nbytes: Array) -> Array:
+        """That one run takes to read `nbytes` again, at the peak rates."""
+        far, near = 1.0 / self.bytes_s, 1.0 / self.near_bytes_s
+        missed = np.clip((nbytes / self.l2_bytes - _ALL) / (_NONE - _ALL), 0.0, 1.0)
+        return np.asarray(nbytes * (near + missed * (far - near)))
