@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from planc.cost_model import catalogue
-from planc.errors import PlancError, UnknownField
+from planc.errors import InvalidField, PlancError, UnknownField
 from planc.files import whole
 from planc.runtime.validation.constants import Constants
 from planc.runtime.validation.fit import (
@@ -145,10 +145,21 @@ def blind(
     progress: Progress | None,
 ) -> tuple[dict[int, Prediction], set[int], dict[str, Any]]:
     """Predictions of each cell with constants that were fitted to the other cells, flagged rows left out of
-    every fit; the rows that a calibration used up; and, by engine, the constants of a fit to all cells."""
+    every fit; the rows that a calibration used up; and, by engine, the constants of a fit to all cells.
+
+    Raises InvalidField where no other cell has rows to fit to."""
     linear = linearised(setups, predictor, progress)
     clean = linear.rows(np.array([s.point.row not in flagged for s in setups]))
-    fitted = left_out(clean, {s.point.cell for s in setups})
+    cells = {s.point.cell for s in setups}
+    fitted = left_out(clean, cells)
+    if cells - fitted.keys():
+        raise InvalidField(
+            where="validate",
+            field="leave_out_cells",
+            value=" ".join(min(cells - fitted.keys())),
+            reason="no other cell has rows to fit constants to",
+            mend="Add points of other models, GPUs, engines or weights, or use the shipped constants.",
+        )
     engines = catalogue.engines()
     changes = {cell: one.change(engines[cell[2]]) for cell, one in fitted.items()}
     used: set[int] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.memory import memory_map
 from planc.cost_model.shape import EngineShape
+from planc.errors import InvalidField
 from planc.runtime.validation.constants import NAMES, Constants
 from planc.runtime.validation.fit import NEUTRAL, Linear, calibrated, chosen_points, fit, left_out
 from planc.runtime.validation.harness import harness
@@ -19,6 +21,7 @@ from planc.runtime.validation.points import Point
 from planc.runtime.validation.predict import Prediction
 from planc.runtime.validation.report import Row, ValidationReport, spearman, summary
 from planc.runtime.validation.setups import Engine, Setup, Unpredictable, setup
+from planc.runtime.validation.validate import validate
 from tests.sample_tables import llama8b
 
 TABLE = llama8b()
@@ -236,3 +239,14 @@ def test_no_fit_makes_a_wait_negative() -> None:
     moved = shipped.moved(np.full(len(NAMES), -1e3))
     assert (moved.request_ms, moved.lag_steps) == (0.0, 0.0)
     assert moved.layer_us == shipped.layer_us - 1e3
+
+
+def test_a_cell_without_others_cannot_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(
+        "model,gpu,engine,weights,isl,osl,concurrency,ttft_ms,tpot_ms\n"
+        "llama-3.1-8b,h100_sxm,vllm,bf16,1024,128,4,60,8\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(InvalidField, match="no other cell"):
+        validate(path, lambda _: TABLE, leave_out_cells=True)
