@@ -3,8 +3,8 @@
     python benchmarks/operators.py [gemm attention experts links pointwise] [--tables DIR] [--json FILE]
 
 Reads the operator tables of aiconfigurator-core 0.12.0 (`pip install planc[measured]`, or `--tables` with
-its `systems/data`), fits each table without a tenth of its points (attention tables of under 300 rows:
-without each tenth in turn) and the roofline without each GPU in turn, and prints the medians of
+its `systems/data`), fits each table without a tenth of its points (attention tables of under 300 rows or
+100 shapes: without each tenth in turn) and the roofline without each GPU in turn, and prints the medians of
 |predicted / measured - 1|: per table, then per family and GPU against the targets, 5 % on held-out points
 and 20 % by physics (a star where one is missed). Takes some minutes on one core; nothing that planc ships
 is changed.

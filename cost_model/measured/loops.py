@@ -4,7 +4,8 @@ A kernel timed over and over reads the same weights, or keys and values, each ti
 cache they come from there, which on GPUs with GDDR memory is far faster (L40S: 64 MiB of experts at twice
 the bandwidth of memory); a little above its size each run evicts what the next one needs. Layers of a model
 evict each other always. So rows are compared with the time that the loop's bytes take, and prices are made
-with that of memory. Beside HBM no difference shows in the tables: an SM takes no more from the cache.
+with that of memory. Beside HBM no difference shows in products and attention, whose SMs take no more from
+the cache; it does in recurrences, which stream their state.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planc.cost_model.catalogue import Gpu
+from planc.cost_model.efficiency import efficiencies
 from planc.cost_model.features import Array
 
 #: bytes per clock that one SM's loads take from L2 in decode attention and products of few rows
@@ -31,9 +33,15 @@ class Loop:
     l2_bytes: float
 
     @staticmethod
-    def on(gpu: Gpu) -> Loop:
-        near = _BYTES_PER_CLOCK * gpu.sm_count * gpu.clock_mhz * 1e6
-        return Loop(gpu.memory_bytes_s, max(near, gpu.memory_bytes_s), gpu.l2_mib * 1024**2)
+    def on(gpu: Gpu, per_clock: float = _BYTES_PER_CLOCK, passes: float = 1.0) -> Loop:
+        """Of a kernel whose bytes count so many passes over what the cache holds."""
+        near = per_clock * gpu.sm_count * gpu.clock_mhz * 1e6
+        return Loop(gpu.memory_bytes_s, max(near, gpu.memory_bytes_s), passes * gpu.l2_mib * 1024**2)
+
+    @staticmethod
+    def updating(gpu: Gpu) -> Loop:
+        """Of a kernel that streams a state, reading and writing it as pointwise kernels do."""
+        return Loop.on(gpu, efficiencies().on("cache_bytes_per_clock", gpu), 2.0)
 
     def seconds(self, nbytes: Array) -> Array:
         """That one run takes to read `nbytes` again, at the peak rates."""
