@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from accuracy_sections import physics
@@ -20,6 +20,8 @@ TPOT, TTFT, OFFLINE, HELD_OUT, PHYSICS = 7.0, 28.0, 15.0, 5.0, 20.0
 #: difference of two signed medians that counts as a trend, %
 TREND = 8.0
 BAND = (0.7, 0.9)
+#: tokens of the longest prompts of offline runs
+_LONG = 20_000
 
 
 def poor(results: Results, points: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -116,16 +118,26 @@ def _offline(results: Results) -> list[str]:
                 f"{group['median_ape']:.1f} %, {word}-predicted by {abs(group['bias']):.0f} % (a scheduler "
                 f"seats {min(seats)} to {max(seats)})."
             )
+    off = [100 * (r["predicted"] / r["measured"] - 1) for r in rows]
     bins = (("under 100", 0, 100), ("100 to 1000", 100, 1000), ("1000 and more", 1000, math.inf))
     moved = []
     for name, low, high in bins:
-        errors = [100 * (r["predicted"] / r["measured"] - 1) for r in rows if low <= r["batch"] < high]
+        errors = [error for r, error in zip(rows, off, strict=True) if low <= r["batch"] < high]
         if errors:
             moved.append(f"{median(errors):+.0f} % with {name} seats ({len(errors)} rows)")
     lines.append(
         f"* Offline errors by batch: {', '.join(moved)}. Few seats mean that the room in the cache decides, "
-        "many that the host's time per sequence does, fitted to served points."
+        "many that what the host takes per sequence beside kernels may."
     )
+    ranks = [(r["isl"], error) for r, error in zip(rows, off, strict=True) if " dp1 " not in r["shape"]]
+    long = [error for isl, error in ranks if isl >= _LONG]
+    if long:
+        mean = fmean(abs(error) for _, error in ranks)
+        lines.append(
+            f"* Offline runs over attention ranks: {mean:.1f} % in the mean of {len(ranks)} rows, "
+            f"{median(long):+.0f} % in the median with prompts of {_LONG:,} tokens: ranks are simulated as "
+            "if they always began prompts together."
+        )
     return lines
 
 

@@ -61,7 +61,9 @@ def predictions() -> str:
     for i in range(20):
         value = 8.0 if i >= 10 else 10.0
         numbers = [value, 0.9 * value, 1.1 * value, 10.0] * 3
-        lines.append(",".join(map(str, [f"p{i}", *LABELS.values(), 1024, 2**i, 4, "", "", value / 2, *numbers])))
+        lines.append(
+            ",".join(map(str, [f"p{i}", *LABELS.values(), 1024, 2**i, 4, "", "", value / 2, *numbers]))
+        )
     return "\n".join(lines)
 
 
@@ -178,6 +180,16 @@ def test_limits_of_a_throughput_run(script: Any) -> None:
     assert limits(1e6, 20000, 2000, 1) == (4096, 32768)
     assert limits(1e6, 128, 128, 8) == (512, 2048)
     assert limits(100, 5000, 5000, 1) == (128, 5128)  # a whole prompt beside the batch
+
+
+def test_graphs_of_a_throughput_run_end_at_its_batch(script: Any) -> None:
+    bench = script("trtllm_throughput")
+    predict = bench.Predictor(lambda name: table())
+    for isl, osl in ((5000, 500), (20000, 2000)):
+        predict(bench.Row("Llama 3.1 8B", "h200_sxm", "fp8", 1, 1, 1, isl, osl, 1.0))
+    largest = {batch: clock.model.graph_sizes[-1] for (_, _, batch), clock in predict.clocks.items()}
+    assert len(largest) == 2
+    assert all(size == batch for batch, size in largest.items())
 
 
 def test_choices_count_what_lies_within_two_percent(script: Any) -> None:
