@@ -136,6 +136,7 @@ class Replica:
         self._inbox: list[Sent] = []  # a heap by time of sending
         self._stalled: list[tuple[float, int]] = []  # (last token at, members) that missed steps since
         self._silent: dict[int, float] = {}  # last token of preempted sequences
+        self._drained: dict[int, float] = {}  # sequences that began so much later than their steps ended
         self._opening: dict[int, int] = {}  # steps until clients have the first token of what was handed over
         self._hidden: list[tuple[int, int]] = []  # (made, id): first tokens that are not streamed yet
         self._pace = 0.0  # seconds of the last decode step, prompts beside it not counted
@@ -389,13 +390,16 @@ class Replica:
                 journal.gaps.add(now - self._silent.pop(at, start), 1)
             elif self.rules.stream_interval == 1 or sequence.max_new_tokens == 1:
                 journal.first[at] = now + drain + lag
+                if drain:
+                    self._drained[at] = drain
             else:
                 more = min(self.rules.stream_interval, sequence.max_new_tokens) - 1
                 heappush(self._hidden, (self.scheduler.decoding.made + more, at))
         found = []
         for sequence in finished:
             at = sequence.id
-            end = max(now + self.rules.lag_steps * self._pace + self._unsent(), journal.first[at])
+            late = self.rules.lag_steps * self._pace + self._unsent() + self._drained.pop(at, 0.0)
+            end = max(now + late, journal.first[at])
             journal.finish[at] = end
             journal.preemptions[at] = sequence.preemptions
             journal.hit[at] = sequence.hit

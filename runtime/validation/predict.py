@@ -32,7 +32,8 @@ _WARM_UP = 2
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What a simulated harness reports, ms: means over all requests, and TTFT without the first wave."""
+    """What a simulated harness reports, ms: means over all requests, and TTFT without the first wave. TPOT is
+    0 where answers are of one token."""
 
     tpot: float
     ttft: float
@@ -74,8 +75,9 @@ class Predictor:
         else:
             records = self._pools(setup, setup.prefill, constants)
         steady = records.steady()
+        several = records.tpot_s[records.output > 1]
         return Times(
-            tpot=1e3 * float(np.nanmean(records.tpot_s)),
+            tpot=1e3 * float(np.mean(several)) if several.size else 0.0,
             ttft=1e3 * float(np.mean(records.ttft_s)),
             ttft_steady=1e3 * float(np.mean(steady.ttft_s)),
         )
