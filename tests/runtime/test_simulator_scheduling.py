@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -248,3 +249,19 @@ def test_bad_loads_and_rules_are_refused(make: Any, field: str) -> None:
     with pytest.raises(InvalidField) as caught:
         make()
     assert caught.value.fields["field"] == field
+
+
+class Draining(Linear):
+    """A pipeline whose prompts come out a second after their step."""
+
+    def mixed(
+        self, seqs: int, context: float, chunks: Sequence[tuple[int, int]], draft: int = 0
+    ) -> tuple[float, float]:
+        return super().mixed(seqs, context, chunks, draft)[0], 1.0
+
+
+def test_answers_end_as_much_later_as_their_prompts_leave_a_pipeline() -> None:
+    load = closed_loop(1, 3, uniform(64, 64), uniform(11, 11))
+    plain, drained = (simulate(server(clock), load, seed=0) for clock in (Linear(0.01), Draining(0.01)))
+    assert np.allclose(drained.ttft_s, plain.ttft_s + 1.0)
+    assert np.allclose(drained.tpot_s, plain.tpot_s)
