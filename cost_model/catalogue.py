@@ -205,6 +205,9 @@ class EngineProfile(Entry):
     launch_us            host time per kernel in a compiled step without a graph (prompts, large batches);
                          kernels hide it while they take longer
     launch_eager_us      the same for an engine that runs eagerly, Python of the modules included
+    launches             kernels that its host launches for what is priced as one: "collective" (not counted
+                         unless stated), "latent" (prompts' attention over a latent cache), "experts" and, of
+                         a format, "experts mxfp4"
     layer_us             per layer and step, of either sign: what a sum of kernels measured alone gets
                          wrong (overlap of neighbours, gaps between them)
     kernel_factor        on the time of all kernels: what one deployment's clocks and versions make of it
@@ -257,6 +260,7 @@ class EngineProfile(Entry):
     step_eager_us: float
     launch_us: float
     launch_eager_us: float
+    launches: Mapping[str, int] = Field(default_factory=dict)
     layer_us: float = 0.0
     kernel_factor: float = 1.0
     per_sequence_us: float

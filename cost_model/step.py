@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +20,7 @@ from planc.cost_model.kernels import (
     GroupedGemm,
     KernelCosts,
 )
+from planc.cost_model.launches import Launches
 from planc.cost_model.local import is_layer, stages, unquantized
 from planc.cost_model.measured import costs_for
 from planc.cost_model.parts import split
@@ -123,9 +124,12 @@ class StepModel:
         links = layers.collectives
         self._collective_calls = _calls(links, self._stages, order, range(len(links)), len(links))
         attention = [kernel for kernel in layers.kernels if kernel.part != "step"]
-        self._launches = np.array([_launches(layers.kernels, s.counts, order) for s in self._stages])
+        launched = Launches(profile).per_stage
+        self._launches = np.array(
+            [launched([*layers.kernels, *links], s.counts, order) for s in self._stages]
+        )
         self._between_graphs = np.array(
-            [len(s.layers) + _launches(attention, s.counts, order) for s in self._stages]
+            [len(s.layers) + launched(attention, s.counts, order) for s in self._stages]
         )
 
     @property
@@ -162,8 +166,9 @@ class StepModel:
 
     @property
     def launches(self) -> float:
-        """Kernels that a step launches, over all stages."""
-        return float(self._launches.sum())
+        """Kernels of a step, over all stages."""
+        counts = dict(zip((cls.name for cls in self.table.classes), self._counts(), strict=True))
+        return sum(k.calls * k.launches * counts[k.layer_class] for k in self.layers.kernels)
 
     @property
     def asynchronous(self) -> bool:
@@ -202,13 +207,15 @@ class StepModel:
         times, links = self.layers.times(flat)
         order = {cls.name: at for at, cls in enumerate(self.table.classes)}
         factor, per_launch = self.profile.kernel_factor, self._per_launch(flat)
+        launched = Launches(self.profile).per_layer
         layer_s = np.array([[self.profile.layer_us * 1e-6 * is_layer(cls)] for cls in self.table.classes])
         device, launches = np.tile(layer_s, flat.size), np.zeros((len(order), flat.size))
         for kernel, index in zip(self.layers.kernels, self.layers.index, strict=True):
             device[order[kernel.layer_class]] += factor * kernel.calls * times.seconds[index]
-            launches[order[kernel.layer_class]] += kernel.calls * kernel.launches * per_launch
+            launches[order[kernel.layer_class]] += launched(kernel) * per_launch
         for item, row in zip(self.layers.collectives, links, strict=True):
             device[order[item.layer_class]] += factor * item.calls * row
+            launches[order[item.layer_class]] += launched(item) * per_launch
         return device, launches
 
     def joint_seconds(self, load: StepLoad) -> Array:
@@ -341,11 +348,6 @@ class StepModel:
         size = tokens * self.table.model.hidden * fmt(unquantized(self.shape)).bytes / self.shape.tp
         hops = [seconds("p2p", size, 2, link) for link in self._hops()]
         return np.stack([*hops, np.zeros_like(size)])
-
-
-def _launches(kernels: Sequence[Kernel], counts: Sequence[int], order: Mapping[str, int]) -> float:
-    """How many kernels a stage with so many layers of each class launches."""
-    return float(sum(k.calls * k.launches * counts[order[k.layer_class]] for k in kernels))
 
 
 def _calls(

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planc.cost_model import catalogue, exchanges
+from planc.cost_model.catalogue import EngineProfile
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.kernels import BOUNDS
 from planc.cost_model.roofline import Roofline
@@ -218,6 +219,30 @@ def test_a_hosts_time_per_sequence_runs_beside_kernels_but_not_with_stages() -> 
     assert step(slow, few) == step(fast, few)
     assert step(slow, many, pp=2) == step(fast, many, pp=2)
     assert step(slow, many) - step(slow.offline(), many) == pytest.approx(2000 * 3e-6)
+
+
+def test_hosts_launch_several_kernels_for_what_is_priced_as_one() -> None:
+    engine = catalogue.engine("trtllm").model_copy(update={"launches": {}, "hidden_sequence_us": 0.0})
+    several = engine.model_copy(update={"launches": {"experts": 8, "collective": 1, "experts mxfp4": 3}})
+    prompt = StepLoad(0, 0, 100, 1)
+
+    def launched(profile: EngineProfile, **shape: object) -> tuple[float, float]:
+        """In a step with a prompt, and kernels of a step."""
+        made = EngineShape("trtllm", "h100_sxm", **shape)  # type: ignore[arg-type]
+        step = StepModel(TINY_MOE, made, H100, Fabric(8), profile)
+        seconds = step.layer_seconds(prompt)[1].T @ step._counts()
+        assert seconds == pytest.approx(step.pieces(prompt).launches.sum())
+        return float(seconds[0] / (profile.launch_us * 1e-6)), step.launches
+
+    (alone, kernels), (more, same) = launched(engine), launched(several)
+    assert (more - alone, same - kernels) == (pytest.approx(7 * TINY_MOE.model.layers), 0)
+    apart = {"tp": 2, "ep": 2}
+    moves = launched(several, **apart)[0] - launched(engine, **apart)[0] - (more - alone)
+    assert moves >= 2 * TINY_MOE.model.layers  # after attention and after the experts
+    mxfp4 = {"weights": "mxfp4", "activations": "bf16"}
+    assert launched(several, **mxfp4)[0] - launched(engine, **mxfp4)[0] == pytest.approx(
+        2 * TINY_MOE.model.layers
+    )
 
 
 def test_short_prompts_replay_graphs_between_attentions(model: Make) -> None:
