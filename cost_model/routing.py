@@ -5,8 +5,9 @@ them (`usual`), or as counts of a router's own choices say (`ExpertLoad`). Two s
 Routers that training balances by a loss: the fullest of four ranks carries 1.35 times the mean, as measured
 step by step in Qwen3.6-35B-A3B with 256 experts, 8 a token (ai-dynamo/aiconfigurator,
 EXPERT_ROUTING_CAPTURE.md, Apache-2.0). Routers with a bias that is moved until experts are chosen alike
-(DeepSeek-V3, arXiv 2412.19437) spread less, by a number chosen on serving points of two such models. Every
-token chooses by itself, so that a step touches
+(DeepSeek-V3, arXiv 2412.19437) spread less between unrelated sequences, by a number chosen on serving points
+of two such models, but among a prompt's tokens as others do. Every token chooses by itself, so that a step
+touches
 
     sum over experts of 1 - (1 - probability)^tokens
 
@@ -64,11 +65,14 @@ class Routed:
 class ExpertLoad:
     """How often a served model's routers chose each expert, [layers, experts], in any unit.
 
-    placed   experts are placed by these counts; False: they lie in their order
+    placed    experts are placed by these counts; False: they lie in their order
+    prompts   the same among a prompt's tokens, which are alike: what the fullest rank gets follows it, while
+              the experts that a step touches follow `counts`; None: as `counts`
     """
 
     counts: Array
     placed: bool = True
+    prompts: Array | None = None
     _placements: dict[tuple[int, int], tuple[ExpertPlacement, ...]] = field(default_factory=dict)
 
     def placements(self, ranks: int, copies: int = 0) -> tuple[ExpertPlacement, ...]:
@@ -88,15 +92,21 @@ class ExpertLoad:
 def usual(experts: int, *, balanced: bool = False) -> ExpertLoad:
     """Quantiles of the log-normal law, over experts that lie in another order in each layer; the same object
     for the same arguments."""
-    return _usual(experts, BALANCED if balanced else SPREAD)
+    return _usual(experts, balanced)
 
 
 @cache
-def _usual(experts: int, spread: float) -> ExpertLoad:
+def _usual(experts: int, balanced: bool) -> ExpertLoad:
+    counts = _spread(experts, BALANCED if balanced else SPREAD)
+    return ExpertLoad(counts, placed=False, prompts=_spread(experts, SPREAD) if balanced else None)
+
+
+def _spread(experts: int, spread: float) -> Array:
+    """Popularity of experts, [layers, experts]."""
     ranks = (np.arange(experts) + 0.5) / experts
     popularity = np.exp(spread * np.array([NormalDist().inv_cdf(rank) for rank in ranks]))
     rng = np.random.default_rng(_SEED)
-    return ExpertLoad(np.stack([rng.permutation(popularity) for _ in range(_DRAWS)]), placed=False)
+    return np.stack([rng.permutation(popularity) for _ in range(_DRAWS)])
 
 
 @cache
@@ -108,16 +118,18 @@ def routed(
     load   of served routers; None: the law that tables were timed under, on the rank with most pairs
     """
     top_k, found = min(top_k, experts), []
-    chosen = None if load is None else _probabilities(load.counts, top_k)
+    laws = () if load is None else (load.counts,) if load.prompts is None else (load.counts, load.prompts)
+    chosen = [_probabilities(counts, top_k) for counts in laws]
     for tokens in TOKENS:
-        if load is None or chosen is None:
+        if load is None:
             counts = _in_order(_counts(float(tokens), experts, top_k), ranks)
             fullest = counts.sum(axis=2).argmax(axis=1)
-            grouped = counts[np.arange(len(counts)), fullest][:, None]
+            spread = alike = counts[np.arange(len(counts)), fullest][:, None]
         else:
-            grouped = _on_ranks(load, _sampled(chosen, float(tokens)), ranks, copies)
-        tiles = np.ceil(grouped / TILE) * TILE
-        parts = ((grouped > 0).sum(axis=2), grouped.sum(axis=2), tiles.sum(axis=2))
+            drawn = [_on_ranks(load, _sampled(law, float(tokens)), ranks, copies) for law in chosen]
+            spread, alike = drawn[0], drawn[-1]
+        tiles = np.ceil(alike / TILE) * TILE
+        parts = ((spread > 0).sum(axis=2), alike.sum(axis=2), tiles.sum(axis=2))
         found.append([part.max(axis=1).mean() for part in parts])
     touched, pairs, rows = np.array(found).T
     return Routed(touched, pairs, rows)

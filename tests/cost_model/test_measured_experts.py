@@ -94,11 +94,11 @@ def test_served_routers_spread_as_measured() -> None:
     assert four.pairs[at] / (TOKENS[at] * 8 / 4) == pytest.approx(1.35, abs=0.02)
 
 
-def test_routers_with_a_bias_spread_less() -> None:
+def test_routers_with_a_bias_spread_less_but_for_the_tokens_of_a_prompt() -> None:
     even, skewed = (routed(256, 8, 8, usual(256, balanced=balanced)) for balanced in (True, False))
-    assert np.all(even.pairs[TOKENS > 8] < skewed.pairs[TOKENS > 8])
     crowd = (TOKENS > 8) & (TOKENS < 512)
     assert np.all(even.touched[crowd] > skewed.touched[crowd])
+    assert np.array_equal(even.pairs, skewed.pairs)
 
 
 def test_served_routers_touch_more_experts_with_every_token_and_none_at_once() -> None:
