@@ -225,7 +225,7 @@ def coverage(search: Search, judgement: Judgement | None = None) -> Coverage:
         modelled.append("how often experts are chosen, as counted, and where they lie")
         missing.append("what moving experts costs while an engine runs")
     elif facts.experts:
-        missing.append("imbalance between experts of this model (a power law is assumed)")
+        missing.append("imbalance between experts of this model (a log-normal law is assumed)")
     if facts.generic_ops:
         missing.append("arithmetic of ops costed by their bytes only: " + ", ".join(facts.generic_ops))
     if any(not group.priced for group in search.groups):

@@ -140,7 +140,7 @@ class Workload(Part):
     arrival_cv   coefficient of variation of the times between arrivals; 1 is Poisson
     prefix_tokens  tokens of all prefixes that recur: prefix_hit_rate is then what a cache that holds them all
                  would find, and engines find what theirs hold; left out: they hold them all
-    expert_load  a file with the tokens of each expert in each layer; left out, a power law is assumed
+    expert_load  a file with the tokens of each expert in each layer; left out, a log-normal law is assumed
     load_test    how it is sent where `planc estimate` simulates it; plans do not depend on it
     """
 
