@@ -33,8 +33,8 @@ _MORE = (
     help="Harness or engine flag of all points: burst, requests_per_client (10), length_low (0.8), "
     "length_high (1.0), stream_interval, recv_interval, batch_wait_steps, prompts_per_step, "
     "max_num_batched_tokens, max_num_seqs (the concurrency), kv, gpu_memory_utilization, expert_parallel, "
-    "expert_table, fp8_gemm_backend (flashinfer_trtllm), graphed_rows, dependent_launch; of the prefill pool "
-    "prompt_dp, prompt_ep, prompt_seats and prompt_router (round_robin, random_rank).",
+    "expert_table, redundant_experts, fp8_gemm_backend (flashinfer_trtllm), graphed_rows, dependent_launch; "
+    "of the prefill pool prompt_dp, prompt_ep, prompt_seats and prompt_router (round_robin, random_rank).",
 )
 @click.option(
     "--published-flags/--no-published-flags",
