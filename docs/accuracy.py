@@ -119,7 +119,7 @@ SECTIONS = (
 def load(folder: Path) -> dict[str, Any]:
     """Every result that is present, by its file's stem. CSV files are lists of mappings."""
     found: dict[str, Any] = {}
-    for path in sorted(folder.glob("*")):
+    for path in sorted(folder.glob("[!.]*")):  # a run in progress writes to hidden ones
         if path.suffix == ".json":
             found[path.stem] = json.loads(path.read_text())
         elif path.suffix == ".txt":
