@@ -165,8 +165,7 @@ class Predictor:
         """Raises Unpredictable or PlancError where planc has no such model, format or room."""
         table, gpu = self.tables(row.model.lower().replace(" ", "-")), catalogue.gpu(row.gpu)
         profile = self.profile.model_copy(update={"expert_table": EXPERTS.get(row.weights)})
-        if row.pp == 1:
-            profile = profile.offline()
+        profile = profile.offline(row.pp)
         ranks = row.tp if table.model.experts and row.tp > 1 else 1
         shape = EngineShape(
             engine=profile.name,

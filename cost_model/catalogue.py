@@ -286,10 +286,10 @@ class EngineProfile(Entry):
         """What runs on this GPU; None when the engine has no backend for it."""
         return self.archs.get(gpu.arch)
 
-    def offline(self) -> EngineProfile:
+    def offline(self, pp: int) -> EngineProfile:
         """The engine without clients: answers leave whole, no token takes time on its way out of a step, and
-        kernels hide all of a sequence's host time. Not with pipeline stages, where they hide none."""
-        return self.model_copy(update={"per_sequence_us": 0.0})
+        kernels hide all of a sequence's host time. With pipeline stages they hide none."""
+        return self.model_copy(update={"per_sequence_us": 0.0}) if pp == 1 else self
 
     def block_size_on(self, gpu: Gpu) -> int:
         """Tokens in one block of the cache on this GPU."""

@@ -79,8 +79,9 @@ def load_test(request: Request, table: CostTable, replica: Replica, replicas: in
     test = request.workload.load_test or LoadTest()
     flow = traffic(request, table.model.kind)
     context = flow.isl_mean + flow.osl_mean
-    site = sites([Pool(role="aggregated", replicas=[replica])], table, groups(request), context)[0]
-    flags = {name: getattr(test, name) for name in _FLAGS}
+    pools, offline = [Pool(role="aggregated", replicas=[replica])], flow.rate is None and not flow.concurrency
+    site = sites(pools, table, groups(request), context, offline=offline)[0]
+    flags = {name: value for name in _FLAGS if (value := getattr(test, name)) is not None}
     rules = Rules.of(
         catalogue.engine(replica.engine),
         replica.max_num_seqs,
@@ -88,8 +89,9 @@ def load_test(request: Request, table: CostTable, replica: Replica, replicas: in
         prefix_caching=flow.hit_rate > 0,
         speculative=speculation(site),
         asynchronous=site.clock.model.asynchronous,
-        **{name: value for name, value in flags.items() if value is not None},
+        **flags,
     )
+    rules = replace(rules.offline(), **flags) if offline else rules
     server = Server(site.clock, rules, site.kv_blocks, replica.block_size)
     share = replicas * replica.dp
     kind, load = _load(flow, test, server, share)

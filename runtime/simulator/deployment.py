@@ -53,10 +53,13 @@ class Site:
         return f"{self.replica}" if self.plan.dp == 1 else f"{self.replica}.{self.rank}"
 
 
-def sites(pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], context: float) -> list[Site]:
+def sites(
+    pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], context: float, *, offline: bool = False
+) -> list[Site]:
     """The schedulers of a plan, in its order; equal replicas share their step times.
 
     context   mean tokens of a request, prompt and output: layers that forget hold less than that
+    offline   the engines have no server before them
     """
     clocks: dict[tuple[EngineShape, Fabric, int, int], Clock] = {}
     memories: dict[str, MemoryMap] = {}
@@ -66,6 +69,7 @@ def sites(pools: Sequence[Pool], table: CostTable, groups: Sequence[Group], cont
     for pool in pools:
         for replica in pool.replicas:
             gpu, profile = catalogue.gpu(replica.gpu), catalogue.engine(replica.engine)
+            profile = profile.offline(replica.pp) if offline else profile
             group, island = homes[replica.gpus[0]]
             shape = shape_of(replica)
             key = (shape, group.fabric, replica.max_num_seqs, replica.max_num_batched_tokens)

@@ -218,7 +218,7 @@ def test_a_hosts_time_per_sequence_runs_beside_kernels_but_not_with_stages() -> 
     assert step(fast, many) < 2000 * 20e-6 < step(slow, many)
     assert step(slow, few) == step(fast, few)
     assert step(slow, many, pp=2) == step(fast, many, pp=2)
-    assert step(slow, many) - step(slow.offline(), many) == pytest.approx(2000 * 3e-6)
+    assert step(slow, many) - step(slow.offline(1), many) == pytest.approx(2000 * 3e-6)
 
 
 def test_hosts_launch_several_kernels_for_what_is_priced_as_one() -> None:
