@@ -132,6 +132,8 @@ def operators(results: Results, plots: Path) -> list[str]:
     lines = [
         "Median errors on a tenth of the shapes of each table, held out of the fit (each tenth in turn where "
         "an attention table has under 300 rows): the median over a GPU's tables and the worst of them. "
+        "Rows that the fits set aside are not scored (`cost_model/fitting`; of experts, deployments whose "
+        "kernels were given all tokens on each rank are the most). "
         "Physics alone: with the whole GPU held out; of attention the decode "
         "rows that a benchmark's loop read from the L2 cache are left out, of links an engine's rows that "
         "take 1.75 times as long as NCCL's. What the PCIe bridges of L40S and RTX PRO 6000 hosts let through "
