@@ -50,7 +50,8 @@ def from_points(
     """
     points, rejected = read_points(path)
     name = _one_gpu(points, rejected, path, profile)
-    setups, refused = prepare(points, tables or model_tables(model_folders()), {}, True)
+    predictor = Predictor()
+    setups, refused = prepare(points, tables or model_tables(model_folders()), {}, True, predictor)
     if not setups:
         reason = (*refused, *rejected)[0].reason
         raise InvalidField(
@@ -61,7 +62,7 @@ def from_points(
             mend="Correct them, or validate first: planc validate POINTS.csv.",
         )
     flagged = lint(setups)
-    whole = linearised(setups, Predictor(), progress)
+    whole = linearised(setups, predictor, progress)
     base = profile or ProfileDocument(
         kind="planc.profile",
         schema_version=1,

@@ -99,6 +99,12 @@ class Predictor:
             )
         return self._models[key]
 
+    def ready(self, setup: Setup) -> None:
+        """Makes the step times of a setup's engines. Raises PlancError where something has no price."""
+        for engine in (setup.prefill, setup.decode):
+            if engine is not None:
+                self.clock(setup, engine, Constants.shipped(setup.profile))
+
     def clock(self, setup: Setup, engine: Engine, constants: Constants) -> Clock:
         """Step times of an engine with these constants."""
         model = self._model(setup, engine)

@@ -66,9 +66,9 @@ def validate(
         if name not in GROUPS:
             raise UnknownField(where="--by", field=name, mend=f"Known: {', '.join(GROUPS)}.")
     points, rejected = read_points(path)
-    setups, refused = prepare(points, tables, options or {}, rules)
-    flagged = lint(setups)
     predictor = Predictor()
+    setups, refused = prepare(points, tables, options or {}, rules, predictor)
+    flagged = lint(setups)
     predicted: dict[int, Prediction] = {}
     used: set[int] = set()
     fitted: dict[str, Any] = {}
@@ -101,7 +101,11 @@ def validate(
 
 
 def prepare(
-    points: Sequence[Point], tables: Tables, options: Mapping[str, Any], rules: bool
+    points: Sequence[Point],
+    tables: Tables,
+    options: Mapping[str, Any],
+    rules: bool,
+    predictor: Predictor,
 ) -> tuple[list[Setup], list[Rejected]]:
     """Setups of the points that can be simulated, and why the others cannot."""
     setups: list[Setup] = []
@@ -109,8 +113,10 @@ def prepare(
     for point in points:
         try:
             catalogue_names(point)
-            setups.append(setup(point, harness(point, options, rules=rules), tables))
-        except Unpredictable as error:
+            found = setup(point, harness(point, options, rules=rules), tables)
+            predictor.ready(found)
+            setups.append(found)
+        except (Unpredictable, PlancError) as error:
             cells = {name: str(getattr(point, name)) for name in GROUPS}
             refused.append(Rejected(point.row, point.id, str(error), cells))
     return setups, refused

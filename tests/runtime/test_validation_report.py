@@ -12,13 +12,13 @@ from planc.cost_model import catalogue
 from planc.cost_model.collectives import Fabric
 from planc.cost_model.memory import memory_map
 from planc.cost_model.shape import EngineShape
-from planc.errors import InvalidField
+from planc.errors import InvalidField, UnknownName
 from planc.runtime.validation.constants import NAMES, Constants
 from planc.runtime.validation.fit import NEUTRAL, Linear, calibrated, chosen_points, fit, left_out
 from planc.runtime.validation.harness import harness
 from planc.runtime.validation.lint import lint
 from planc.runtime.validation.points import Point
-from planc.runtime.validation.predict import Prediction
+from planc.runtime.validation.predict import Prediction, Predictor
 from planc.runtime.validation.report import Row, ValidationReport, spearman, summary
 from planc.runtime.validation.setups import Engine, Setup, Unpredictable, setup
 from planc.runtime.validation.validate import validate
@@ -250,3 +250,26 @@ def test_a_cell_without_others_cannot_be_left_out(tmp_path: Path) -> None:
     )
     with pytest.raises(InvalidField, match="no other cell"):
         validate(path, lambda _: TABLE, leave_out_cells=True)
+
+
+def test_a_row_without_a_price_is_counted_and_the_others_predicted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(
+        "model,gpu,engine,weights,isl,osl,concurrency,ttft_ms,tpot_ms\n"
+        "llama-3.1-8b,h100_sxm,vllm,bf16,1024,128,4,60,8\n"
+        "llama-3.1-8b,h100_sxm,vllm,bf16,1024,128,8,60,8\n",
+        encoding="utf-8",
+    )
+    ready = Predictor.ready
+
+    def refusing(self: Predictor, found: Setup) -> None:
+        if found.point.concurrency == 8:
+            raise UnknownName(field="link", value="none", kind="link", mend="")
+        ready(self, found)
+
+    monkeypatch.setattr(Predictor, "ready", refusing)
+    found = validate(path, lambda _: TABLE)
+    assert [row.point.concurrency for row in found.rows] == [4]
+    assert [(item.row, "none" in item.reason) for item in found.unpredicted] == [(2, True)]
