@@ -15,6 +15,7 @@ import numpy as np
 
 from planc.cost_model.catalogue import Provenance
 from planc.cost_model.step import StepLoad, StepModel
+from planc.errors import PlancError
 from planc.planner.priors import priors
 from planc.runtime.simulator import Clock, Load, Records, Rules, Server, closed_loop, simulate
 from planc.runtime.simulator.load import Lengths, uniform
@@ -22,7 +23,7 @@ from planc.runtime.validation.constants import Constants
 from planc.runtime.validation.disaggregated import simulate_pools, slices
 from planc.runtime.validation.harness import hidden_launch_us
 from planc.runtime.validation.lint import mean_lengths
-from planc.runtime.validation.setups import Engine, Setup, told
+from planc.runtime.validation.setups import Engine, Setup, Unpredictable, told
 
 Band = tuple[float, float]
 
@@ -100,10 +101,13 @@ class Predictor:
         return self._models[key]
 
     def ready(self, setup: Setup) -> None:
-        """Makes the step times of a setup's engines. Raises PlancError where something has no price."""
-        for engine in (setup.prefill, setup.decode):
-            if engine is not None:
-                self.clock(setup, engine, Constants.shipped(setup.profile))
+        """Makes the step times of a setup's engines. Raises Unpredictable where something has no price."""
+        try:
+            for engine in (setup.prefill, setup.decode):
+                if engine is not None:
+                    self.clock(setup, engine, Constants.shipped(setup.profile))
+        except PlancError as error:
+            raise Unpredictable(str(error)) from None
 
     def clock(self, setup: Setup, engine: Engine, constants: Constants) -> Clock:
         """Step times of an engine with these constants."""

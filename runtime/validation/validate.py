@@ -116,7 +116,7 @@ def prepare(
             found = setup(point, harness(point, options, rules=rules), tables)
             predictor.ready(found)
             setups.append(found)
-        except (Unpredictable, PlancError) as error:
+        except Unpredictable as error:
             cells = {name: str(getattr(point, name)) for name in GROUPS}
             refused.append(Rejected(point.row, point.id, str(error), cells))
     return setups, refused

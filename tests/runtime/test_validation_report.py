@@ -13,6 +13,7 @@ from planc.cost_model.collectives import Fabric
 from planc.cost_model.memory import memory_map
 from planc.cost_model.shape import EngineShape
 from planc.errors import InvalidField, UnknownName
+from planc.runtime.simulator import Clock
 from planc.runtime.validation.constants import NAMES, Constants
 from planc.runtime.validation.fit import NEUTRAL, Linear, calibrated, chosen_points, fit, left_out
 from planc.runtime.validation.harness import harness
@@ -262,14 +263,25 @@ def test_a_row_without_a_price_is_counted_and_the_others_predicted(
         "llama-3.1-8b,h100_sxm,vllm,bf16,1024,128,8,60,8\n",
         encoding="utf-8",
     )
-    ready = Predictor.ready
+    clock = Predictor.clock
 
-    def refusing(self: Predictor, found: Setup) -> None:
+    def refusing(self: Predictor, found: Setup, engine: Engine, constants: Constants) -> Clock:
         if found.point.concurrency == 8:
             raise UnknownName(field="link", value="none", kind="link", mend="")
-        ready(self, found)
+        return clock(self, found, engine, constants)
 
-    monkeypatch.setattr(Predictor, "ready", refusing)
+    monkeypatch.setattr(Predictor, "clock", refusing)
     found = validate(path, lambda _: TABLE)
     assert [row.point.concurrency for row in found.rows] == [4]
     assert [(item.row, "none" in item.reason) for item in found.unpredicted] == [(2, True)]
+
+
+def test_a_wrong_option_is_one_error_not_one_per_row(tmp_path: Path) -> None:
+    path = tmp_path / "points.csv"
+    path.write_text(
+        "model,gpu,engine,weights,isl,osl,concurrency,ttft_ms,tpot_ms\n"
+        "llama-3.1-8b,h100_sxm,vllm,bf16,1024,128,4,60,8\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(InvalidField, match="scheduling"):
+        validate(path, lambda _: TABLE, options={"scheduling": "best"})
