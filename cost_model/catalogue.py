@@ -356,6 +356,8 @@ def gpu(name: str, field: str = "gpu") -> Gpu:
         if profile not in offered:
             return unknown(field, name, "MIG slice", [f"{parent.name}:{one}" for one in offered])
         return slices.part_of(parent, profile)
+    if name in known:
+        return known[name]
     named = {alias: entry for entry in known.values() for alias in entry.aliases} | dict(known)
     for spelling in (name, *_spellings(name)):
         if spelling in named:
